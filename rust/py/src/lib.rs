@@ -1,1 +1,98 @@
-//! bindings
+//! The Python face of tdpmmu, native half: module `tdpmmu._native`.
+//!
+//! Guarantees, for every function and class here:
+//!
+//! * **No algorithm.** Arguments are turned into the values of the crates below, results into Python
+//!   objects. What is measured or decided is measured or decided in `tdpmmu-lab`, `tdpmmu-trace`, `tdpmmu-vm`.
+//! * **The GIL is not held** while work is done. Long work runs on a thread of its own ([`job`]), which never
+//!   touches Python; the calling thread wakes every few tens of milliseconds, looks for signals and passes
+//!   progress on. Ctrl-C therefore returns promptly, and an object under it stays usable.
+//! * **Nothing unwinds into Python.** A panic below becomes `tdpmmu.InternalError`.
+//! * **Classes are frozen**: no method takes `&mut self`, so no call can fail with "already borrowed" when
+//!   two threads share an object.
+//!
+//! The module is private: `python/tdpmmu` is the typed face, and validates. What arrives here with a
+//! value out of range is still answered by an exception, never by undefined behaviour.
+
+mod engine;
+mod error;
+mod job;
+
+use pyo3::prelude::*;
+
+/// JSON text: what this binary is (`profile`, `version`, `git`, `target`, `debug_assertions`).
+#[pyfunction]
+fn build_info() -> String {
+    engine::build_info()
+}
+
+/// JSON text: what this host is (clock, membarrier, CPUs, memory, huge pages).
+#[pyfunction]
+fn info(py: Python<'_>) -> PyResult<String> {
+    job::run(py, job::Limits::default(), None, |_| engine::info())
+}
+
+/// JSON text: the names that configurations accept, in the order they are shown.
+#[pyfunction]
+fn catalogue() -> String {
+    engine::catalogue()
+}
+
+/// Runs one experiment and returns its result as JSON text.
+///
+/// `progress(phase: str, fraction: float)` is called on the calling thread. `timeout` is in seconds.
+#[pyfunction]
+#[pyo3(signature = (kind, config, *, progress=None, timeout=None))]
+fn bench(
+    py: Python<'_>,
+    kind: String,
+    config: String,
+    progress: Option<Py<PyAny>>,
+    timeout: Option<f64>,
+) -> PyResult<String> {
+    let limits = job::Limits { timeout, abandon_on_signal: false };
+    job::run(py, limits, progress, move |control| engine::bench(&kind, &config, control))
+}
+
+/// Replays a recording of real KVM and returns the report as JSON text.
+///
+/// `path` `-` is standard input. `progress(phase, fraction)` is called on the calling thread, with a fraction of
+/// NaN where the size of the input is not known. `timeout` is in seconds.
+#[pyfunction]
+#[pyo3(signature = (path, *, profile=None, check=false, strict=false, vm_of=None, progress=None, timeout=None))]
+fn replay(
+    py: Python<'_>,
+    path: std::path::PathBuf,
+    profile: Option<String>,
+    check: bool,
+    strict: bool,
+    vm_of: Option<u32>,
+    progress: Option<Py<PyAny>>,
+    timeout: Option<f64>,
+) -> PyResult<String> {
+    // A reader of standard input may be blocked in the read for ever: it holds nothing, so it is left behind.
+    let limits = job::Limits { timeout, abandon_on_signal: path.as_os_str() == "-" };
+    let request = engine::ReplayRequest { path, profile, check, strict, vm_of };
+    job::run(py, limits, progress, move |control| engine::replay(&request, control))
+}
+
+/// Panics inside a job, to show what the boundary does with a panic. `message` comes back in the error.
+#[pyfunction]
+fn _panic(py: Python<'_>, message: String) -> PyResult<()> {
+    job::run(py, job::Limits::default(), None, move |_| -> Result<(), error::Fault> { panic!("{message}") })
+}
+
+/// Idles in a job for `seconds` or until cancelled: the cheapest long call, for tests of the boundary.
+#[pyfunction]
+#[pyo3(signature = (seconds, *, progress=None, timeout=None))]
+fn _idle(py: Python<'_>, seconds: f64, progress: Option<Py<PyAny>>, timeout: Option<f64>) -> PyResult<u64> {
+    let limits = job::Limits { timeout, abandon_on_signal: false };
+    job::run(py, limits, progress, move |control| engine::idle(seconds, control))
+}
+
+/// The native half of tdpmmu. Private: use the `tdpmmu` package.
+#[pymodule]
+mod _native {
+    #[pymodule_export]
+    use super::{_idle, _panic, bench, build_info, catalogue, info, replay};
+}

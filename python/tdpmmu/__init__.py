@@ -1,0 +1,112 @@
+"""tdpmmu: a laboratory for the teardown of second-stage page tables.
+
+Linux KVM's TDP MMU as real, concurrent data structures in an ordinary process. `VM` is a live machine to map,
+fault, zap and inspect; `bench` measures zap designs; `replay` checks recordings of real KVM.
+
+Every size is in bytes, every time in nanoseconds, unless a name says otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from tdpmmu import _native
+from tdpmmu.errors import (
+    Busy,
+    Closed,
+    ForkedError,
+    InternalError,
+    InvalidArgument,
+    OracleViolation,
+    OutOfTableMemory,
+    StallError,
+    TdpMmuError,
+    TraceError,
+    Unsupported,
+)
+from tdpmmu.units import pages, parse_size, table_bytes, table_pages
+
+if TYPE_CHECKING:
+    from tdpmmu import bench, plot
+    from tdpmmu.recording import replay
+    from tdpmmu.results import BenchResult, BenchRun, MicroResult, MicroRow, Percentiles, Replay, load
+
+__all__ = [
+    "BenchResult",
+    "BenchRun",
+    "Busy",
+    "Closed",
+    "ForkedError",
+    "InternalError",
+    "InvalidArgument",
+    "MicroResult",
+    "MicroRow",
+    "OracleViolation",
+    "OutOfTableMemory",
+    "Percentiles",
+    "Replay",
+    "StallError",
+    "TdpMmuError",
+    "TraceError",
+    "Unsupported",
+    "__version__",
+    "bench",
+    "build_info",
+    "info",
+    "load",
+    "pages",
+    "parse_size",
+    "plot",
+    "replay",
+    "table_bytes",
+    "table_pages",
+]
+
+# Loaded at first use: the command line must answer `--help` before numpy could be imported.
+_LAZY = {
+    "BenchResult": "results",
+    "BenchRun": "results",
+    "MicroResult": "results",
+    "MicroRow": "results",
+    "Percentiles": "results",
+    "Replay": "results",
+    "load": "results",
+    "replay": "recording",
+    "bench": "",
+    "plot": "",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'tdpmmu' has no attribute {name!r}")
+    import importlib
+
+    home = _LAZY[name]
+    value: Any = importlib.import_module(f"tdpmmu.{home or name}")
+    if home:
+        value = getattr(value, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def build_info() -> dict[str, Any]:
+    """Return what this binary is: `profile`, `version`, `git`, `target`, `debug_assertions`."""
+    return dict(json.loads(_native.build_info()))
+
+
+def info() -> dict[str, Any]:
+    """Return what this host is: clock, membarrier flavour, CPUs, memory in bytes, huge pages, build.
+
+    Raises:
+        Unsupported: the host cannot be probed.
+    """
+    return dict(json.loads(_native.info()))
+
+
+__version__: str = build_info()["version"]
