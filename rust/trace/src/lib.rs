@@ -1,1 +1,20 @@
-//! tdpmmu-trace
+//! Recordings of real KVM: a streaming reader and a replay that verifies them.
+//!
+//! * [`TraceReader`] reads the text of ftrace, trace-cmd and perf, plain or gzip, in constant memory.
+//! * [`replay()`] rebuilds the page tables that a recording tells of, verifies every old value and every table's birth and
+//!   death, and lists the zaps.
+
+#![deny(missing_docs)]
+
+mod bytes;
+mod error;
+mod event;
+mod line;
+mod reader;
+mod source;
+
+pub use error::{ReplayError, TraceError};
+pub use event::{Event, Mark, PageArg, Probe, RootArg, parse_event};
+pub use line::Head;
+pub use reader::{BadLine, Item, ReadStats, TraceReader};
+pub use source::{Input, MAX_LINE};
