@@ -1,4 +1,18 @@
-//! tdpmmu beside its peers on the same work in the same run.
+//! tdpmmu beside its peers: the same work, in the same run, against the limits of the same host.
+//!
+//! A row is one implementation doing one work. Rows of one work are comparable with each other: they have the same
+//! count, the same order, the same backing memory, and each checks afterwards that the work was done. The ratio is to
+//! a figure of [`limits`], so that rows of different machines compare too. `README.md` says what each work means.
+//!
+//! `paging`, `reclaim` and `locks` hold the peers, `host` the kernel's own page tables, and `engine` our rows: one
+//! function per work, called where the peers' are.
 
+pub mod arena;
+pub mod engine;
+pub mod harness;
+pub mod host;
 #[path = "../../rust/lab/src/limits/mod.rs"]
 pub mod limits;
+pub mod locks;
+pub mod paging;
+pub mod reclaim;

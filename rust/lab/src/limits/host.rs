@@ -9,7 +9,7 @@ use super::{LimitsError, PAGE};
 /// Bytes of a huge page on x86-64; mappings are sized and aligned in it.
 const HUGE: usize = 2 << 20;
 /// Host mapping behind the `munmap_ns` figure, in 4 KiB pages.
-const MUNMAP_PAGES: usize = 32_768;
+pub(super) const MUNMAP_PAGES: usize = 32_768;
 /// The price of the host kernel's own second: (munmap, populate) per zero-page 4K PTE.
 pub(super) fn host_prices() -> Result<(f64, f64), LimitsError> {
     let (mut unmap, mut populate) = (f64::INFINITY, f64::INFINITY);

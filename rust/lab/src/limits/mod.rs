@@ -30,7 +30,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use host::{Mapping, fence_price, host_prices, membarrier_prices};
+use host::{MUNMAP_PAGES, Mapping, fence_price, host_prices, membarrier_prices};
 use loops::{Loop, Op};
 
 const PAGE: usize = 4096;
@@ -110,6 +110,8 @@ pub struct Limits {
     pub fence_ns: f64,
     /// Further thread counts, by count.
     pub threads: BTreeMap<usize, EntryLimits>,
+    /// How many PTEs the two host figures were taken over.
+    pub munmap_ptes: usize,
     /// Size of the measured set.
     pub bytes: usize,
     /// Of these, how many stood on huge pages.
@@ -250,6 +252,7 @@ pub fn measure(opts: &LimitOptions) -> Result<Limits, LimitsError> {
         membarrier_busy_ns,
         fence_ns,
         threads,
+        munmap_ptes: MUNMAP_PAGES,
         bytes: set.bytes,
         huge_bytes,
         stable: None,
