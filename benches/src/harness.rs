@@ -4,8 +4,9 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::sync::{Barrier, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::ScopedJoinHandle;
+use std::time::Instant;
 
 use serde::Serialize;
 
@@ -185,21 +186,11 @@ pub fn table(rows: &[Row], limits: &Limits) -> String {
     out
 }
 
-/// The least time of `reps` runs, each of which times the part that counts itself.
-///
-/// # Errors
-/// The first error of a run.
-pub fn least<E>(reps: u32, mut run: impl FnMut() -> Result<Duration, E>) -> Result<Duration, E> {
-    let mut best = run()?;
-    for _ in 1..reps {
-        best = best.min(run()?);
-    }
-    Ok(best)
-}
-
 /// Time of one call in ns, made back to back on `threads` threads; `make` builds each thread's operation on it.
 ///
-/// A round is `calls` calls on each thread, from the first start to the last end, and the least of `rounds` counts.
+/// Alone, the least of `rounds` counts. Together, threads start when all of them are running and go on until all have
+/// made their `calls`, so that every counted call had company; a round's figure is the mean over the threads, and the
+/// median of the rounds counts, because the least would be the round with the least contention.
 ///
 /// # Errors
 /// [`BenchError::Spawn`].
@@ -209,64 +200,137 @@ pub fn hammer<F: FnMut()>(
     calls: u64,
     make: impl Fn() -> F + Sync,
 ) -> Result<f64, BenchError> {
-    let one_round = |operation: &mut F| {
+    let timed = |operation: &mut F| {
         let start = Instant::now();
         for _ in 0..calls {
             operation();
         }
-        (start, Instant::now())
+        start.elapsed().as_nanos() as f64 / calls as f64
     };
-    let mut best = f64::INFINITY;
     if threads == 1 {
         let mut operation = make();
-        for _ in 0..=rounds {
-            let (start, end) = one_round(&mut operation);
-            best = best.min((end - start).as_nanos() as f64);
-        }
-        return Ok(best / calls as f64);
+        return Ok((0..=rounds).map(|_| timed(&mut operation)).fold(f64::INFINITY, f64::min));
     }
+    let mut figures = Vec::with_capacity(rounds as usize);
     for _ in 0..rounds {
-        let go = Barrier::new(threads);
-        let spans = Mutex::new(Vec::with_capacity(threads));
-        // Threads wait for the word, so that a refused spawn does not leave them at the barrier.
-        let word = Mutex::new(false);
-        std::thread::scope(|scope| {
-            let mut failed = None;
-            let mut held = word.lock().unwrap_or_else(PoisonError::into_inner);
+        let (arrived, done) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        let sum = std::thread::scope(|scope| {
+            let (make, timed, arrived, done) = (&make, &timed, &arrived, &done);
             let mut handles = Vec::with_capacity(threads);
-            let (word, go, spans, make, one_round) = (&word, &go, &spans, &make, &one_round);
             for index in 0..threads {
                 let body = move || {
-                    if *word.lock().unwrap_or_else(PoisonError::into_inner) {
-                        let mut operation = make();
-                        go.wait();
-                        let span = one_round(&mut operation);
-                        spans.lock().unwrap_or_else(PoisonError::into_inner).push(span);
+                    let mut operation = make();
+                    meet(arrived, threads);
+                    if done.load(Ordering::Relaxed) >= GIVEN_UP {
+                        return 0.0;
                     }
+                    let ns = timed(&mut operation);
+                    done.fetch_add(1, Ordering::Relaxed);
+                    while done.load(Ordering::Relaxed) < threads {
+                        (0..64).for_each(|_| operation());
+                    }
+                    ns
                 };
                 match std::thread::Builder::new().spawn_scoped(scope, body) {
                     Ok(handle) => handles.push(handle),
                     Err(source) => {
-                        failed = Some(BenchError::Spawn { index, source });
-                        break;
+                        // Those already there must not wait for one that never comes.
+                        done.store(GIVEN_UP, Ordering::Relaxed);
+                        arrived.fetch_add(threads, Ordering::Release);
+                        return Err(BenchError::Spawn { index, source });
                     }
                 }
             }
-            *held = failed.is_none();
-            drop(held);
-            for handle in handles {
-                if let Err(panic) = handle.join() {
-                    std::panic::resume_unwind(panic);
-                }
-            }
-            failed.map_or(Ok(()), Err)
+            let join = |handle: ScopedJoinHandle<'_, f64>| {
+                handle.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            };
+            Ok(handles.into_iter().map(join).sum::<f64>())
         })?;
-        let spans = spans.into_inner().unwrap_or_else(PoisonError::into_inner);
-        let start = spans.iter().map(|span| span.0).min();
-        let end = spans.iter().map(|span| span.1).max();
-        if let (Some(start), Some(end)) = (start, end) {
-            best = best.min((end - start).as_nanos() as f64);
+        figures.push(sum / threads as f64);
+    }
+    figures.sort_unstable_by(f64::total_cmp);
+    Ok(figures.get(figures.len() / 2).copied().unwrap_or(f64::NAN))
+}
+
+/// More threads than there are: the round is off.
+const GIVEN_UP: usize = usize::MAX / 2;
+
+/// Spins until `threads` have come; gives the CPU away now and then in case there are fewer CPUs.
+fn meet(arrived: &AtomicUsize, threads: usize) {
+    arrived.fetch_add(1, Ordering::AcqRel);
+    let mut spins = 0u32;
+    while arrived.load(Ordering::Acquire) < threads {
+        spins += 1;
+        if spins.is_multiple_of(1 << 14) {
+            std::thread::yield_now();
+        }
+        std::hint::spin_loop();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::limits::{LimitOptions, measure};
+
+    fn limits() -> Limits {
+        let mut opts = LimitOptions { bytes: 2 << 20, hugepages: false, threads: vec![], budget_ms: 0 };
+        opts.threads.push(1);
+        let mut limits = measure(&opts).unwrap();
+        (limits.one.swap_ns, limits.one.cmpxchg_ns, limits.one.read_ns, limits.fence_ns) =
+            (4.0, 5.0, 0.5, 8.0);
+        limits
+    }
+
+    fn sample(work: Work, name: &'static str, ns: f64) -> Sample {
+        Sample { work, name, ns, count: 3 }
+    }
+
+    #[test]
+    fn a_ratio_is_to_the_limit_of_its_work_and_to_our_best_row() {
+        let samples = [
+            sample(Work::LockShared, "peer", 16.0),
+            sample(Work::Map, "peer", 20.0),
+            sample(Work::Map, "tdpmmu (fault)", 10.0),
+            sample(Work::Map, "tdpmmu (bulk)", 2.5),
+        ];
+        let rows = rows(&samples, &limits());
+        let got: Vec<_> = rows.iter().map(|row| (row.name, row.ratio, row.of, row.to_tdpmmu)).collect();
+        assert_eq!(
+            got,
+            [
+                ("tdpmmu (bulk)", 0.5, "cmpxchg_ns", Some(1.0)),
+                ("tdpmmu (fault)", 2.0, "cmpxchg_ns", Some(4.0)),
+                ("peer", 4.0, "cmpxchg_ns", Some(8.0)),
+                ("peer", 2.0, "2 swap_ns", None),
+            ]
+        );
+        let text = table(&rows, &limits());
+        for part in ["map: ", "lock-shared: ", "8.00 x tdpmmu", "2.00 x\n"] {
+            assert!(text.contains(part), "{part:?} not in {text}");
+        }
+        assert!(!text.contains("unmap"), "{text}");
+    }
+
+    #[test]
+    fn every_work_has_a_basis_and_its_json_name() {
+        for work in Work::ALL {
+            assert!(work.basis(&limits()).1 > 0.0);
+            assert_eq!(serde_json::to_value(work).unwrap(), work.name());
         }
     }
-    Ok(best / calls as f64)
+
+    #[test]
+    fn together_means_that_every_thread_makes_its_calls() {
+        for threads in [1usize, 2, 3] {
+            let calls = AtomicUsize::new(0);
+            let ns = hammer(threads, 2, 1000, || {
+                || {
+                    calls.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+            assert!(ns.unwrap() > 0.0);
+            assert!(calls.into_inner() >= 2000 * threads);
+        }
+    }
 }
