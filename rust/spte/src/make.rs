@@ -204,6 +204,14 @@ impl Format {
         if nx_mitigation { self.with_exec(huge, false) } else { huge }
     }
 
+    /// The 4K leaf that change_pte (up to 6.9) installs when the host moved a page to `pfn` read-only.
+    ///
+    /// The caller has made the entry empty first: the frame of a present leaf never changes in one step.
+    pub const fn change_pte(&self, old: Spte, pfn: u64) -> Spte {
+        let read_only = old.0 & !(self.write | self.mmu_writable | self.host_writable);
+        self.access_track(Spte(read_only).with_pfn(pfn))
+    }
+
     /// The same leaf, executable or not, also while R and X are saved away by access tracking.
     pub const fn with_exec(&self, s: Spte, exec: bool) -> Spte {
         let tracked = self.is_access_tracked(s);

@@ -49,7 +49,7 @@ impl Format {
     /// No relocation below 18 bits, where no five bits above the page offset are left, nor from 47 up, where there is
     /// no room to move five bits up.
     pub const fn with_l1tf(mut self, cache_bits: u8) -> Format {
-        if cache_bits >= 12 + L1TF_BITS as u8 + 1 && cache_bits < 52 - L1TF_BITS as u8 {
+        if cache_bits > 12 + L1TF_BITS as u8 && cache_bits < 52 - L1TF_BITS as u8 {
             let low = cache_bits as u32 - L1TF_BITS;
             self.l1tf_mask = ((1 << L1TF_BITS) - 1) << low;
             self.mmio_gfn_mask = Spte::PFN_MASK & ((1 << low) - 1);

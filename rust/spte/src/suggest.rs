@@ -1,14 +1,14 @@
 //! "Did you mean": the nearest known name, for errors that name the value and the rule.
 
 /// The entry of `known` that is closest to `name` by edit distance (case ignored), if any is close enough to be a
-/// typing error: at most a third of the longer name, and never everything.
+/// typing error: at most a third of the longer name, and never everything. Of equals, one of the same length wins.
 pub fn closest<'a>(name: &str, known: &[&'a str]) -> Option<&'a str> {
     let wanted = name.to_ascii_lowercase();
     known
         .iter()
         .map(|k| (distance(&wanted, &k.to_ascii_lowercase()), *k))
         .filter(|(d, k)| *d <= (wanted.chars().count().max(k.len()) / 3).max(1) && *d < k.len())
-        .min_by_key(|(d, _)| *d)
+        .min_by_key(|(d, k)| (*d, k.len().abs_diff(name.len())))
         .map(|(_, k)| k)
 }
 
@@ -40,6 +40,7 @@ mod tests {
         let designs = ["inline", "async-worker", "sync"];
         assert_eq!(closest("inlin", &designs), Some("inline"));
         assert_eq!(closest("ASYNC_worker", &designs), Some("async-worker"));
+        assert_eq!(closest("6.13", &["6.1", "6.12"]), Some("6.12"));
         assert_eq!(closest("snyc", &["sync"]), None);
         assert_eq!(closest("synk", &["sync"]), Some("sync"));
     }

@@ -1,0 +1,123 @@
+//! Profiles: the recorded facts, the parser, its errors.
+
+use proptest::prelude::*;
+use tdpmmu_spte::profile::DESIGNS;
+use tdpmmu_spte::{
+    Collapse, FormatKind, KernelProfile, LockMode, Ownership, Passes, ProfileError, RoleLayout, WriteBack,
+};
+
+fn named(text: &str) -> KernelProfile {
+    KernelProfile::named(text).unwrap()
+}
+
+#[test]
+fn every_profile_is_found_by_its_name_and_is_sound() {
+    assert_eq!(KernelProfile::ALL.iter().map(|p| p.name).collect::<Vec<_>>(), KernelProfile::NAMES);
+    for p in KernelProfile::ALL {
+        assert_eq!(named(p.name), *p);
+        assert_eq!(p.to_string(), p.name);
+        p.check().unwrap();
+        assert!(DESIGNS.contains(&p.design));
+        // "sync" tears nothing down at the last put, so somebody else must own a root.
+        assert_eq!(p.design == "sync", p.ownership == Ownership::Mmu);
+    }
+}
+
+#[test]
+fn the_recorded_kernels_differ_as_recorded() {
+    let (async_, stable, v12, v72) = (named("6.1-async"), named("6.1"), named("6.12"), named("7.2"));
+    assert_eq!((async_.design, async_.ownership), ("async-worker", Ownership::Vcpu));
+    assert_eq!((stable.design, stable.ownership), ("sync", Ownership::Mmu));
+    assert_eq!((async_.passes, stable.passes), (Passes::ROOT_1G, Passes::ROOT_1G));
+    assert_eq!((v12.passes, v72.passes), (Passes::ALL, Passes::ALL));
+    assert_eq!((stable.root_load_lock, v12.root_load_lock), (LockMode::Exclusive, LockMode::Shared));
+    assert_eq!((v12.role_layout, v72.role_layout), (RoleLayout::Access3, RoleLayout::Access4));
+    assert_eq!((v12.collapse, v72.collapse), (Collapse::ZapFreeze, Collapse::RecoverInPlace));
+    assert_eq!((v12.write_back, v72.write_back), (WriteBack::AtZap, WriteBack::AtCreation));
+    assert!(v72.children_before_parent_events && !v12.children_before_parent_events);
+    assert!(stable.set_spte_gfn && !v72.set_spte_gfn);
+}
+
+#[test]
+fn a_switch_changes_one_thing() {
+    let p = named("6.12, passes=1G+root , ownership=vcpu");
+    assert_eq!((p.passes, p.ownership), (Passes::ROOT_1G, Ownership::Vcpu));
+    assert_eq!(KernelProfile { passes: Passes::ALL, ownership: Ownership::Mmu, ..p }, named("6.12"));
+    assert_eq!(p.to_string(), "6.12,passes=1G+root,ownership=vcpu");
+    assert_eq!(named("6.1,frozen=0x1a0").format(FormatKind::Npt).frozen().raw(), 0x1a0);
+    assert_eq!(named("6.1,design=reap").design, "reap");
+    assert_eq!(named("6.1,passes=1G+root"), named("6.1"), "setting what is set is nothing");
+}
+
+#[test]
+fn every_value_of_every_switch_survives_printing() {
+    let mut changed = 0;
+    for base in KernelProfile::ALL {
+        for donor in KernelProfile::ALL {
+            for (switch, value) in donor.switches() {
+                let mut p = *base;
+                p.set(switch, &value).unwrap();
+                assert_eq!(named(&p.to_string()), p, "{p}");
+                changed += u32::from(p != *base);
+            }
+        }
+    }
+    assert!(changed > 300, "{changed}");
+    assert_eq!(named("6.12").switches().len(), KernelProfile::SWITCHES.len());
+}
+
+#[test]
+fn switches_have_one_name_each() {
+    let mut names = KernelProfile::SWITCHES.to_vec();
+    names.sort_unstable();
+    names.dedup();
+    assert_eq!(names.len(), KernelProfile::SWITCHES.len());
+}
+
+#[test]
+fn bad_profiles_name_the_value_and_the_rule() {
+    for (text, part) in [
+        ("6.13", "did you mean 6.12"),
+        ("", "profile \"\": must be one of 5.10"),
+        ("zebra", "must be one of 5.10, 5.15"),
+        ("6.1async", "did you mean 6.1-async"),
+        ("6.12,pases=root", "did you mean passes"),
+        ("6.12,zzzzzzzz=1", "must be one of design"),
+        ("6.12,passes=4K+2M", "passes=\"4K+2M\": must be rising levels"),
+        ("6.12,passes", "must be written switch=value"),
+        ("6.12,", "must be written switch=value"),
+        ("6.12,ownership=host", "must be vcpu, mmu"),
+        ("6.12,design=snyc", "must be in-place"),
+        ("6.12,frozen=0x+5", "must be a 64-bit number"),
+        ("6.12,frozen=0x10000000000000000", "must be a 64-bit number"),
+        ("6.12,frozen=0x9a0", "frozen=0x9a0: must have neither"),
+        ("6.12,frozen=0x5a1", "must have neither bits 0-2"),
+        ("6.12,frozen=0x15a0", "nor frame bits"),
+        ("6.12,frozen=0", "must differ from the empty values"),
+        ("6.12,frozen=0x8000000000000000", "must differ from the empty values"),
+        ("6.12,nonpresent=0x800", "nonpresent=0x800: must be 0 or bit 63"),
+        ("6.12,set-spte-gfn=maybe", "must be on, off"),
+    ] {
+        let error = KernelProfile::named(text).unwrap_err();
+        assert!(error.to_string().contains(part), "{text:?}: {error}");
+    }
+    assert!(matches!(KernelProfile::named("6.13"), Err(ProfileError::UnknownProfile(u)) if u.name == "6.13"));
+}
+
+proptest! {
+    #[test]
+    fn no_text_panics(text in ".{0,60}") {
+        let _ = KernelProfile::named(&text);
+    }
+
+    #[test]
+    fn no_switch_text_panics(
+        switch in proptest::sample::select(KernelProfile::SWITCHES),
+        value in "[ -~]{0,24}",
+    ) {
+        let text = format!("7.2,{switch}={value}");
+        if let Ok(p) = KernelProfile::named(&text) {
+            prop_assert_eq!(named(&p.to_string()), p);
+        }
+    }
+}
