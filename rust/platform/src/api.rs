@@ -1,0 +1,223 @@
+//! The contract between the MMU and the ground it stands on.
+//!
+//! The MMU is written once over `P: Platform`. SPTE words are `std` `AtomicU64` on every platform and every access
+//! goes through the platform with its site: on [`crate::Real`] that inlines to the plain atomic, on a simulated
+//! platform it is a scheduling point and may go through a store buffer.
+
+use std::{
+    any::Any,
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, AtomicU64},
+    },
+};
+
+use crate::{
+    rcu::{RcuConfig, RcuStats},
+    site::Site,
+};
+
+/// How often a thread was taken off its CPU.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Switches {
+    /// It slept or yielded.
+    pub voluntary: u64,
+    /// The scheduler preempted it.
+    pub involuntary: u64,
+}
+
+/// The ground: words, time, sleep, threads, locks and RCU.
+pub trait Platform: Sized + Send + Sync + 'static {
+    /// The lock under mmu_lock.
+    type RwLock: RawRwLock;
+    /// The RCU domain.
+    type Rcu: RcuDomain;
+    /// `real` or the simulation's name.
+    const NAME: &'static str;
+
+    /// Acquire load.
+    fn load(cell: &AtomicU64, site: Site) -> u64;
+    /// Release store.
+    fn store(cell: &AtomicU64, value: u64, site: Site);
+    /// Exchange, a full barrier; returns the old value.
+    fn swap(cell: &AtomicU64, value: u64, site: Site) -> u64;
+    /// Compare and exchange, a full barrier; `Err` carries the value found.
+    fn cmpxchg(cell: &AtomicU64, old: u64, new: u64, site: Site) -> Result<u64, u64>;
+    /// Atomic AND, a full barrier; returns the old value.
+    fn fetch_and(cell: &AtomicU64, value: u64, site: Site) -> u64;
+    /// Atomic OR, a full barrier; returns the old value.
+    fn fetch_or(cell: &AtomicU64, value: u64, site: Site) -> u64;
+    /// Atomic add, a full barrier; returns the old value.
+    fn fetch_add(cell: &AtomicU64, value: u64, site: Site) -> u64;
+    /// Full barrier.
+    fn fence(site: Site);
+    /// A schedule point; nothing on the real platform.
+    fn point(site: Site);
+    /// Spin-wait hint.
+    fn relax(site: Site);
+    /// Gives the CPU away (sched_yield).
+    fn yield_cpu(site: Site);
+    /// The clock of measurements: invariant TSC where there is one.
+    fn ticks() -> u64;
+    /// Converts a difference of [`Platform::ticks`] to nanoseconds.
+    fn ticks_to_ns(ticks: u64) -> u64;
+    /// Converts nanoseconds to ticks.
+    fn ns_to_ticks(ns: u64) -> u64;
+    /// CPU time of the calling thread in nanoseconds.
+    fn thread_cpu_ns() -> u64;
+    /// Context switches of the calling thread so far.
+    fn switches() -> Switches;
+    /// Time the calling thread has waited runnable for a CPU, in nanoseconds, where the host tells.
+    fn run_delay_ns() -> Option<u64>;
+    /// Sleeps while `cell` is `expected`, at most `timeout_ns`; may return early.
+    fn futex_wait(cell: &AtomicU32, expected: u32, timeout_ns: Option<u64>);
+    /// Wakes up to `count` sleepers of `cell`; returns how many.
+    fn futex_wake(cell: &AtomicU32, count: u32) -> u32;
+    /// Starts a thread. Errors: what the host says, and a NUL in `name`.
+    fn spawn(name: &str, body: Box<dyn FnOnce() + Send>) -> io::Result<JoinHandle>;
+}
+
+/// A started thread of any platform.
+pub struct JoinHandle(Box<dyn Join>);
+
+impl std::fmt::Debug for JoinHandle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("JoinHandle")
+    }
+}
+
+/// What a platform's thread must offer.
+pub trait Join: Send {
+    /// Waits for the end; `Err` is the panic of the thread.
+    fn join(self: Box<Self>) -> Result<(), Box<dyn Any + Send>>;
+}
+
+impl JoinHandle {
+    /// Wraps a platform's own handle.
+    pub fn new(inner: impl Join + 'static) -> Self {
+        JoinHandle(Box::new(inner))
+    }
+
+    /// Waits for the end of the thread; `Err` is its panic.
+    pub fn join(self) -> Result<(), Box<dyn Any + Send>> {
+        self.0.join()
+    }
+}
+
+/// A fair reader-writer lock that can tell whether somebody waits.
+///
+/// Unlocking without holding is a logic error: it corrupts the lock, not memory.
+pub trait RawRwLock: Send + Sync {
+    /// An unlocked lock.
+    fn new() -> Self;
+    /// Takes the lock shared; queues behind everybody who waits.
+    fn lock_shared(&self);
+    /// Gives a shared hold back.
+    fn unlock_shared(&self);
+    /// Takes the lock shared if neither a writer holds it nor anybody waits.
+    fn try_lock_shared(&self) -> bool;
+    /// Takes the lock exclusively.
+    fn lock_exclusive(&self);
+    /// Gives the exclusive hold back.
+    fn unlock_exclusive(&self);
+    /// Takes the lock exclusively if it is free and nobody waits.
+    fn try_lock_exclusive(&self) -> bool;
+    /// Somebody waits for the lock. One load.
+    fn is_contended(&self) -> bool;
+
+    /// Like [`RawRwLock::lock_shared`], but calls `waiting` once before it waits, and never if it need not wait.
+    fn lock_shared_or(&self, waiting: impl FnOnce()) {
+        if !self.try_lock_shared() {
+            waiting();
+            self.lock_shared();
+        }
+    }
+
+    /// Like [`RawRwLock::lock_exclusive`], but calls `waiting` once before it waits, and never if it need not wait.
+    fn lock_exclusive_or(&self, waiting: impl FnOnce()) {
+        if !self.try_lock_exclusive() {
+            waiting();
+            self.lock_exclusive();
+        }
+    }
+}
+
+/// Takes back what was deferred, after a grace period.
+pub trait Reclaim: Send + Sync {
+    /// Frees the chain of deferred ids that starts at `head`, linked through the owner's own links and ended by
+    /// [`NIL`]; runs on the RCU thread (after `stop`: on any thread). Returns how many.
+    fn reclaim(&self, head: u32) -> usize;
+}
+
+/// The end of a chain of deferred ids.
+pub const NIL: u32 = u32::MAX;
+
+/// An RCU domain: readers, deferred chains, grace periods.
+pub trait RcuDomain: Send + Sync + Sized + 'static {
+    /// A registered reader; one per thread.
+    type Reader: RcuReader;
+
+    /// A domain that hands what was deferred to `reclaim`. Errors: the RCU thread could not be started.
+    fn try_new(reclaim: Arc<dyn Reclaim>, config: RcuConfig) -> io::Result<Arc<Self>>;
+
+    /// Like [`RcuDomain::try_new`], but a domain whose thread could not be started works without it, in the state
+    /// that [`RcuDomain::stop`] leaves behind; [`RcuStats::thread_error`] then says why.
+    fn new(reclaim: Arc<dyn Reclaim>, config: RcuConfig) -> Arc<Self>;
+
+    /// Registers a reader under a name that stall reports print.
+    fn register(self: &Arc<Self>, name: &str) -> Self::Reader;
+
+    /// Splices the chain `head ..= tail` of `count` ids; `tail_link` is the link of its last id and is overwritten.
+    /// O(1), no allocation; allowed inside a read section.
+    fn defer(&self, head: u32, tail_link: &AtomicU32, count: u32);
+
+    /// Waits one full grace period. Not inside a read section.
+    fn synchronize(&self);
+
+    /// Waits until everything deferred before the call is reclaimed. Not inside a read section.
+    fn barrier(&self);
+
+    /// What the domain has counted and measured so far.
+    fn stats(&self) -> RcuStats;
+
+    /// Reclaims what is deferred and ends the RCU thread; idempotent. What is deferred later is reclaimed by the
+    /// deferring thread as soon as no reader is in the way, at the latest by `barrier` or the drop of the domain.
+    fn stop(&self);
+}
+
+/// A thread's side of RCU. Sections nest.
+pub trait RcuReader: Send {
+    /// Begins a section, or one level more of it.
+    fn enter(&self);
+    /// Ends one level.
+    fn leave(&self);
+    /// Levels entered and not left.
+    fn depth(&self) -> u32;
+}
+
+mod sealed {
+    pub trait Sealed {}
+    impl Sealed for super::Shared {}
+    impl Sealed for super::Exclusive {}
+}
+
+/// The mode in which mmu_lock is held, as a type.
+pub trait Mode: sealed::Sealed + 'static {
+    /// Whether others may hold the lock in the same mode.
+    const SHARED: bool;
+}
+
+/// mmu_lock held for read: SPTEs change by atomic operations only.
+#[derive(Debug)]
+pub struct Shared;
+/// mmu_lock held for write.
+#[derive(Debug)]
+pub struct Exclusive;
+
+impl Mode for Shared {
+    const SHARED: bool = true;
+}
+impl Mode for Exclusive {
+    const SHARED: bool = false;
+}

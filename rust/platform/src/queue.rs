@@ -1,0 +1,226 @@
+//! A queue of work and its workers.
+//!
+//! **Guarantee.** Items start in the order in which they were queued. [`WorkQueue::flush`] returns when everything
+//! queued before the call has run to its end, whatever is queued meanwhile. [`WorkQueue::shutdown`] runs what
+//! is queued, then ends the workers.
+//!
+//! **Mechanism.** Items are numbered as they are queued. What is not done is the queue, whose front has the smallest
+//! number, and at most one item per worker; the smallest number of both is how far everything is done.
+
+use std::{
+    any::Any,
+    collections::VecDeque,
+    io,
+    panic::{self, AssertUnwindSafe},
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    thread,
+};
+
+use crate::{
+    api::{JoinHandle, Platform},
+    histogram::Histogram,
+    mutex::Mutex,
+    site::Site,
+};
+
+/// A first-in first-out queue served by worker threads.
+pub struct WorkQueue<P: Platform, T: Send + 'static> {
+    shared: Arc<Shared<P, T>>,
+    threads: Mutex<P, Vec<JoinHandle>>,
+}
+
+struct Shared<P: Platform, T> {
+    state: Mutex<P, State<T>>,
+    /// Changes with each item queued and with the shutdown: idle workers sleep on it.
+    work: AtomicU32,
+    /// Changes with each item done: flushers sleep on it.
+    done: AtomicU32,
+}
+
+struct State<T> {
+    /// Number, time queued in ticks, item.
+    items: VecDeque<(u64, u64, T)>,
+    next: u64,
+    /// What each worker is at.
+    running: Vec<Option<u64>>,
+    idle: u32,
+    flushers: u32,
+    stopping: bool,
+    delay_ns: Histogram,
+    panic: Option<Box<dyn Any + Send>>,
+}
+
+impl<T> State<T> {
+    /// Every item with a smaller number is done.
+    fn done_below(&self) -> u64 {
+        let queued = self.items.front().map(|(number, ..)| *number);
+        self.running.iter().flatten().copied().chain(queued).min().unwrap_or(self.next)
+    }
+}
+
+impl<P: Platform, T: Send + 'static> WorkQueue<P, T> {
+    /// A queue whose `workers` threads call `run` on each item. Errors: a thread could not be started (those
+    /// started before have ended again), or `workers` is 0.
+    pub fn new(name: &str, workers: usize, run: impl Fn(&T) + Send + Sync + 'static) -> io::Result<Self> {
+        Self::with_context(name, workers, |_| (), move |(), item| run(item))
+    }
+
+    /// Like [`WorkQueue::new`]; each worker first makes a context of its own with `init` (a [`crate::Task`], which
+    /// must be made by its thread) and passes it to each `run`. `init` gets the worker's index.
+    pub fn with_context<C: 'static>(
+        name: &str,
+        workers: usize,
+        init: impl Fn(usize) -> C + Send + Sync + 'static,
+        run: impl Fn(&C, &T) + Send + Sync + 'static,
+    ) -> io::Result<Self> {
+        if workers == 0 {
+            let message = format!("work queue {name:?}: 0 workers would never run anything");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
+        }
+        let shared = Arc::new(Shared {
+            state: Mutex::new(State {
+                items: VecDeque::new(),
+                next: 0,
+                running: vec![None; workers],
+                idle: 0,
+                flushers: 0,
+                stopping: false,
+                delay_ns: Histogram::new(),
+                panic: None,
+            }),
+            work: AtomicU32::new(0),
+            done: AtomicU32::new(0),
+        });
+        let queue = WorkQueue { shared, threads: Mutex::new(Vec::new()) };
+        let body = Arc::new((init, run));
+        for index in 0..workers {
+            let (shared, body) = (queue.shared.clone(), body.clone());
+            let work = move || {
+                let context = (body.0)(index);
+                shared.serve(index, |item| (body.1)(&context, item));
+            };
+            // On an error the queue is dropped, which ends the workers there are.
+            let handle = P::spawn(&format!("{name}/{index}"), Box::new(work))?;
+            queue.threads.lock().push(handle);
+        }
+        Ok(queue)
+    }
+
+    /// Queues an item. After `shutdown` it is run by nobody and dropped; returns whether it was queued.
+    pub fn queue(&self, item: T) -> bool {
+        P::point(Site::QueueWork);
+        let mut state = self.shared.state.lock();
+        if state.stopping {
+            return false;
+        }
+        let number = state.next;
+        state.next += 1;
+        state.items.push_back((number, P::ticks(), item));
+        self.shared.work.fetch_add(1, Ordering::Release);
+        let idle = state.idle > 0;
+        drop(state);
+        if idle {
+            P::futex_wake(&self.shared.work, 1);
+        }
+        true
+    }
+
+    /// Waits until everything queued so far has run. Not from a worker: it would wait for itself.
+    pub fn flush(&self) {
+        P::point(Site::QueueFlush);
+        let shared = &*self.shared;
+        let mut state = shared.state.lock();
+        let target = state.next;
+        while state.done_below() < target {
+            state.flushers += 1;
+            let seen = shared.done.load(Ordering::Acquire);
+            drop(state);
+            P::futex_wait(&shared.done, seen, None);
+            state = shared.state.lock();
+            state.flushers -= 1;
+        }
+    }
+
+    /// Runs what is queued, then ends the workers; idempotent. A panic of `run` is rethrown here, once.
+    pub fn shutdown(&self) {
+        let mut threads = self.threads.lock();
+        let mut state = self.shared.state.lock();
+        state.stopping = true;
+        self.shared.work.fetch_add(1, Ordering::Release);
+        drop(state);
+        P::futex_wake(&self.shared.work, u32::MAX);
+        let mut payload = None;
+        for handle in threads.drain(..) {
+            payload = payload.or(handle.join().err());
+        }
+        drop(threads);
+        payload = self.shared.state.lock().panic.take().or(payload);
+        if let Some(payload) = payload.filter(|_| !thread::panicking()) {
+            panic::resume_unwind(payload);
+        }
+    }
+
+    /// Items queued and not started.
+    pub fn len(&self) -> usize {
+        self.shared.state.lock().items.len()
+    }
+
+    /// Nothing is queued; items may be running.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// From queued to started, in ns.
+    pub fn queue_ns(&self) -> Histogram {
+        self.shared.state.lock().delay_ns.clone()
+    }
+}
+
+impl<P: Platform, T> Shared<P, T> {
+    fn serve(&self, index: usize, run: impl Fn(&T)) {
+        let mut state = self.state.lock();
+        loop {
+            if let Some((number, queued, item)) = state.items.pop_front() {
+                state.running[index] = Some(number);
+                state.delay_ns.record(P::ticks_to_ns(P::ticks().saturating_sub(queued)));
+                drop(state);
+                P::point(Site::QueueRun);
+                // A panic must not leave a flush waiting for an item that will never be done.
+                let result = panic::catch_unwind(AssertUnwindSafe(|| {
+                    run(&item);
+                    drop(item);
+                }));
+                P::point(Site::QueueRun);
+                state = self.state.lock();
+                state.running[index] = None;
+                if let Err(payload) = result {
+                    state.panic.get_or_insert(payload);
+                }
+                self.done.fetch_add(1, Ordering::Release);
+                if state.flushers > 0 {
+                    drop(state);
+                    P::futex_wake(&self.done, u32::MAX);
+                    state = self.state.lock();
+                }
+            } else if state.stopping {
+                return;
+            } else {
+                state.idle += 1;
+                let seen = self.work.load(Ordering::Acquire);
+                drop(state);
+                P::futex_wait(&self.work, seen, None);
+                state = self.state.lock();
+                state.idle -= 1;
+            }
+        }
+    }
+}
+
+impl<P: Platform, T: Send + 'static> Drop for WorkQueue<P, T> {
+    fn drop(&mut self) {
+        self.shutdown();
+    }
+}

@@ -1,0 +1,181 @@
+//! Which read sections are over: one word per reader, one counter, an asymmetric barrier.
+//!
+//! **Guarantee.** When [`Epoch::is_over`] has returned true for a target drawn by [`Epoch::begin`], every section
+//! that loaded a link which was cut before `begin` has ended, and its accesses happen before the return.
+//!
+//! **Mechanism.** The counter of grace periods only grows. A reader's word is 0 outside sections; inside it is the
+//! counter as the reader saw it on entry, with the depth of nesting in the low bits. `begin` makes the caller's cuts
+//! visible (heavy barrier) and draws the next count; a section with an older count is waited for, one with the new
+//! count is not.
+//!
+//! **Why that is enough.** Let a reader load a link L that was cut before `begin`, and let it still see it. Two ways
+//! in which the scan could miss the section:
+//!
+//! * *The scan reads the word before the reader's store reached it.* The reader does: store word; light barrier; load
+//!   L. The reclaimer: cut L; heavy barrier; load word. If the heavy barrier orders itself before the reader's light
+//!   one, the load of L comes after the cut and finds it gone. If after, the word's store is visible to the scan.
+//!   Either way nothing is missed. `membarrier` splits every running thread's program order at one point, hence
+//!   the light side need only keep the compiler from moving the load above the store; the fallback makes
+//!   both sides SeqCst fences, whose total order gives the same two cases.
+//! * *The reader entered with the new count, yet saw the old link.* The counter is raised after the cut, with release;
+//!   the reader loads it with acquire. Who sees the new count sees the cut.
+//!
+//! A reader that entered with a stale count after the scan passed its zero word is the first case, "gone" branch: it
+//! sees no old link, and later grace periods wait for it needlessly at worst.
+//!
+//! The reader's stores are releases: the scan's acquire of any later word (0, or the count of a next section) puts all
+//! of the earlier section before the reclamation. On x86 all of this is plain stores and loads.
+
+use std::{cell::Cell, marker::PhantomData};
+
+use crate::primitive::{Arc, AtomicU64, CachePadded, Mutex, Ordering};
+
+/// The two sides of the barrier. Where light and heavy are the same fence the scheme is the textbook one; the
+/// trait exists so that loom can also be shown the scheme with the barrier missing.
+pub trait Barrier: Send + Sync {
+    /// Between a reader's store of its word and its loads.
+    fn light(&self);
+    /// Between a reclaimer's cuts and its loads of the words.
+    fn heavy(&self);
+}
+
+/// One grace period. Below it: the depth of nesting.
+const PERIOD: u64 = 1 << DEPTH_BITS;
+const DEPTH_BITS: u32 = 12;
+const DEPTH: u64 = PERIOD - 1;
+
+/// A reader's word and name, shared between the reader and the scans.
+#[derive(Debug)]
+pub struct Slot {
+    /// 0 outside sections; inside, the count seen on entry (bits 12..) and the depth (bits 0..12).
+    word: CachePadded<AtomicU64>,
+    id: u32,
+    name: Box<str>,
+}
+
+impl Slot {
+    pub fn id(&self) -> u32 {
+        self.id
+    }
+
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+}
+
+/// The counter, the readers and the barrier.
+#[derive(Debug)]
+pub struct Epoch<B> {
+    /// The count of grace periods begun, with depth 1: what a reader stores on entry.
+    now: CachePadded<AtomicU64>,
+    barrier: B,
+    readers: Mutex<(u32, Vec<Arc<Slot>>)>,
+}
+
+impl<B: Barrier> Epoch<B> {
+    pub fn new(barrier: B) -> Self {
+        Epoch { now: CachePadded(AtomicU64::new(PERIOD | 1)), barrier, readers: Mutex::new((0, Vec::new())) }
+    }
+
+    pub fn barrier(&self) -> &B {
+        &self.barrier
+    }
+
+    /// Begins a grace period for everything the caller has cut so far; returns its target for [`Epoch::is_over`].
+    pub fn begin(&self) -> u64 {
+        // Release: whoever enters with the new count sees the cuts.
+        let target = self.now.fetch_add(PERIOD, Ordering::AcqRel) + PERIOD;
+        self.barrier.heavy();
+        target >> DEPTH_BITS
+    }
+
+    /// Whether all sections older than `target` have ended. `blocked` is called for each that has not.
+    pub fn is_over(&self, target: u64, mut blocked: impl FnMut(&Slot)) -> bool {
+        // A reader that registers after this scan enters after the lock is released, hence sees the cuts.
+        let readers = self.readers.lock().unwrap();
+        let mut over = true;
+        for slot in &readers.1 {
+            let word = slot.word.load(Ordering::Acquire);
+            if word != 0 && word >> DEPTH_BITS < target {
+                over = false;
+                blocked(slot);
+            }
+        }
+        over
+    }
+
+    /// Registers a reader.
+    pub fn register(self: &Arc<Self>, name: &str) -> Handle<B> {
+        let mut readers = self.readers.lock().unwrap();
+        let id = readers.0;
+        readers.0 += 1;
+        let slot = Arc::new(Slot { word: CachePadded(AtomicU64::new(0)), id, name: name.into() });
+        readers.1.push(slot.clone());
+        drop(readers);
+        Handle { slot, epoch: self.clone(), _one_thread: PhantomData }
+    }
+
+    /// How many readers are registered.
+    pub fn reader_count(&self) -> usize {
+        self.readers.lock().unwrap().1.len()
+    }
+}
+
+/// A registered reader. Only one thread at a time may hold it: the word has a single writer.
+#[derive(Debug)]
+pub struct Handle<B: Barrier> {
+    slot: Arc<Slot>,
+    epoch: Arc<Epoch<B>>,
+    _one_thread: PhantomData<Cell<()>>,
+}
+
+impl<B: Barrier> Handle<B> {
+    /// The id that stall reports carry.
+    pub fn id(&self) -> u32 {
+        self.slot.id
+    }
+
+    #[inline(always)]
+    pub fn enter(&self) {
+        let word = self.slot.word.load(Ordering::Relaxed);
+        if word != 0 {
+            return self.nest(word);
+        }
+        self.slot.word.store(self.epoch.now.load(Ordering::Acquire), Ordering::Release);
+        self.epoch.barrier.light();
+    }
+
+    #[cold]
+    fn nest(&self, word: u64) {
+        assert!(word & DEPTH != DEPTH, "RCU read sections nested {DEPTH} deep");
+        self.slot.word.store(word + 1, Ordering::Release);
+    }
+
+    #[inline(always)]
+    pub fn leave(&self) {
+        let word = self.slot.word.load(Ordering::Relaxed);
+        if word & DEPTH != 1 {
+            return self.unnest(word);
+        }
+        // Release: the section's loads stay above it.
+        self.slot.word.store(0, Ordering::Release);
+    }
+
+    #[cold]
+    fn unnest(&self, word: u64) {
+        assert!(word != 0, "RCU read section left that was not entered");
+        self.slot.word.store(word - 1, Ordering::Release);
+    }
+
+    #[inline(always)]
+    pub fn depth(&self) -> u32 {
+        (self.slot.word.load(Ordering::Relaxed) & DEPTH) as u32
+    }
+}
+
+impl<B: Barrier> Drop for Handle<B> {
+    fn drop(&mut self) {
+        // A leaked guard must not block grace periods for ever: the borrow it held has ended.
+        self.epoch.readers.lock().unwrap().1.retain(|slot| !Arc::ptr_eq(slot, &self.slot));
+    }
+}

@@ -1,0 +1,136 @@
+//! The real platform: OS threads, `std` atomics, futex, TSC.
+//!
+//! Everything is `#[inline(always)]` and ignores the site. [`Platform::point`] has an empty body: a schedule point
+//! compiles to no instruction at all (`tests/points.rs` compares the machine code of a function with and without).
+
+use std::{
+    any::Any,
+    io,
+    sync::atomic::{AtomicU32, AtomicU64, Ordering, fence},
+};
+
+use crate::{
+    api::{Join, JoinHandle, Platform, Switches},
+    clock, futex,
+    rcu::Domain,
+    rwlock::FairRwLock,
+    site::Site,
+};
+
+/// The platform of threads and hardware.
+#[derive(Clone, Copy, Debug)]
+pub struct Real;
+
+impl Platform for Real {
+    type RwLock = FairRwLock;
+    type Rcu = Domain;
+    const NAME: &'static str = "real";
+
+    #[inline(always)]
+    fn load(cell: &AtomicU64, _site: Site) -> u64 {
+        cell.load(Ordering::Acquire)
+    }
+
+    #[inline(always)]
+    fn store(cell: &AtomicU64, value: u64, _site: Site) {
+        cell.store(value, Ordering::Release);
+    }
+
+    #[inline(always)]
+    fn swap(cell: &AtomicU64, value: u64, _site: Site) -> u64 {
+        cell.swap(value, Ordering::SeqCst)
+    }
+
+    #[inline(always)]
+    fn cmpxchg(cell: &AtomicU64, old: u64, new: u64, _site: Site) -> Result<u64, u64> {
+        cell.compare_exchange(old, new, Ordering::SeqCst, Ordering::Acquire)
+    }
+
+    #[inline(always)]
+    fn fetch_and(cell: &AtomicU64, value: u64, _site: Site) -> u64 {
+        cell.fetch_and(value, Ordering::SeqCst)
+    }
+
+    #[inline(always)]
+    fn fetch_or(cell: &AtomicU64, value: u64, _site: Site) -> u64 {
+        cell.fetch_or(value, Ordering::SeqCst)
+    }
+
+    #[inline(always)]
+    fn fetch_add(cell: &AtomicU64, value: u64, _site: Site) -> u64 {
+        cell.fetch_add(value, Ordering::SeqCst)
+    }
+
+    #[inline(always)]
+    fn fence(_site: Site) {
+        fence(Ordering::SeqCst);
+    }
+
+    #[inline(always)]
+    fn point(_site: Site) {}
+
+    #[inline(always)]
+    fn relax(_site: Site) {
+        std::hint::spin_loop();
+    }
+
+    #[inline]
+    fn yield_cpu(_site: Site) {
+        std::thread::yield_now();
+    }
+
+    #[inline(always)]
+    fn ticks() -> u64 {
+        clock::ticks()
+    }
+
+    #[inline]
+    fn ticks_to_ns(ticks: u64) -> u64 {
+        clock::ticks_to_ns(ticks)
+    }
+
+    #[inline]
+    fn ns_to_ticks(ns: u64) -> u64 {
+        clock::ns_to_ticks(ns)
+    }
+
+    fn thread_cpu_ns() -> u64 {
+        clock::thread_cpu_ns()
+    }
+
+    fn switches() -> Switches {
+        clock::switches()
+    }
+
+    fn run_delay_ns() -> Option<u64> {
+        clock::run_delay_ns()
+    }
+
+    fn futex_wait(cell: &AtomicU32, expected: u32, timeout_ns: Option<u64>) {
+        futex::wait(cell, expected, timeout_ns);
+    }
+
+    fn futex_wake(cell: &AtomicU32, count: u32) -> u32 {
+        futex::wake(cell, count)
+    }
+
+    fn spawn(name: &str, body: Box<dyn FnOnce() + Send>) -> io::Result<JoinHandle> {
+        // std panics on a NUL in a thread's name; an error is what the caller can handle.
+        if name.contains('\0') {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!("thread name {name:?} contains NUL"),
+            ));
+        }
+        let handle = std::thread::Builder::new().name(name.to_owned()).spawn(body)?;
+        Ok(JoinHandle::new(OsThread(handle)))
+    }
+}
+
+struct OsThread(std::thread::JoinHandle<()>);
+
+impl Join for OsThread {
+    fn join(self: Box<Self>) -> Result<(), Box<dyn Any + Send>> {
+        self.0.join()
+    }
+}

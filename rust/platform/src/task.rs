@@ -1,0 +1,422 @@
+//! "current": what a thread that calls into the MMU carries with it.
+//!
+//! One task per OS thread: its RCU reader, its time slice, its measurements. A task is not `Sync`; everything in it is
+//! a plain cell, and nothing on the hot path is atomic. With measuring off and no observer, a read section is the RCU
+//! reader's two stores and one predictable branch each way.
+
+use std::{
+    cell::Cell,
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+};
+
+use crate::{
+    api::{Platform, RcuDomain, RcuReader},
+    meter::{Meter, Phase, add},
+    mmu_lock::MmuLock,
+    observer::{Event, Observer},
+    site::Site,
+    slice::Slice,
+};
+
+/// What a task is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Role {
+    /// A vCPU thread.
+    Vcpu,
+    /// The thread of a memslot ioctl or another caller.
+    Caller,
+    /// A worker of the work queue.
+    Worker,
+    /// The RCU thread.
+    Rcu,
+    /// Populates in bulk.
+    Populate,
+    /// Looks on.
+    Observer,
+}
+
+impl Role {
+    /// The name that result files use.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Role::Vcpu => "vcpu",
+            Role::Caller => "caller",
+            Role::Worker => "worker",
+            Role::Rcu => "rcu",
+            Role::Populate => "populate",
+            Role::Observer => "observer",
+        }
+    }
+}
+
+/// When a task gives way, after the kernel's preemption models.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+pub enum Preempt {
+    /// On need_resched, at checks.
+    None,
+    /// The same, and at might-sleep points outside the walks.
+    Voluntary,
+    /// Also when somebody waits for the lock.
+    #[default]
+    Full,
+}
+
+/// How a task behaves and what it measures.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TaskConfig {
+    /// When to give way.
+    pub preempt: Preempt,
+    /// CPU time after which need_resched holds, in ns.
+    pub tick_ns: u64,
+    /// Fill the histograms.
+    pub measure: bool,
+    /// For tests: every n-th check yields.
+    pub force_yield: Option<u32>,
+    /// With `measure`: fill `step_ns` instead of `step_units`.
+    pub step_ns: bool,
+    /// Attribute time to phases; off, all of it is `Phase::Other`.
+    pub attribute: bool,
+}
+
+impl Default for TaskConfig {
+    fn default() -> Self {
+        TaskConfig {
+            preempt: Preempt::Full,
+            tick_ns: 4_000_000,
+            measure: false,
+            force_yield: None,
+            step_ns: false,
+            attribute: true,
+        }
+    }
+}
+
+/// A thread's own state. Neither shared nor used by two threads at once.
+pub struct Task<P: Platform> {
+    reader: <P::Rcu as RcuDomain>::Reader,
+    /// Measuring: sections and holds are timed.
+    measure: bool,
+    observer: Option<Arc<dyn Observer>>,
+    meter: Meter,
+    slice: Slice<P>,
+    config: TaskConfig,
+    /// Guards of mmu_lock this task holds.
+    held: Cell<u32>,
+    /// Checks left until one yields by force; 0: never.
+    force_in: Cell<u32>,
+    /// Sum of reads and writes at the start of the step.
+    step_base: Cell<u64>,
+    step_since: Cell<u64>,
+    step_preempted: Cell<u64>,
+    section_since: Cell<u64>,
+    id: u32,
+    name: Box<str>,
+    role: Role,
+}
+
+static NEXT_ID: AtomicU32 = AtomicU32::new(0);
+
+impl<P: Platform> Task<P> {
+    /// A task for the calling thread, registered as a reader of `rcu`.
+    pub fn new(rcu: &Arc<P::Rcu>, name: &str, role: Role, config: TaskConfig) -> Self {
+        Self::with_observer(rcu, name, role, config, None)
+    }
+
+    /// Like [`Task::new`], and `observer` is told of this task's events.
+    pub fn with_observer(
+        rcu: &Arc<P::Rcu>,
+        name: &str,
+        role: Role,
+        config: TaskConfig,
+        observer: Option<Arc<dyn Observer>>,
+    ) -> Self {
+        Task {
+            reader: rcu.register(name),
+            measure: config.measure,
+            observer,
+            meter: Meter::new::<P>(config.measure),
+            slice: Slice::new(config.tick_ns),
+            config,
+            held: Cell::new(0),
+            force_in: Cell::new(config.force_yield.unwrap_or(0)),
+            step_base: Cell::new(0),
+            step_since: Cell::new(0),
+            step_preempted: Cell::new(0),
+            section_since: Cell::new(0),
+            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
+            name: name.into(),
+            role,
+        }
+    }
+
+    /// Unique within the process.
+    pub fn id(&self) -> u32 {
+        self.id
+    }
+
+    /// The name given.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The role given.
+    pub fn role(&self) -> Role {
+        self.role
+    }
+
+    /// The configuration given.
+    pub fn config(&self) -> &TaskConfig {
+        &self.config
+    }
+
+    /// This task's measurements.
+    #[inline(always)]
+    pub fn meter(&self) -> &Meter {
+        &self.meter
+    }
+
+    /// The observer, if any.
+    pub fn observer(&self) -> Option<&Arc<dyn Observer>> {
+        self.observer.as_ref()
+    }
+
+    /// Somebody listens to this task.
+    #[inline(always)]
+    pub fn is_observed(&self) -> bool {
+        self.observer.is_some()
+    }
+
+    /// Reports an event; `event` is built only if somebody listens.
+    #[inline(always)]
+    pub fn observe(&self, event: impl FnOnce() -> Event) {
+        if let Some(observer) = &self.observer {
+            observer.event(self.id, &event());
+        }
+    }
+
+    /// Begins an RCU read section; it ends with the guard. Sections nest.
+    #[inline(always)]
+    pub fn rcu_read(&self) -> RcuGuard<'_, P> {
+        P::point(Site::RcuEnter);
+        self.reader.enter();
+        if self.measure {
+            self.section_begins();
+        }
+        RcuGuard { task: self }
+    }
+
+    /// Inside a read section.
+    #[inline(always)]
+    pub fn in_rcu(&self) -> bool {
+        self.reader.depth() != 0
+    }
+
+    /// Holds mmu_lock, in either mode.
+    #[inline(always)]
+    pub fn holds_mmu_lock(&self) -> bool {
+        self.held.get() != 0
+    }
+
+    /// Counts SPTE entries read and written, for the meter and for the current step.
+    #[inline(always)]
+    pub fn count(&self, reads: u64, writes: u64) {
+        add(&self.meter.entry_reads, reads);
+        add(&self.meter.entry_writes, writes);
+    }
+
+    /// A reschedule check: ends a step, and says whether to yield here. True if the test forces it, if the task needs
+    /// to be rescheduled, or, fully preemptible, if somebody waits for `lock`.
+    #[inline]
+    pub fn should_yield(&self, lock: &MmuLock<P>) -> bool {
+        P::point(Site::LockYield);
+        if self.measure {
+            self.step_ends();
+        }
+        (self.force_in.get() != 0 && self.forced())
+            || (self.config.preempt == Preempt::Full && lock.is_contended())
+            || self.need_resched()
+    }
+
+    /// The task has used its tick of CPU since it last yielded or was switched in.
+    #[inline]
+    pub fn need_resched(&self) -> bool {
+        self.slice.is_over()
+    }
+
+    /// A point at which the kernel might sleep (allocation, queueing, flush): with voluntary or full preemption the CPU
+    /// is given away here if need_resched. Outside locks and read sections only.
+    #[inline]
+    pub fn might_sleep(&self) {
+        debug_assert!(!self.holds_mmu_lock(), "{} might sleep with mmu_lock held", self.name);
+        debug_assert!(!self.in_rcu(), "{} might sleep inside an RCU read section", self.name);
+        if self.config.preempt != Preempt::None && self.need_resched() {
+            let _yielding = self.phase(Phase::Yield);
+            self.give_cpu_away();
+        }
+    }
+
+    /// Attributes the time until the scope's end to `phase`; scopes nest.
+    #[inline]
+    pub fn phase(&self, phase: Phase) -> PhaseScope<'_> {
+        let before =
+            if self.config.attribute { self.meter.switch(phase, P::ticks()) } else { self.meter.phase() };
+        PhaseScope {
+            meter: &self.meter,
+            before,
+            clock: self.config.attribute.then_some(P::ticks as fn() -> u64),
+        }
+    }
+
+    /// Gives the CPU away and begins a new slice.
+    pub(crate) fn give_cpu_away(&self) {
+        P::yield_cpu(Site::LockYield);
+        self.slice.restart();
+    }
+
+    pub(crate) fn measures(&self) -> bool {
+        self.measure
+    }
+
+    /// mmu_lock was taken.
+    #[inline(always)]
+    pub(crate) fn lock_taken(&self) {
+        let held = self.held.get();
+        self.held.set(held + 1);
+        if self.measure && held == 0 && !self.in_rcu() {
+            self.step_begins();
+        }
+    }
+
+    /// mmu_lock is about to be released.
+    #[inline(always)]
+    pub(crate) fn lock_dropped(&self) {
+        let held = self.held.get() - 1;
+        self.held.set(held);
+        if self.measure && held == 0 && !self.in_rcu() {
+            self.step_ends();
+        }
+    }
+
+    #[cold]
+    fn forced(&self) -> bool {
+        let left = self.force_in.get() - 1;
+        self.force_in.set(if left == 0 { self.config.force_yield.unwrap_or(0) } else { left });
+        left == 0
+    }
+
+    fn units(&self) -> u64 {
+        self.meter.entry_reads.get().wrapping_add(self.meter.entry_writes.get())
+    }
+
+    fn step_begins(&self) {
+        self.step_base.set(self.units());
+        if self.config.step_ns {
+            self.step_preempted.set(P::switches().involuntary);
+            self.step_since.set(P::ticks());
+        }
+    }
+
+    /// Ends a step and begins the next. A stretch without an SPTE is no step.
+    #[cold]
+    fn step_ends(&self) {
+        // `take` of the meter restarts the counts: a step across it is counted from there.
+        let units = self.units();
+        let done = if units >= self.step_base.get() { units - self.step_base.get() } else { units };
+        if done != 0 {
+            if self.config.step_ns {
+                let stretch = P::ticks().saturating_sub(self.step_since.get());
+                if P::switches().involuntary == self.step_preempted.get() {
+                    self.meter.histograms(|h| h.step_ns.record(P::ticks_to_ns(stretch)));
+                } else {
+                    add(&self.meter.steps_dropped, 1);
+                }
+            } else {
+                self.meter.histograms(|h| h.step_units.record(done));
+            }
+        }
+        self.step_begins();
+    }
+
+    #[cold]
+    fn section_begins(&self) {
+        if self.reader.depth() == 1 {
+            self.section_since.set(P::ticks());
+            if self.held.get() == 0 {
+                self.step_begins();
+            }
+        }
+    }
+
+    #[cold]
+    fn section_ends(&self) {
+        if self.reader.depth() == 1 {
+            let stretch = P::ticks().saturating_sub(self.section_since.get());
+            self.meter.histograms(|h| h.rcu_section.record(P::ticks_to_ns(stretch)));
+            if self.held.get() == 0 {
+                self.step_ends();
+            }
+        }
+    }
+}
+
+impl<P: Platform> fmt::Debug for Task<P> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Task")
+            .field("id", &self.id)
+            .field("name", &self.name)
+            .field("role", &self.role)
+            .finish_non_exhaustive()
+    }
+}
+
+/// An RCU read section of a task. Ends on drop, on the task's own thread.
+#[must_use = "the read section ends when the guard is dropped"]
+pub struct RcuGuard<'a, P: Platform> {
+    task: &'a Task<P>,
+}
+
+impl<'a, P: Platform> RcuGuard<'a, P> {
+    /// The task whose section this is.
+    pub fn task(&self) -> &'a Task<P> {
+        self.task
+    }
+}
+
+impl<P: Platform> fmt::Debug for RcuGuard<'_, P> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("RcuGuard").field(&self.task.id).finish()
+    }
+}
+
+impl<P: Platform> Drop for RcuGuard<'_, P> {
+    #[inline(always)]
+    fn drop(&mut self) {
+        if self.task.measure {
+            self.task.section_ends();
+        }
+        self.task.reader.leave();
+        P::point(Site::RcuLeave);
+    }
+}
+
+/// Time attributed to a phase, until dropped.
+#[must_use = "the phase ends when the scope is dropped"]
+#[derive(Debug)]
+pub struct PhaseScope<'a> {
+    meter: &'a Meter,
+    before: Phase,
+    clock: Option<fn() -> u64>,
+}
+
+impl Drop for PhaseScope<'_> {
+    #[inline]
+    fn drop(&mut self) {
+        if let Some(clock) = self.clock {
+            self.meter.switch(self.before, clock());
+        }
+    }
+}
