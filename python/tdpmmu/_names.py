@@ -14,7 +14,6 @@ PREEMPT = ("none", "voluntary", "full")
 OWNERSHIP = ("vcpu", "mmu")
 POPULATE = ("bulk", "fault")
 WRITEBACK = ("none", "bitmap")
-PASSES = ("4K", "2M", "1G", "root")
 
 
 @functools.cache
@@ -60,24 +59,27 @@ def designs(values: str | Iterable[str], name: str = "design") -> list[str]:
 
 
 def profile(value: object, name: str = "profile") -> str:
-    """Return a kernel profile, `NAME[,switch=value...]`. The switches are checked where they are applied."""
+    """Return a kernel profile, `NAME[,switch=value...]`, in its usual spelling.
+
+    Raises:
+        InvalidArgument: an unknown name or switch, or a value that the switch does not take.
+    """
     if not isinstance(value, str):
         raise TypeError(f"{name}={value!r}: expected text, not {type(value).__name__}")
-    one_of(value.partition(",")[0], catalogue()["profiles"], name)
-    return value
+    one_of(value.partition(",")[0].strip(), catalogue()["profiles"], name)
+    return _native.profile(value)
 
 
 def passes(value: str | Iterable[str], name: str = "passes") -> str:
     """Return zap passes as `4K,2M,1G,root`.
 
     Raises:
-        InvalidArgument: an unknown pass, a coarser pass before a finer, no `root` at the end.
+        InvalidArgument: an unknown pass, one twice, a coarser one before a finer, no `root` at the end.
     """
-    parts = [one_of(p.strip(), PASSES, name) for p in (value.split(",") if isinstance(value, str) else value)]
-    order = [PASSES.index(p) for p in parts]
-    if not parts or parts[-1] != "root" or order != sorted(set(order)):
-        raise InvalidArgument(
-            f"{name}={','.join(parts)!r}: expected ascending levels that end in root, such as '1G,root': "
-            "a coarse pass first would do the fine passes' work without a chance to yield"
-        )
-    return ",".join(parts)
+    if isinstance(value, str):
+        return _native.passes(value)
+    parts = list(value)
+    for part in parts:
+        if not isinstance(part, str):
+            raise TypeError(f"{name}={value!r}: expected names, not {type(part).__name__}")
+    return _native.passes(",".join(parts))

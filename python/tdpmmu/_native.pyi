@@ -1,9 +1,23 @@
 from collections.abc import Callable
 from os import PathLike
 
+__all__ = [
+    "_idle",
+    "_panic",
+    "bench",
+    "build_info",
+    "catalogue",
+    "info",
+    "passes",
+    "profile",
+    "replay",
+]
+
 def build_info() -> str: ...
 def info() -> str: ...
 def catalogue() -> str: ...
+def profile(text: str) -> str: ...
+def passes(text: str) -> str: ...
 def bench(
     kind: str,
     config: str,

@@ -6,6 +6,7 @@ always plain bytes and nanoseconds.
 
 from __future__ import annotations
 
+import numbers
 import operator
 import re
 from typing import SupportsIndex
@@ -41,7 +42,8 @@ def as_int(value: object, name: str, accepted: str = "a whole number") -> int:
         InvalidArgument: a bool or a float, even one without a fraction: both are slips more often than sizes.
         TypeError: no kind of number.
     """
-    if isinstance(value, (bool, float)) or type(value).__name__ == "bool_":
+    boolean = isinstance(value, bool) or type(value).__name__ in ("bool", "bool_")  # the second is numpy's
+    if boolean or (isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral)):
         raise InvalidArgument(f"{name}={value!r}: expected {accepted}, not {type(value).__name__}")
     try:
         return operator.index(value)  # type: ignore[arg-type]

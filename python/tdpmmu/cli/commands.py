@@ -27,8 +27,12 @@ class BadInput(Exception):
 def run(arguments: list[str], debug: bool) -> int:
     """Run a command and return the exit code; what went wrong is one message on stderr."""
     try:
-        code = cli.main(arguments, prog_name="tdpmmu", standalone_mode=False)
+        # Not `cli.main`: it turns a closed pipe into exit code 1, which here says that a check failed.
+        with cli.make_context("tdpmmu", arguments) as context:
+            code = cli.invoke(context)
         return code if isinstance(code, int) else 0
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
     except click.ClickException as error:
         error.show()
         return error.exit_code

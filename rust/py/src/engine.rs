@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
+use tdpmmu_spte::{KernelProfile, Passes};
 
 use crate::error::Fault;
 use crate::job::Control;
@@ -37,10 +38,20 @@ pub fn info() -> Result<String, Fault> {
 pub fn catalogue() -> String {
     json!({
         "designs": ["inline", "async-worker", "sync"],
-        "profiles": ["5.10", "5.15", "5.18", "6.1-async", "6.1", "6.12", "7.2"],
+        "profiles": KernelProfile::NAMES,
+        "switches": KernelProfile::SWITCHES,
         "experiments": ["zap", "drop", "populate", "fault", "walk", "rcu"],
     })
     .to_string()
+}
+
+/// The profile as it prints itself: its name, then the switches that differ.
+pub fn profile(text: &str) -> Result<String, Fault> {
+    KernelProfile::named(text).map(|p| p.to_string()).map_err(|e| Fault::Invalid(e.to_string()))
+}
+
+pub fn passes(text: &str) -> Result<String, Fault> {
+    Passes::parse(text).map(|p| p.to_string()).map_err(|e| Fault::Invalid(e.to_string()))
 }
 
 pub fn bench(kind: &str, _config: &str, _control: &Control) -> Result<String, Fault> {

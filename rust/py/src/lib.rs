@@ -38,6 +38,18 @@ fn catalogue() -> String {
     engine::catalogue()
 }
 
+/// Checks a kernel profile, `NAME[,switch=value]...`, and returns it with the default switches left out.
+#[pyfunction]
+fn profile(py: Python<'_>, text: &str) -> PyResult<String> {
+    engine::profile(text).map_err(|fault| fault.into_pyerr(py))
+}
+
+/// Checks zap passes such as `1G,root` and returns them in their usual spelling.
+#[pyfunction]
+fn passes(py: Python<'_>, text: &str) -> PyResult<String> {
+    engine::passes(text).map_err(|fault| fault.into_pyerr(py))
+}
+
 /// Runs one experiment and returns its result as JSON text.
 ///
 /// `progress(phase: str, fraction: float)` is called on the calling thread. `timeout` is in seconds.
@@ -94,5 +106,5 @@ fn _idle(py: Python<'_>, seconds: f64, progress: Option<Py<PyAny>>, timeout: Opt
 #[pymodule]
 mod _native {
     #[pymodule_export]
-    use super::{_idle, _panic, bench, build_info, catalogue, info, replay};
+    use super::{_idle, _panic, bench, build_info, catalogue, info, passes, profile, replay};
 }

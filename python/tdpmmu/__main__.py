@@ -1,0 +1,5 @@
+"""`python -m tdpmmu` is the command line."""
+
+from tdpmmu.cli import main
+
+main()
