@@ -1,1 +1,333 @@
-//! tdpmmu-mmu
+//! # The TDP MMU
+//!
+//! **Guarantee.** Many tasks may map, look up, fix and zap one guest's second-stage page tables at once. Faults and zaps of dead roots share mmu_lock and
+//! settle by compare-exchange; range zaps own it. No table is recycled while a walker could be in it, no leaf is lost or booked twice, and after a fast zap nothing
+//! is mapped that was mapped under a root valid before it, in every sound [design](design).
+//!
+//! **Mechanism.** A tree of tables of atomic SPTEs; the PFN of a non-leaf entry is the index of its table in the pool. Walks snapshot, decide, compare-exchange.
+//! Every change passes one choke point that does the bookkeeping. Unlinked tables go to RCU. Roots are counted, invalidated, and zapped in passes.
+//!
+//! | file | idea |
+//! | --- | --- |
+//! | `iter.rs` | preorder iterator, restartable |
+//! | `walk.rs` | iterator + RCU + lock + what is owed; entries and how they change |
+//! | `change.rs` | the choke point and its batch form; teardown of a removed table |
+//! | `ledger.rs`, `debt.rs` | bookkeeping and TLB flushes that are pending, as values |
+//! | `root.rs` | root list, references, load and put |
+//! | `map.rs` | a fault's map step |
+//! | `lockless.rs` | look-up and fast page fault |
+//! | `zap.rs` | passes, range zaps, the steps of a fast zap |
+//! | `design/` | who zaps a dead root, and when |
+//! | `populate.rs` | bulk population |
+//! | `count.rs` | full counts |
+//! | `host.rs` | what the MMU asks of the rest of KVM |
+//!
+//! Written from the semantics of Linux 5.10 to 7.2; the ways in which these differ are switches of
+//! [`KernelProfile`], read where they matter, each with its source there.
+
+mod change;
+mod count;
+mod debt;
+pub mod design;
+mod host;
+mod iter;
+mod ledger;
+mod lockless;
+mod map;
+mod populate;
+mod root;
+mod walk;
+mod zap;
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex as StdMutex, PoisonError};
+
+use tdpmmu_platform::{
+    MmuLock, Observer, Phase, Platform, RcuConfig, RcuDomain, Role as TaskRole, Task, TaskConfig,
+};
+use tdpmmu_spte::geometry::max_gfn;
+use tdpmmu_spte::{Format, KernelProfile, Ownership, Passes, Role, WriteBack};
+use tdpmmu_table::{PoolConfig, PoolError, TablePool};
+
+pub use count::Counts;
+pub use debt::FlushDebt;
+pub use design::{DESIGNS, DesignInfo, Held, OtherOwnership, UnknownDesign, ZapDesign};
+pub use host::{MmuHost, NoHost};
+pub use iter::{MAX_LEVEL, TdpIter};
+pub use lockless::{FastOutcome, LocklessWalk};
+pub use map::{Frame, MapFault, MapOutcome};
+pub use populate::{BulkError, BulkMap};
+pub use root::{RootList, Which};
+pub use walk::{Entry, Lost, Walk, Yield};
+
+/// Everything that a TDP MMU is made from.
+pub struct MmuConfig<P: Platform> {
+    /// The kernel whose rules hold.
+    pub profile: KernelProfile,
+    /// EPT or NPT entries.
+    pub format: Format,
+    /// 4 or 5.
+    pub root_level: u8,
+    /// Physical address bits of the host, which bound every walk.
+    pub maxphyaddr: u8,
+    /// Granularities of a root zap.
+    pub passes: Passes,
+    /// Who owns a root's first reference.
+    pub ownership: Ownership,
+    /// Who zaps a dead root.
+    pub design: Arc<dyn ZapDesign<P>>,
+    /// Most tables that may exist.
+    pub max_tables: u32,
+    /// Back tables with huge pages.
+    pub hugepages: bool,
+    /// Entries of a leaf table handled between two reschedule checks: 512 (a table) to measure, 1 (the kernel's) to
+    /// conform.
+    pub batch: u16,
+    /// Write Dirty and Accessed of removed leaves back to the host (where the profile does it at zap).
+    pub write_back: bool,
+    /// Who listens.
+    pub observer: Option<Arc<dyn Observer>>,
+    /// RCU's settings.
+    pub rcu: RcuConfig,
+    /// Settings of the tasks that the MMU makes itself (workers).
+    pub task: TaskConfig,
+}
+
+/// An MMU could not be built.
+#[derive(Debug, thiserror::Error)]
+pub enum MmuError {
+    /// No address space for the pool.
+    #[error(transparent)]
+    Pool(#[from] PoolError),
+    /// No thread for RCU or a worker.
+    #[error("the host refused a thread: {0}")]
+    Thread(#[source] std::io::Error),
+}
+
+/// The TDP MMU of one VM. See the crate text.
+pub struct TdpMmu<P: Platform> {
+    /// mmu_lock.
+    pub lock: MmuLock<P>,
+    roots: RootList<P>,
+    pool: Arc<TablePool>,
+    rcu: Arc<P::Rcu>,
+    host: Arc<dyn MmuHost<P>>,
+    config: MmuConfig<P>,
+    max_gfn: u64,
+    writes_back: bool,
+    leaves: [AtomicI64; 4],
+    tables: AtomicI64,
+    flushes: AtomicU64,
+    violations: StdMutex<Vec<String>>,
+}
+
+impl<P: Platform> TdpMmu<P> {
+    /// Builds an MMU without roots and starts its design's workers.
+    ///
+    /// # Errors
+    /// [`MmuError`] when the host refuses address space for the pool, or a thread.
+    pub fn new(config: MmuConfig<P>, host: Arc<dyn MmuHost<P>>) -> Result<Arc<Self>, MmuError> {
+        let pool = Arc::new(TablePool::new(PoolConfig {
+            max_tables: config.max_tables,
+            hugepages: config.hugepages,
+        })?);
+        let reclaim: Arc<dyn tdpmmu_platform::Reclaim> = pool.clone();
+        let rcu = P::Rcu::try_new(reclaim, config.rcu.clone()).map_err(MmuError::Thread)?;
+        let design = Arc::clone(&config.design);
+        let mmu = Arc::new(Self {
+            lock: MmuLock::new(),
+            roots: RootList::default(),
+            pool,
+            rcu,
+            host,
+            max_gfn: max_gfn(config.root_level, config.maxphyaddr),
+            writes_back: config.write_back && config.profile.write_back == WriteBack::AtZap,
+            leaves: Default::default(),
+            tables: AtomicI64::new(0),
+            flushes: AtomicU64::new(0),
+            violations: StdMutex::default(),
+            config,
+        });
+        design.attach(Arc::downgrade(&mmu)).map_err(MmuError::Thread)?;
+        Ok(mmu)
+    }
+
+    /// The page-table pages.
+    #[inline(always)]
+    pub fn pool(&self) -> &TablePool {
+        &self.pool
+    }
+
+    /// The RCU domain that tables are freed through.
+    #[inline(always)]
+    pub fn rcu(&self) -> &Arc<P::Rcu> {
+        &self.rcu
+    }
+
+    /// The switches of the kernel that is modelled.
+    #[inline(always)]
+    pub fn profile(&self) -> &KernelProfile {
+        &self.config.profile
+    }
+
+    /// The entry format.
+    #[inline(always)]
+    pub fn format(&self) -> &Format {
+        &self.config.format
+    }
+
+    /// Level of every root: 4 or 5.
+    #[inline(always)]
+    pub fn root_level(&self) -> u8 {
+        self.config.root_level
+    }
+
+    /// First gfn that cannot be mapped.
+    #[inline(always)]
+    pub fn max_gfn(&self) -> u64 {
+        self.max_gfn
+    }
+
+    /// Granularities of a root zap.
+    pub fn passes(&self) -> Passes {
+        self.config.passes
+    }
+
+    /// Who owns a root's first reference.
+    pub fn ownership(&self) -> Ownership {
+        self.config.ownership
+    }
+
+    /// The zap design.
+    pub fn design(&self) -> &dyn ZapDesign<P> {
+        &*self.config.design
+    }
+
+    #[inline(always)]
+    pub(crate) fn observer(&self) -> Option<&dyn Observer> {
+        self.config.observer.as_deref()
+    }
+
+    #[inline(always)]
+    pub(crate) fn host(&self) -> &dyn MmuHost<P> {
+        &*self.host
+    }
+
+    #[inline(always)]
+    pub(crate) fn batch(&self) -> u16 {
+        self.config.batch
+    }
+
+    #[inline(always)]
+    pub(crate) fn writes_back(&self) -> bool {
+        self.writes_back
+    }
+
+    /// Address space of a root: 1 for SMM.
+    #[inline]
+    pub fn as_id(&self, root: u32) -> u8 {
+        Role(self.pool.meta(root).role()).as_id()
+    }
+
+    /// The role of a valid direct root of this MMU.
+    pub fn root_role(&self, smm: bool) -> Role {
+        let ad_disabled = !self.config.format.ad_bits;
+        self.config.profile.role_layout.tdp_root(self.config.root_level, smm, ad_disabled, false)
+    }
+
+    /// A task ("current") for the calling thread, with the MMU's own settings.
+    pub fn task(&self, name: &str, role: TaskRole) -> Task<P> {
+        Task::new(&self.rcu, name, role, self.config.task.clone())
+    }
+
+    /// Flushes remote TLBs now.
+    pub fn flush(&self, task: &Task<P>, range: Option<Range<u64>>) {
+        let _flushing = task.phase(Phase::Flush);
+        self.flushes.fetch_add(1, Ordering::Relaxed);
+        task.meter().count_flushes(1);
+        self.host.flush_remote(task, range);
+    }
+
+    /// Pays a debt, if one is open.
+    pub fn pay(&self, task: &Task<P>, debt: &mut FlushDebt) {
+        if let Some(range) = debt.take() {
+            self.flush(task, Some(range));
+        }
+    }
+
+    #[inline]
+    pub(crate) fn add_leaves(&self, level: u8, delta: i64) {
+        if self.config.profile.page_stats {
+            self.leaves[level as usize].fetch_add(delta, Ordering::Relaxed);
+        }
+    }
+
+    pub(crate) fn tables_linked(&self, count: u64) {
+        self.tables.fetch_add(count as i64, Ordering::Relaxed);
+    }
+
+    pub(crate) fn tables_unlinked(&self, count: u64) {
+        self.tables.fetch_sub(count as i64, Ordering::Relaxed);
+    }
+
+    /// pages_4k, pages_2m, pages_1g: leaves of all roots, invalid ones included. Exact at quiet points.
+    pub fn leaf_pages(&self) -> [i64; 3] {
+        [1, 2, 3].map(|level: usize| self.leaves[level].load(Ordering::Relaxed))
+    }
+
+    /// Linked tables that are no roots.
+    pub fn linked_tables(&self) -> i64 {
+        self.tables.load(Ordering::Relaxed)
+    }
+
+    /// Remote flushes so far.
+    pub fn flushes(&self) -> u64 {
+        self.flushes.load(Ordering::Relaxed)
+    }
+
+    /// Records that an invariant was found broken. Reported, never ignored: a result with violations is no result.
+    #[cold]
+    pub fn violation(&self, what: &str) {
+        let mut list = self.violations.lock().unwrap_or_else(PoisonError::into_inner);
+        // The count matters, a million copies of the text do not.
+        if list.len() < 1000 {
+            list.push(what.to_owned());
+        }
+    }
+
+    /// Broken invariants so far.
+    pub fn violations(&self) -> Vec<String> {
+        self.violations.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// VM destruction, after the last vCPU has put its roots: drains the design, waits for every table to be freed, and
+    /// says what was left behind.
+    pub fn uninit(&self, task: &Task<P>) -> Leftovers {
+        self.design().drain(self, task);
+        self.rcu.barrier();
+        let roots = self.listed_roots().count() as u64;
+        let left = Leftovers { roots, tables: self.linked_tables(), leaves: self.leaf_pages().iter().sum() };
+        if left != Leftovers::default() {
+            self.violation(&format!("the VM ended with {left:?}"));
+        }
+        left
+    }
+}
+
+impl<P: Platform> Drop for TdpMmu<P> {
+    fn drop(&mut self) {
+        self.rcu.stop();
+    }
+}
+
+/// What was still there at the end of a VM: all zero, or something leaked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Leftovers {
+    /// Roots on the list.
+    pub roots: u64,
+    /// Tables linked, by the running count.
+    pub tables: i64,
+    /// Leaves present, by the running count.
+    pub leaves: i64,
+}

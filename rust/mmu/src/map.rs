@@ -1,0 +1,325 @@
+//! The fault's map step: install one leaf, building the tables above it.
+//!
+//! **Guarantee.** A fault that returns [`MapOutcome::Retry`] has changed nothing it owes and leaked no page; of several vCPUs that race for an entry one wins, the others
+//! retry. A leaf is installed at the goal level and nowhere else. Nothing is ever written over a frozen entry, and the test for it precedes
+//! every other (bug-history 27, 28).
+//!
+//! **Mechanism.** Shared lock, RCU section, one descent from the root: each entry is read once, decided upon, and changed by compare-exchange. A new table is complete (header and
+//! 512 entries) before the compare-exchange that links it, and is not touched by the linker afterwards (rule R9). A huge leaf in the way is split in
+//! place (6.2+), or zapped and replaced by an empty table (5.19-6.1: freeze, flush, empty, link).
+
+use std::sync::atomic::Ordering;
+
+use tdpmmu_platform::{Event, Guard, Platform, Shared, Site, Task};
+use tdpmmu_spte::geometry::{ENTRIES, index, round_down, span};
+use tdpmmu_spte::{Access, AdMode, MakeLeaf, ReplaceFlushSpan, Role, SplitInFault, Spte};
+use tdpmmu_table::{PoolError, TableCache};
+
+use crate::TdpMmu;
+use crate::change::{self, At};
+use crate::ledger::Ledger;
+
+/// What a gfn is backed by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Frame {
+    /// A host page: the frame of the faulting gfn, and whether the host maps it writable.
+    Page {
+        /// Host frame of the faulting gfn (not aligned to the goal level).
+        pfn: u64,
+        /// May the guest write it?
+        writable: bool,
+    },
+    /// No memslot: an MMIO SPTE of this memslot generation.
+    Mmio {
+        /// The generation to store (its low 19 bits are kept).
+        generation: u64,
+    },
+}
+
+/// One fault, resolved as far as the lock.
+#[derive(Clone, Copy, Debug)]
+pub struct MapFault {
+    /// The faulting gfn.
+    pub gfn: u64,
+    /// Address space (1: SMM).
+    pub as_id: u8,
+    /// What backs it.
+    pub frame: Frame,
+    /// Level to map at: 1 (4K), 2 (2M) or 3 (1G).
+    pub goal_level: u8,
+    /// A write access.
+    pub write: bool,
+    /// An instruction fetch.
+    pub exec: bool,
+    /// Not asked for by the guest: no Accessed bit.
+    pub prefetch: bool,
+    /// The slot logs dirty pages.
+    pub dirty_tracked: bool,
+}
+
+/// What became of a fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MapOutcome {
+    /// The leaf is installed.
+    Fixed {
+        /// Its level.
+        level: u8,
+        /// Its value.
+        spte: Spte,
+    },
+    /// It was there already.
+    Spurious,
+    /// Somebody else was faster or owns an entry on the path: fault again.
+    Retry,
+    /// MMIO: emulate the access.
+    Emulate,
+    /// The page may not be written by the guest: emulate the write.
+    WriteProtected,
+}
+
+impl<P: Platform> TdpMmu<P> {
+    /// Tables that a fault may need: one for each level below the root, and one to spare for a root.
+    pub fn fault_tables(&self) -> usize {
+        self.root_level() as usize
+    }
+
+    /// Fills `cache` so that a fault cannot fail for want of a table; outside all locks. New pages are empty (512 non-present values).
+    ///
+    /// # Errors
+    /// [`PoolError::Exhausted`] at the cap.
+    #[inline]
+    pub fn top_up(&self, task: &Task<P>, cache: &mut TableCache) -> Result<(), PoolError> {
+        if cache.len() >= self.fault_tables() {
+            return Ok(());
+        }
+        self.refill(task, cache)
+    }
+
+    #[cold]
+    fn refill(&self, task: &Task<P>, cache: &mut TableCache) -> Result<(), PoolError> {
+        task.might_sleep();
+        cache.top_up(self.pool(), self.fault_tables(), |page| self.fill_empty(page))
+    }
+
+    fn fill_empty(&self, table: u32) {
+        let empty = self.format().empty().raw();
+        for entry in self.pool().entries(table) {
+            entry.store(empty, Ordering::Relaxed);
+        }
+    }
+
+    /// Takes an empty page from the cache and writes its header.
+    pub(crate) fn pop_table(
+        &self,
+        task: &Task<P>,
+        cache: &mut TableCache,
+        role: u32,
+        gfn: u64,
+        level: u8,
+        parent: Option<(u32, u16)>,
+    ) -> Result<u32, PoolError> {
+        let Some(table) = cache.pop() else {
+            let stats = self.pool().stats();
+            return Err(PoolError::Exhausted { in_use: stats.taken, cap: self.pool().cap(), wanted: 1 });
+        };
+        self.pool().meta(table).init(role, gfn, level, parent);
+        if let Some(observer) = self.observer() {
+            observer.event(task.id(), &Event::TableAlloc { table, level, gfn });
+        }
+        Ok(table)
+    }
+
+    /// Maps one gfn under `root`. The caller holds the lock shared, has topped the cache up and has tested for staleness.
+    pub fn map(
+        &self,
+        guard: &mut Guard<'_, P, Shared>,
+        cache: &mut TableCache,
+        root: u32,
+        fault: &MapFault,
+    ) -> MapOutcome {
+        let task = guard.task();
+        let _rcu = task.rcu_read();
+        let (mut table, mut level) = (root, self.root_level());
+        loop {
+            let slot = index(fault.gfn, level);
+            let cell = &self.pool().entries(table)[slot];
+            let old = Spte(P::load(cell, Site::SpteRead));
+            task.count(1, 0);
+            if self.format().is_frozen(old) {
+                return MapOutcome::Retry;
+            }
+            let at = At { as_id: fault.as_id, root, gfn: round_down(fault.gfn, level), level };
+            if level == fault.goal_level {
+                return self.map_leaf(task, cell, at, old, fault);
+            }
+            table = if old.is_table(level) {
+                old.pfn() as u32
+            } else {
+                match self.link_below(task, cache, table, at, old) {
+                    Some(child) => child,
+                    None => return MapOutcome::Retry,
+                }
+            };
+            level -= 1;
+        }
+    }
+
+    #[inline]
+    fn map_leaf(
+        &self,
+        task: &Task<P>,
+        cell: &std::sync::atomic::AtomicU64,
+        at: At,
+        old: Spte,
+        fault: &MapFault,
+    ) -> MapOutcome {
+        let format = self.format();
+        let (new, outcome) = match fault.frame {
+            Frame::Mmio { generation } => {
+                (format.mmio(fault.gfn, Access::ALL, generation), MapOutcome::Emulate)
+            }
+            Frame::Page { pfn, writable } => {
+                if self.profile().spurious_if_allowed
+                    && old.is_leaf(at.level)
+                    && format.allows(old, fault.write, fault.exec)
+                {
+                    return MapOutcome::Spurious;
+                }
+                let pfn = pfn & !(span(at.level) - 1);
+                if old.is_leaf(at.level) && old.pfn() != pfn {
+                    self.violation("a fault found another frame behind a present leaf (rule R5)");
+                    return MapOutcome::Retry;
+                }
+                let made = format.make_leaf(&MakeLeaf {
+                    pfn,
+                    level: at.level,
+                    access: Access::ALL,
+                    prefetch: fault.prefetch,
+                    host_writable: writable,
+                    write_protected: false,
+                    old,
+                    dirty_tracked: fault.dirty_tracked,
+                    ad_mode: AdMode::Enabled,
+                    nx_mitigation: false,
+                    remake: self.profile().remake_dirty,
+                });
+                if made.mark_dirty {
+                    self.host().gfn_dirty(fault.as_id, fault.gfn);
+                }
+                let outcome = if made.write_protected && fault.write {
+                    MapOutcome::WriteProtected
+                } else {
+                    MapOutcome::Fixed { level: at.level, spte: made.spte }
+                };
+                (made.spte, outcome)
+            }
+        };
+        if new == old {
+            return if outcome == MapOutcome::Emulate { outcome } else { MapOutcome::Spurious };
+        }
+        if P::cmpxchg(cell, old.raw(), new.raw(), Site::SpteInstall).is_err() {
+            task.meter().count_retries(1);
+            return MapOutcome::Retry;
+        }
+        task.count(0, 1);
+        if !old.is_present() && self.observer().is_none() {
+            // The common case, without a ledger: a leaf where nothing was.
+            if new.is_present() {
+                self.add_leaves(at.level, 1);
+            }
+            return outcome;
+        }
+        let mut ledger = Ledger::default();
+        change::changed::<P, Shared>(self, task, &mut ledger, at, old, new);
+        ledger.settle(self);
+        if old.is_table(at.level) {
+            // Small translations with other permissions may be cached.
+            let level = match self.profile().replace_flush_span {
+                ReplaceFlushSpan::Entry => at.level,
+                ReplaceFlushSpan::ContainingTable => at.level + 1,
+            };
+            let from = round_down(at.gfn, level);
+            self.flush(task, Some(from..from + span(level)));
+        }
+        outcome
+    }
+
+    /// Puts a table under an entry that has none. `None`: lost a race; nothing is left behind.
+    #[cold]
+    fn link_below(
+        &self,
+        task: &Task<P>,
+        cache: &mut TableCache,
+        parent: u32,
+        at: At,
+        old: Spte,
+    ) -> Option<u32> {
+        let slot = index(at.gfn, at.level) as u16;
+        let cell = &self.pool().entries(parent)[slot as usize];
+        let huge = old.is_leaf(at.level);
+        let split = huge && self.profile().split_in_fault == SplitInFault::Split;
+        let mut expected = old;
+        if huge && !split {
+            expected = self.zap_huge_leaf(task, cell, at, old)?;
+        }
+        let role = Role(self.pool().meta(parent).role()).child().raw();
+        // The cache was topped up outside the lock (I-rule of section 18): an empty one means a caller skipped that.
+        let table = match self.pop_table(task, cache, role, at.gfn, at.level - 1, Some((parent, slot))) {
+            Ok(table) => table,
+            Err(_) => {
+                self.violation("a fault ran out of cached tables under mmu_lock");
+                return None;
+            }
+        };
+        if split {
+            for (i, entry) in self.pool().entries(table).iter().enumerate() {
+                let child = self.format().split_child(old, at.level, i, false);
+                entry.store(child.raw(), Ordering::Relaxed);
+            }
+        }
+        let new = self.format().table(u64::from(table), false);
+        if P::cmpxchg(cell, expected.raw(), new.raw(), Site::SptePublish).is_err() {
+            task.meter().count_retries(1);
+            if split {
+                self.fill_empty(table);
+            }
+            cache.push(table);
+            return None;
+        }
+        task.count(0, 1);
+        self.tables_linked(1);
+        if let Some(observer) = self.observer() {
+            observer.event(task.id(), &Event::TableLink { table, parent, index: slot });
+        }
+        let mut ledger = Ledger::default();
+        if split {
+            // The children are 512 leaves one level down that no event announces (24.3).
+            ledger.leaf(at.level - 1, ENTRIES as i64);
+        }
+        change::changed::<P, Shared>(self, task, &mut ledger, at, expected, new);
+        ledger.settle(self);
+        Some(table)
+    }
+
+    /// 5.19-6.1: a huge leaf in the way is frozen, flushed and emptied before a table is linked.
+    fn zap_huge_leaf(
+        &self,
+        task: &Task<P>,
+        cell: &std::sync::atomic::AtomicU64,
+        at: At,
+        old: Spte,
+    ) -> Option<Spte> {
+        let (frozen, empty) = (self.format().frozen(), self.format().empty());
+        if P::cmpxchg(cell, old.raw(), frozen.raw(), Site::SpteFreeze).is_err() {
+            task.meter().count_retries(1);
+            return None;
+        }
+        let mut ledger = Ledger::default();
+        change::changed::<P, Shared>(self, task, &mut ledger, at, old, frozen);
+        ledger.settle(self);
+        self.flush(task, Some(at.gfn..at.gfn + span(at.level)));
+        P::store(cell, empty.raw(), Site::SpteZap);
+        task.count(0, 2);
+        Some(empty)
+    }
+}

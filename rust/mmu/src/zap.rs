@@ -1,0 +1,130 @@
+//! Zaps: a root in passes of falling granularity, a range of leaves, everything.
+//!
+//! **Guarantee.** After [`TdpMmu::zap_root`] nothing present is left under the root, if nobody may install there any more (the root is invalid, or the VM
+//! dead). A zap of leaves frees no table, so its flush may be paid by the caller; a zap of a root owes no flush, since no guest can run on the root: the request that went with its
+//! invalidation was acknowledged, and loading a root flushes its tag (F6).
+//!
+//! **Mechanism.** A pass of level Z walks down to Z and empties every present entry at or below it; a table removed there takes its subtree with it in one unyielding
+//! step. Passes bound that step: `root` (5.13-5.17) up to 512 GiB, `1G,root` (5.18-6.8) 262,656 entry writes for a GiB of 4 KiB
+//! pages, `4K,2M,1G,root` (6.9+) 512, at the price of writing each leaf twice.
+
+use std::ops::Range;
+
+use tdpmmu_platform::{Event, Exclusive, Guard, Mode, Phase, Platform};
+
+use crate::TdpMmu;
+use crate::debt::FlushDebt;
+use crate::root::Which;
+use crate::walk::{Walk, Yield};
+
+impl<P: Platform> TdpMmu<P> {
+    /// Empties `root` in the configured passes. The root must be referenced, or unreachable and `Yield::Never`.
+    pub fn zap_root<M: Mode>(&self, guard: &mut Guard<'_, P, M>, root: u32, yields: Yield) {
+        let task = guard.task();
+        let _work = task.phase(Phase::SpteWork);
+        if let Some(observer) = self.observer() {
+            observer.event(task.id(), &Event::RootZapBegin { root });
+        }
+        for level in self.passes().iter(self.root_level()) {
+            self.zap_pass(guard, root, level, yields);
+        }
+        if let Some(observer) = self.observer() {
+            observer.event(task.id(), &Event::RootZapEnd { root });
+        }
+    }
+
+    fn zap_pass<M: Mode>(&self, guard: &mut Guard<'_, P, M>, root: u32, level: u8, yields: Yield) {
+        let empty = self.format().empty();
+        let mut walk = Walk::new(self, guard, root, level, 0..self.max_gfn(), yields);
+        while let Some(entry) = walk.next() {
+            let Some(mut entry) = entry.or_yield() else { continue };
+            if entry.level() > level {
+                // A leaf above the pass's level waits for its own pass.
+                continue;
+            }
+            if level == 1 {
+                entry.zap_leaves();
+                continue;
+            }
+            while entry.old().is_present() && entry.set(empty).is_err() {}
+        }
+        walk.finish_and_flush();
+    }
+
+    /// Empties the leaves of `range` under one root (notifier unmap, range zaps); tables stay. Takes over `debt` and returns what is owed then.
+    pub fn zap_leafs(
+        &self,
+        guard: &mut Guard<'_, P, Exclusive>,
+        root: u32,
+        range: Range<u64>,
+        yields: Yield,
+        debt: FlushDebt,
+    ) -> FlushDebt {
+        let empty = self.format().empty();
+        // 6.9+ owes nothing for an invalid root: no guest runs on it (fcdffe97f80e).
+        let owes = self.profile().invalid_root_owes_flush || !self.is_obsolete(root);
+        let _work = guard.task().phase(Phase::SpteWork);
+        let mut walk = Walk::new(self, guard, root, 1, range, yields);
+        walk.inherit(debt);
+        while let Some(entry) = walk.next() {
+            let Some(mut entry) = entry.or_yield() else { continue };
+            if entry.level() == 1 {
+                let before = entry.gfn();
+                if entry.zap_leaves() > 0 && owes {
+                    let end = walk.iter.gfn() + 1;
+                    walk.debt.owe(before..end);
+                }
+            } else if entry.old().is_leaf(entry.level()) {
+                while entry.old().is_leaf(entry.level()) && entry.set(empty).is_err() {}
+                if owes {
+                    entry.owe_flush();
+                }
+            }
+        }
+        walk.finish()
+    }
+
+    /// mmu_notifier unmap of `range` in address space `as_id`: every root, invalid ones too. The caller pays the debt before it returns to the host.
+    pub fn unmap(
+        &self,
+        guard: &mut Guard<'_, P, Exclusive>,
+        as_id: u8,
+        range: Range<u64>,
+        may_block: bool,
+    ) -> FlushDebt {
+        let yields = if may_block { Yield::Allowed } else { Yield::Never };
+        let mut debt = FlushDebt::none();
+        self.for_each_root(guard, Which::All, |guard, root| {
+            if self.as_id(root) == as_id {
+                debt = self.zap_leafs(guard, root, range.clone(), yields, std::mem::take(&mut debt));
+            }
+        });
+        debt
+    }
+
+    /// Everything, under the exclusive lock (the VM's memory goes away: no vCPU can run, no flush is owed).
+    pub fn zap_all(&self, guard: &mut Guard<'_, P, Exclusive>) {
+        self.for_each_root(guard, Which::All, |guard, root| self.zap_root(guard, root, Yield::Allowed));
+    }
+
+    /// First step of a fast zap, under slots_lock and the exclusive lock: after it no valid root is left (except in designs that keep them).
+    pub fn fast_zap_invalidate(&self, guard: &mut Guard<'_, P, Exclusive>) {
+        if let Some(observer) = self.observer() {
+            observer.event(guard.task().id(), &Event::FastZapBegin);
+        }
+        self.design().invalidate(self, guard);
+    }
+
+    /// Second step, same hold, after every vCPU was asked to reload its root.
+    pub fn fast_zap_in_lock(&self, guard: &mut Guard<'_, P, Exclusive>) {
+        self.design().in_lock(self, guard);
+    }
+
+    /// Last step, lock released: returns when nothing is mapped under the roots that were valid at the beginning.
+    pub fn fast_zap_finish(&self, task: &tdpmmu_platform::Task<P>) {
+        self.design().finish(self, task);
+        if let Some(observer) = self.observer() {
+            observer.event(task.id(), &Event::FastZapEnd);
+        }
+    }
+}

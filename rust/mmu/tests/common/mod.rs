@@ -1,0 +1,138 @@
+//! A small MMU without guests, for tests of the engine alone.
+#![allow(dead_code)]
+
+use std::sync::Arc;
+
+use tdpmmu_mmu::{Frame, MapFault, MapOutcome, MmuConfig, NoHost, TdpMmu, design};
+use tdpmmu_platform::{Observer, Owner, Preempt, RcuConfig, Real, Role, Task, TaskConfig};
+use tdpmmu_spte::{FormatKind, KernelProfile, Passes};
+use tdpmmu_table::TableCache;
+
+pub type Mmu = TdpMmu<Real>;
+
+pub struct Setup {
+    pub profile: &'static str,
+    pub design: &'static str,
+    pub passes: Option<&'static str>,
+    pub root_level: u8,
+    pub max_tables: u32,
+    pub batch: u16,
+    pub force_yield: Option<u32>,
+    pub observer: Option<Arc<dyn Observer>>,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Self {
+            profile: "6.12",
+            design: "sync",
+            passes: None,
+            root_level: 4,
+            max_tables: 4096,
+            batch: 512,
+            force_yield: None,
+            observer: None,
+        }
+    }
+}
+
+impl Setup {
+    pub fn build(self) -> Arc<Mmu> {
+        let profile = KernelProfile::named(self.profile).expect("a known profile");
+        let info = design::info(self.design).expect("a known design");
+        let asked = self.passes.map(|p| Passes::parse(p).expect("passes"));
+        let config = MmuConfig {
+            profile,
+            format: profile.format(FormatKind::Npt),
+            root_level: self.root_level,
+            maxphyaddr: 52,
+            passes: design::effective_passes(asked, info, &profile),
+            ownership: info.ownership,
+            design: design::build(self.design, 1).expect("a known design"),
+            max_tables: self.max_tables,
+            hugepages: false,
+            batch: self.batch,
+            write_back: true,
+            observer: self.observer,
+            rcu: RcuConfig::default(),
+            task: TaskConfig {
+                preempt: Preempt::Full,
+                force_yield: self.force_yield,
+                ..TaskConfig::default()
+            },
+        };
+        TdpMmu::new(config, Arc::new(NoHost)).expect("a small pool")
+    }
+}
+
+/// One vCPU: a task, a cache, a root.
+pub struct Cpu {
+    pub mmu: Arc<Mmu>,
+    pub task: Task<Real>,
+    pub cache: TableCache,
+    pub root: u32,
+}
+
+impl Cpu {
+    pub fn new(mmu: &Arc<Mmu>) -> Self {
+        let task = mmu.task("vcpu", Role::Vcpu);
+        let mut cache = TableCache::default();
+        let root = mmu.load_root(&task, &mut cache, mmu.root_role(false)).expect("room for a root");
+        Self { mmu: Arc::clone(mmu), task, cache, root }
+    }
+
+    pub fn fault(&mut self, gfn: u64, level: u8) -> MapOutcome {
+        self.fault_as(gfn, level, true)
+    }
+
+    pub fn fault_as(&mut self, gfn: u64, level: u8, write: bool) -> MapOutcome {
+        self.mmu.top_up(&self.task, &mut self.cache).expect("room for tables");
+        let mut guard = self.mmu.lock.read(&self.task);
+        if self.mmu.is_obsolete(self.root) {
+            return MapOutcome::Retry;
+        }
+        let fault = MapFault {
+            gfn,
+            as_id: 0,
+            frame: Frame::Page { pfn: 0x10_0000 + gfn, writable: true },
+            goal_level: level,
+            write,
+            exec: false,
+            prefetch: false,
+            dirty_tracked: false,
+        };
+        self.mmu.map(&mut guard, &mut self.cache, self.root, &fault)
+    }
+
+    /// Drops the root (a vCPU that unloads).
+    pub fn drop_root(&mut self) {
+        self.mmu.put_roots(&self.task, &[self.root]);
+    }
+
+    pub fn close(mut self) -> Arc<Mmu> {
+        self.cache.drain(self.mmu.pool());
+        self.mmu
+    }
+}
+
+/// A whole fast zap as rust/vm does it, without vCPUs to ask.
+pub fn fast_zap(mmu: &Mmu, task: &Task<Real>) {
+    {
+        let mut guard = mmu.lock.write(task);
+        mmu.fast_zap_invalidate(&mut guard);
+        mmu.fast_zap_in_lock(&mut guard);
+    }
+    mmu.fast_zap_finish(task);
+}
+
+/// Ends the VM and demands that nothing is left.
+pub fn end(mmu: &Arc<Mmu>) {
+    let task = mmu.task("end", Role::Caller);
+    let left = mmu.uninit(&task);
+    assert_eq!(left, tdpmmu_mmu::Leftovers::default());
+    assert_eq!(mmu.violations(), Vec::<String>::new());
+    let stats = mmu.pool().stats();
+    assert_eq!((stats.taken, stats.double_frees), (0, 0), "every page came back once");
+}
+
+pub const _OWNER: Owner = Owner::Vcpu;

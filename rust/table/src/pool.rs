@@ -1,0 +1,426 @@
+//! The pool: pages by index, a hard cap, exact counts, caches that a task tops up before it takes a lock.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use tdpmmu_platform::{NIL, Reclaim};
+
+use crate::arena::Arena;
+use crate::freemap::{FreeMap, WORD_PAGES};
+use crate::{Entries, TABLE_BYTES, TableMeta};
+
+/// How large the pool may become, and what backs it.
+#[derive(Clone, Copy, Debug)]
+pub struct PoolConfig {
+    /// Most tables that may exist at once.
+    pub max_tables: u32,
+    /// Ask for transparent huge pages.
+    pub hugepages: bool,
+}
+
+/// Why the pool could not serve.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PoolError {
+    /// The cap is reached.
+    #[error("out of table memory: {in_use} of {cap} page-table pages in use, {wanted} more wanted")]
+    Exhausted {
+        /// Tables in use or cached.
+        in_use: u64,
+        /// The cap, in tables.
+        cap: u64,
+        /// Tables asked for.
+        wanted: u64,
+    },
+    /// The host refused address space or memory.
+    #[error("the host refused {bytes} bytes for page tables: {reason}")]
+    Host {
+        /// Bytes asked for.
+        bytes: u64,
+        /// The host's word.
+        reason: String,
+    },
+}
+
+/// Exact counts, in tables.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PoolStats {
+    /// Taken from the free map: in use plus cached.
+    pub taken: u64,
+    /// Highest `taken` so far.
+    pub peak: u64,
+    /// Allocations since creation.
+    pub allocs: u64,
+    /// Frees since creation.
+    pub frees: u64,
+    /// Requests refused by the cap.
+    pub cap_hits: u64,
+    /// Frees of a page that was free already: must stay 0.
+    pub double_frees: u64,
+}
+
+/// Table pages by index. Index 0 is never handed out, so that no entry points to it by accident.
+pub struct TablePool {
+    tables: Arena<Entries>,
+    meta: Arena<TableMeta>,
+    free: FreeMap,
+    take: Mutex<()>,
+    cap: u32,
+    taken: AtomicU64,
+    peak: AtomicU64,
+    allocs: AtomicU64,
+    frees: AtomicU64,
+    cap_hits: AtomicU64,
+    double_frees: AtomicU64,
+    committed: AtomicU64,
+}
+
+impl TablePool {
+    /// Reserves address space for `max_tables`; commits nothing.
+    ///
+    /// # Errors
+    /// [`PoolError::Host`] when the host refuses the reservation.
+    pub fn new(config: PoolConfig) -> Result<Self, PoolError> {
+        // One word of slack: the page with index 0 and the word it spoils for runs.
+        let len = config.max_tables as usize + 2 * WORD_PAGES;
+        let host = |error: std::io::Error| PoolError::Host {
+            bytes: (len * TABLE_BYTES) as u64,
+            reason: error.to_string(),
+        };
+        Ok(Self {
+            tables: Arena::reserve(len, config.hugepages).map_err(host)?,
+            meta: Arena::reserve(len, config.hugepages).map_err(host)?,
+            free: FreeMap::new(WORD_PAGES, len),
+            take: Mutex::new(()),
+            cap: config.max_tables,
+            taken: AtomicU64::new(0),
+            peak: AtomicU64::new(0),
+            allocs: AtomicU64::new(0),
+            frees: AtomicU64::new(0),
+            cap_hits: AtomicU64::new(0),
+            double_frees: AtomicU64::new(0),
+            committed: AtomicU64::new(0),
+        })
+    }
+
+    /// The cap, in tables.
+    pub fn cap(&self) -> u64 {
+        u64::from(self.cap)
+    }
+
+    /// Bytes of bookkeeping a table costs beside its 4 KiB: metadata and its bit.
+    pub const fn overhead_bytes_per_table() -> f64 {
+        size_of::<TableMeta>() as f64 + 1.0 / 8.0
+    }
+
+    /// Touches the first `tables` pages and headers now, outside any timed region.
+    ///
+    /// # Errors
+    /// [`PoolError::Host`] when the host has not so much memory.
+    pub fn prefault(&self, tables: u64) -> Result<(), PoolError> {
+        let to = (tables as usize + WORD_PAGES).min(self.cap as usize + 2 * WORD_PAGES);
+        let from = self.committed.load(Ordering::Relaxed) as usize;
+        let host = |error: std::io::Error| PoolError::Host {
+            bytes: ((to - from.min(to)) * TABLE_BYTES) as u64,
+            reason: error.to_string(),
+        };
+        self.tables.commit(from, to).map_err(host)?;
+        self.meta.commit(from, to).map_err(host)?;
+        self.committed.fetch_max(to as u64, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// The 512 entries of table `index`.
+    #[inline(always)]
+    pub fn entries(&self, index: u32) -> &Entries {
+        self.tables.get(index)
+    }
+
+    /// The header of table `index`.
+    #[inline(always)]
+    pub fn meta(&self, index: u32) -> &TableMeta {
+        self.meta.get(index)
+    }
+
+    /// Where the table lies, for prefetch hints only.
+    #[inline(always)]
+    pub fn address(&self, index: u32) -> *const Entries {
+        self.tables.address(index)
+    }
+
+    fn reserve_count(&self, want: u64) -> Result<(), PoolError> {
+        let cap = u64::from(self.cap);
+        let taken = self
+            .taken
+            .fetch_update(Ordering::AcqRel, Ordering::Relaxed, |t| (t + want <= cap).then_some(t + want));
+        match taken {
+            Ok(before) => {
+                self.peak.fetch_max(before + want, Ordering::Relaxed);
+                Ok(())
+            }
+            Err(in_use) => {
+                self.cap_hits.fetch_add(1, Ordering::Relaxed);
+                Err(PoolError::Exhausted { in_use, cap, wanted: want })
+            }
+        }
+    }
+
+    /// Takes a run of `pages` neighbouring tables (1..=512), contents unspecified; the caller fills them whole.
+    ///
+    /// # Errors
+    /// [`PoolError::Exhausted`] at the cap, or when no such run is left.
+    pub fn alloc_run(&self, pages: usize) -> Result<u32, PoolError> {
+        self.reserve_count(pages as u64)?;
+        let run = {
+            let _turn = self.take.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            self.free.take_run(pages)
+        };
+        match run {
+            Some(first) => {
+                self.allocs.fetch_add(pages as u64, Ordering::Relaxed);
+                Ok(first)
+            }
+            None => {
+                let in_use = self.taken.fetch_sub(pages as u64, Ordering::AcqRel) - pages as u64;
+                Err(PoolError::Exhausted { in_use, cap: u64::from(self.cap), wanted: pages as u64 })
+            }
+        }
+    }
+
+    /// Gives one page back at once: only for a page that was never published.
+    pub fn free_unpublished(&self, index: u32) {
+        self.give(index as usize / WORD_PAGES, 1 << (index as usize % WORD_PAGES));
+    }
+
+    fn give(&self, word: usize, mask: u64) {
+        let n = u64::from(mask.count_ones());
+        let twice = self.free.give_word(word, mask);
+        if twice != 0 {
+            self.double_frees.fetch_add(u64::from(twice.count_ones()), Ordering::Relaxed);
+        }
+        let n = n - u64::from(twice.count_ones());
+        self.frees.fetch_add(n, Ordering::Relaxed);
+        self.taken.fetch_sub(n, Ordering::AcqRel);
+    }
+
+    /// The counts now.
+    pub fn stats(&self) -> PoolStats {
+        PoolStats {
+            taken: self.taken.load(Ordering::Acquire),
+            peak: self.peak.load(Ordering::Relaxed),
+            allocs: self.allocs.load(Ordering::Relaxed),
+            frees: self.frees.load(Ordering::Relaxed),
+            cap_hits: self.cap_hits.load(Ordering::Relaxed),
+            double_frees: self.double_frees.load(Ordering::Relaxed),
+        }
+    }
+}
+
+impl Reclaim for TablePool {
+    /// Frees a chain linked through `rcu_link`; neighbours go back with one atomic operation per 64.
+    fn reclaim(&self, head: u32) -> usize {
+        let (mut at, mut freed) = (head, 0);
+        let (mut word, mut mask) = (usize::MAX, 0u64);
+        while at != NIL {
+            // The link must be read before the page is given back: its next user overwrites it.
+            let next = self.meta(at).rcu_link.load(Ordering::Acquire);
+            let (w, bit) = (at as usize / WORD_PAGES, 1u64 << (at as usize % WORD_PAGES));
+            if w != word || mask & bit != 0 {
+                if mask != 0 {
+                    self.give(word, mask);
+                }
+                (word, mask) = (w, 0);
+            }
+            mask |= bit;
+            freed += 1;
+            at = next;
+        }
+        if mask != 0 {
+            self.give(word, mask);
+        }
+        freed
+    }
+}
+
+/// A task's private stock of pages, topped up outside locks so that a fault never allocates under one.
+#[derive(Default)]
+pub struct TableCache {
+    pages: Vec<u32>,
+}
+
+impl TableCache {
+    /// Pages taken at a time: enough for several faults that need a full path.
+    const REFILL: usize = 16;
+
+    /// Makes sure that `min` pages can be popped; `init` sees each new one once.
+    ///
+    /// # Errors
+    /// [`PoolError::Exhausted`] at the cap; what was cached stays cached.
+    pub fn top_up(
+        &mut self,
+        pool: &TablePool,
+        min: usize,
+        mut init: impl FnMut(u32),
+    ) -> Result<(), PoolError> {
+        if self.pages.len() >= min {
+            return Ok(());
+        }
+        // Near the cap the comfortable refill may fail where the needed one succeeds.
+        for want in [Self::REFILL.max(min) - self.pages.len(), min - self.pages.len()] {
+            match pool.reserve_count(want as u64) {
+                Ok(()) => {
+                    let had = self.pages.len();
+                    let got = {
+                        let _turn = pool.take.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+                        pool.free.take_some(&mut self.pages, want)
+                    };
+                    pool.allocs.fetch_add(got as u64, Ordering::Relaxed);
+                    if got < want {
+                        pool.taken.fetch_sub((want - got) as u64, Ordering::AcqRel);
+                    }
+                    self.pages[had..].iter().for_each(|&page| init(page));
+                    // Popping takes from the end: lowest index first keeps runs.
+                    self.pages.sort_unstable_by(|a, b| b.cmp(a));
+                    if self.pages.len() >= min {
+                        return Ok(());
+                    }
+                }
+                Err(error) if want + self.pages.len() == min => return Err(error),
+                Err(_) => {}
+            }
+        }
+        Err(PoolError::Exhausted { in_use: pool.stats().taken, cap: pool.cap(), wanted: min as u64 })
+    }
+
+    /// One page, contents unspecified.
+    pub fn pop(&mut self) -> Option<u32> {
+        self.pages.pop()
+    }
+
+    /// Puts back a page that was popped and never published.
+    pub fn push(&mut self, index: u32) {
+        self.pages.push(index);
+    }
+
+    /// Pages in stock.
+    pub fn len(&self) -> usize {
+        self.pages.len()
+    }
+
+    /// Nothing in stock?
+    pub fn is_empty(&self) -> bool {
+        self.pages.is_empty()
+    }
+
+    /// Gives the stock back to the pool.
+    pub fn drain(&mut self, pool: &TablePool) {
+        for index in self.pages.drain(..) {
+            pool.free_unpublished(index);
+        }
+    }
+}
+
+/// A chain of dead tables, built by the task that unlinked them and spliced into RCU in one step.
+pub struct DeadChain {
+    head: u32,
+    tail: u32,
+    count: u32,
+}
+
+impl Default for DeadChain {
+    fn default() -> Self {
+        Self { head: NIL, tail: NIL, count: 0 }
+    }
+}
+
+impl DeadChain {
+    /// Appends `index`, linking through its own header.
+    #[inline]
+    pub fn push(&mut self, pool: &TablePool, index: u32) {
+        pool.meta(index).rcu_link.store(NIL, Ordering::Relaxed);
+        if self.tail == NIL {
+            self.head = index;
+        } else {
+            pool.meta(self.tail).rcu_link.store(index, Ordering::Relaxed);
+        }
+        self.tail = index;
+        self.count += 1;
+    }
+
+    /// Tables in the chain.
+    pub fn len(&self) -> u32 {
+        self.count
+    }
+
+    /// No table in the chain?
+    pub fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+
+    /// Takes (head, tail's link, count) and leaves the chain empty.
+    pub fn take<'p>(&mut self, pool: &'p TablePool) -> Option<(u32, &'p AtomicU32, u32)> {
+        let (head, tail, count) = (self.head, self.tail, self.count);
+        *self = Self::default();
+        (head != NIL).then(|| (head, &pool.meta(tail).rcu_link, count))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pool(max_tables: u32) -> TablePool {
+        TablePool::new(PoolConfig { max_tables, hugepages: false }).expect("a small reservation")
+    }
+
+    #[test]
+    fn the_cap_is_hard_and_the_count_exact() {
+        let pool = pool(10);
+        let mut cache = TableCache::default();
+        cache.top_up(&pool, 5, |_| {}).expect("room");
+        assert_eq!(pool.stats().taken, 5, "the comfortable refill did not fit, the needed one did");
+        let mut other = TableCache::default();
+        other.top_up(&pool, 5, |_| {}).expect("room for exactly five");
+        let error = other.top_up(&pool, 6, |_| {}).expect_err("one too many");
+        assert_eq!(error, PoolError::Exhausted { in_use: 10, cap: 10, wanted: 1 });
+        cache.drain(&pool);
+        other.drain(&pool);
+        assert_eq!(pool.stats().taken, 0);
+        assert_eq!(pool.stats().cap_hits, 3);
+    }
+
+    #[test]
+    fn a_chain_is_reclaimed_whole_and_its_run_comes_back() {
+        let pool = pool(1024);
+        let first = pool.alloc_run(512).expect("room");
+        let mut chain = DeadChain::default();
+        for i in 0..512 {
+            chain.push(&pool, first + i);
+        }
+        let (head, tail, count) = chain.take(&pool).expect("not empty");
+        assert_eq!((count, tail.load(Ordering::Relaxed)), (512, NIL));
+        assert_eq!(pool.reclaim(head), 512);
+        assert_eq!(pool.stats().taken, 0);
+        assert_eq!(pool.alloc_run(512), Ok(first));
+    }
+
+    #[test]
+    fn freeing_twice_is_counted_and_corrupts_no_count() {
+        let pool = pool(64);
+        let page = pool.alloc_run(1).expect("room");
+        pool.free_unpublished(page);
+        pool.free_unpublished(page);
+        let stats = pool.stats();
+        assert_eq!((stats.double_frees, stats.taken), (1, 0));
+    }
+
+    #[test]
+    fn index_zero_is_never_a_table() {
+        let pool = pool(200);
+        let mut seen = Vec::new();
+        while let Ok(run) = pool.alloc_run(1) {
+            seen.push(run);
+        }
+        assert_eq!(seen.len(), 200);
+        assert!(!seen.contains(&0));
+    }
+}
