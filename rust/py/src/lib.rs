@@ -18,6 +18,9 @@ mod engine;
 mod error;
 mod job;
 
+use std::sync::atomic::{AtomicI64, Ordering};
+
+use pyo3::exceptions::PyImportError;
 use pyo3::prelude::*;
 
 /// JSON text: what this binary is (`profile`, `version`, `git`, `target`, `debug_assertions`).
@@ -102,9 +105,30 @@ fn _idle(py: Python<'_>, seconds: f64, progress: Option<Py<PyAny>>, timeout: Opt
     job::run(py, limits, progress, move |control| engine::idle(seconds, control))
 }
 
+static INTERPRETER: AtomicI64 = AtomicI64::new(-1);
+
+fn one_interpreter(_py: Python<'_>) -> PyResult<()> {
+    // SAFETY: attached, as the token shows: there is a current interpreter state, and its id may be read.
+    let id = unsafe { pyo3::ffi::PyInterpreterState_GetID(pyo3::ffi::PyInterpreterState_Get()) };
+    match INTERPRETER.compare_exchange(-1, id, Ordering::SeqCst, Ordering::SeqCst) {
+        Err(first) if first != id => Err(PyImportError::new_err(
+            "tdpmmu works in one interpreter of a process; another one has imported it already",
+        )),
+        _ => Ok(()),
+    }
+}
+
 /// The native half of tdpmmu. Private: use the `tdpmmu` package.
 #[pymodule]
 mod _native {
+    use pyo3::prelude::*;
+
     #[pymodule_export]
     use super::{_idle, _panic, bench, build_info, catalogue, info, passes, profile, replay};
+
+    /// Refuses a second interpreter of the process: PyO3's statics, and ours, belong to the first.
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        super::one_interpreter(module.py())
+    }
 }
