@@ -4,7 +4,7 @@
 //! freed nor recycled. Yielding consumes the entry: no snapshot survives it. Before the lock is released the walk has paid its flush debt
 //! *and then* left the RCU section (rules F1, F2; Linux 5.18 swapped exactly these two), and its ledger is settled.
 //!
-//! **Mechanism.** [`Walk`] owns the RCU guard and borrows the lock guard; [`Walk::next`] lends one entry at a time. The lock mode
+//! **Mechanism.** [`Walk`] owns the RCU guard and borrows the lock guard; [`Walk::next_entry`] lends one entry at a time. The lock mode
 //! is a type: shared entries change by compare-exchange against the snapshot, exclusive ones by exchange where
 //! hardware may still write (volatile leaves), else by a plain store.
 
@@ -88,7 +88,7 @@ impl<'w, 'a, P: Platform, M: Mode> Walk<'w, 'a, P, M> {
     }
 
     /// Lends the next entry of the range, or ends the walk.
-    pub fn next(&mut self) -> Option<Entry<'_, 'w, 'a, P, M>> {
+    pub fn next_entry(&mut self) -> Option<Entry<'_, 'w, 'a, P, M>> {
         if self.started {
             self.iter.advance::<P>(self.mmu.pool());
             self.task.count(1, 0);
@@ -155,7 +155,7 @@ impl<P: Platform, M: Mode> Entry<'_, '_, '_, P, M> {
         self.walk.iter.index()
     }
 
-    /// A reschedule check. `None`: the walk has yielded and this entry is void; go on with [`Walk::next`].
+    /// A reschedule check. `None`: the walk has yielded and this entry is void; go on with [`Walk::next_entry`].
     #[must_use = "after a yield the entry must not be used"]
     pub fn or_yield(self) -> Option<Self> {
         if self.walk.check_yield() { None } else { Some(self) }

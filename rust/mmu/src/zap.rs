@@ -36,7 +36,7 @@ impl<P: Platform> TdpMmu<P> {
     fn zap_pass<M: Mode>(&self, guard: &mut Guard<'_, P, M>, root: u32, level: u8, yields: Yield) {
         let empty = self.format().empty();
         let mut walk = Walk::new(self, guard, root, level, 0..self.max_gfn(), yields);
-        while let Some(entry) = walk.next() {
+        while let Some(entry) = walk.next_entry() {
             let Some(mut entry) = entry.or_yield() else { continue };
             if entry.level() > level {
                 // A leaf above the pass's level waits for its own pass.
@@ -66,7 +66,7 @@ impl<P: Platform> TdpMmu<P> {
         let _work = guard.task().phase(Phase::SpteWork);
         let mut walk = Walk::new(self, guard, root, 1, range, yields);
         walk.inherit(debt);
-        while let Some(entry) = walk.next() {
+        while let Some(entry) = walk.next_entry() {
             let Some(mut entry) = entry.or_yield() else { continue };
             if entry.level() == 1 {
                 let before = entry.gfn();
