@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::ScopedJoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
@@ -186,70 +186,115 @@ pub fn table(rows: &[Row], limits: &Limits) -> String {
     out
 }
 
-/// Time of one call in ns, made back to back on `threads` threads; `make` builds each thread's operation on it.
+/// Time of one call in ns, made back to back by one thread: the least of `rounds` rounds of `calls` after a first.
+pub fn hammer<F: FnMut()>(rounds: u32, calls: u64, make: impl Fn() -> F) -> f64 {
+    let mut operation = make();
+    (0..=rounds).map(|_| timed(&mut operation, calls).1).fold(f64::INFINITY, f64::min)
+}
+
+/// The same on `threads` threads at once, each with its own `make`; None if they never ran at the same time.
 ///
-/// Alone, the least of `rounds` counts. Together, threads start when all of them are running and go on until all have
-/// made their `calls`, so that every counted call had company; a round's figure is the mean over the threads, and the
-/// median of the rounds counts, because the least would be the round with the least contention.
+/// Threads start when all of them are running and go on until all have made their `calls`. A round counts only if
+/// they did start together and none was off its CPU meanwhile: on a busy machine two threads may well take turns, and
+/// then there is no contention to measure. Rounds that do not count are repeated, up to [`PATIENCE`] times as many.
+/// A round's figure is the mean over the threads, and the median of the rounds is the result, because the least would
+/// be the round with the least contention.
 ///
 /// # Errors
 /// [`BenchError::Spawn`].
-pub fn hammer<F: FnMut()>(
+pub fn hammer_together<F: FnMut()>(
     threads: usize,
     rounds: u32,
     calls: u64,
     make: impl Fn() -> F + Sync,
-) -> Result<f64, BenchError> {
-    let timed = |operation: &mut F| {
-        let start = Instant::now();
-        for _ in 0..calls {
-            operation();
-        }
-        start.elapsed().as_nanos() as f64 / calls as f64
-    };
-    if threads == 1 {
-        let mut operation = make();
-        return Ok((0..=rounds).map(|_| timed(&mut operation)).fold(f64::INFINITY, f64::min));
-    }
+) -> Result<Option<f64>, BenchError> {
     let mut figures = Vec::with_capacity(rounds as usize);
-    for _ in 0..rounds {
-        let (arrived, done) = (AtomicUsize::new(0), AtomicUsize::new(0));
-        let sum = std::thread::scope(|scope| {
-            let (make, timed, arrived, done) = (&make, &timed, &arrived, &done);
-            let mut handles = Vec::with_capacity(threads);
-            for index in 0..threads {
-                let body = move || {
-                    let mut operation = make();
-                    meet(arrived, threads);
-                    if done.load(Ordering::Relaxed) >= GIVEN_UP {
-                        return 0.0;
-                    }
-                    let ns = timed(&mut operation);
-                    done.fetch_add(1, Ordering::Relaxed);
-                    while done.load(Ordering::Relaxed) < threads {
-                        (0..64).for_each(|_| operation());
-                    }
-                    ns
-                };
-                match std::thread::Builder::new().spawn_scoped(scope, body) {
-                    Ok(handle) => handles.push(handle),
-                    Err(source) => {
-                        // Those already there must not wait for one that never comes.
-                        done.store(GIVEN_UP, Ordering::Relaxed);
-                        arrived.fetch_add(threads, Ordering::Release);
-                        return Err(BenchError::Spawn { index, source });
-                    }
-                }
-            }
-            let join = |handle: ScopedJoinHandle<'_, f64>| {
-                handle.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-            };
-            Ok(handles.into_iter().map(join).sum::<f64>())
-        })?;
-        figures.push(sum / threads as f64);
+    for _ in 0..rounds.saturating_mul(PATIENCE) {
+        let turns = one_round(threads, calls, &make)?;
+        let first = turns.iter().map(|turn| turn.start).min();
+        let last = turns.iter().map(|turn| turn.start).max();
+        let apart = last.zip(first).map_or(Duration::ZERO, |(last, first)| last - first);
+        if turns.len() == threads && apart <= TOGETHER && turns.iter().all(|turn| turn.on_cpu) {
+            figures.push(turns.iter().map(|turn| turn.ns).sum::<f64>() / threads as f64);
+        }
+        if figures.len() == rounds as usize {
+            break;
+        }
     }
     figures.sort_unstable_by(f64::total_cmp);
-    Ok(figures.get(figures.len() / 2).copied().unwrap_or(f64::NAN))
+    Ok(figures.get(figures.len() / 2).copied())
+}
+
+/// Rounds that are tried for each that is wanted.
+const PATIENCE: u32 = 20;
+/// Starts closer than this are together: a percent or so of a round.
+const TOGETHER: Duration = Duration::from_micros(20);
+
+/// One thread's part of a round.
+struct Turn {
+    start: Instant,
+    ns: f64,
+    /// It was running all the time: its CPU time is its wall time but for a fiftieth.
+    on_cpu: bool,
+}
+
+fn timed(operation: &mut impl FnMut(), calls: u64) -> (Instant, f64) {
+    let start = Instant::now();
+    for _ in 0..calls {
+        operation();
+    }
+    (start, start.elapsed().as_nanos() as f64 / calls as f64)
+}
+
+fn one_round<F: FnMut()>(
+    threads: usize,
+    calls: u64,
+    make: &(impl Fn() -> F + Sync),
+) -> Result<Vec<Turn>, BenchError> {
+    let (arrived, done) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    std::thread::scope(|scope| {
+        let (arrived, done) = (&arrived, &done);
+        let mut handles = Vec::with_capacity(threads);
+        for index in 0..threads {
+            let body = move || {
+                let mut operation = make();
+                meet(arrived, threads);
+                if done.load(Ordering::Relaxed) >= GIVEN_UP {
+                    return None;
+                }
+                let cpu = thread_cpu();
+                let (start, ns) = timed(&mut operation, calls);
+                let cpu = thread_cpu().saturating_sub(cpu);
+                let on_cpu = cpu >= start.elapsed() * 49 / 50;
+                done.fetch_add(1, Ordering::Relaxed);
+                while done.load(Ordering::Relaxed) < threads {
+                    (0..64).for_each(|_| operation());
+                }
+                Some(Turn { start, ns, on_cpu })
+            };
+            match std::thread::Builder::new().spawn_scoped(scope, body) {
+                Ok(handle) => handles.push(handle),
+                Err(source) => {
+                    // Those already there must not wait for one that never comes.
+                    done.store(GIVEN_UP, Ordering::Relaxed);
+                    arrived.fetch_add(threads, Ordering::Release);
+                    return Err(BenchError::Spawn { index, source });
+                }
+            }
+        }
+        let join = |handle: ScopedJoinHandle<'_, Option<Turn>>| {
+            handle.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        };
+        Ok(handles.into_iter().filter_map(join).collect())
+    })
+}
+
+/// CPU time of the calling thread.
+fn thread_cpu() -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the call writes one timespec, which `time` is.
+    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) };
+    Duration::new(time.tv_sec.cast_unsigned(), u32::try_from(time.tv_nsec).unwrap_or(0))
 }
 
 /// More threads than there are: the round is off.
@@ -321,16 +366,25 @@ mod tests {
     }
 
     #[test]
-    fn together_means_that_every_thread_makes_its_calls() {
+    fn every_thread_makes_its_calls() {
         for threads in [1usize, 2, 3] {
             let calls = AtomicUsize::new(0);
-            let ns = hammer(threads, 2, 1000, || {
+            let make = || {
                 || {
                     calls.fetch_add(1, Ordering::Relaxed);
                 }
-            });
-            assert!(ns.unwrap() > 0.0);
-            assert!(calls.into_inner() >= 2000 * threads);
+            };
+            let turns = one_round(threads, 1000, &make).unwrap();
+            assert_eq!(turns.len(), threads);
+            assert!(turns.iter().all(|turn| turn.ns > 0.0));
+            assert!(calls.load(Ordering::Relaxed) >= 1000 * threads);
+            assert!(hammer(2, 1000, make) > 0.0);
         }
+    }
+
+    #[test]
+    fn threads_that_sleep_were_not_together() {
+        let make = || || std::thread::sleep(Duration::from_micros(50));
+        assert_eq!(hammer_together(2, 1, 4, make).unwrap(), None);
     }
 }

@@ -3,13 +3,11 @@
 //! `lock-shared-two` is two threads that do nothing else: the figure is the time of one thread's pair of calls while
 //! the other does the same, so a lock that scaled perfectly would show the figure of `lock-shared`.
 
-use std::hint::black_box;
-
-use crate::harness::{BenchError, Sample, Work, hammer};
+use crate::harness::{BenchError, Sample, Work, hammer, hammer_together};
 
 const CALLS: u64 = 50_000;
 
-/// The three rows of one lock; `shared` and `exclusive` build a thread's take-and-release.
+/// The rows of one lock, the contended one only where two threads did run at once; `shared` and `exclusive` build a thread's take-and-release.
 ///
 /// # Errors
 /// [`BenchError::Spawn`].
@@ -18,13 +16,17 @@ pub fn lock_samples<S: FnMut(), E: FnMut()>(
     reps: u32,
     shared: impl Fn() -> S + Sync,
     exclusive: impl Fn() -> E + Sync,
-) -> Result<[Sample; 3], BenchError> {
+) -> Result<Vec<Sample>, BenchError> {
     let sample = |work, ns| Sample { work, name, ns, count: CALLS };
-    Ok([
-        sample(Work::LockShared, hammer(1, reps * 4, CALLS, &shared)?),
-        sample(Work::LockSharedTwo, hammer(2, reps * 4, CALLS, &shared)?),
-        sample(Work::LockExclusive, hammer(1, reps * 4, CALLS, &exclusive)?),
-    ])
+    let mut out = vec![
+        sample(Work::LockShared, hammer(reps * 4, CALLS, &shared)),
+        sample(Work::LockExclusive, hammer(reps * 4, CALLS, &exclusive)),
+    ];
+    match hammer_together(2, reps * 4, CALLS, &shared)? {
+        Some(ns) => out.push(sample(Work::LockSharedTwo, ns)),
+        None => eprintln!("peers: {name}: no lock-shared-two: two threads never ran at the same time"),
+    }
+    Ok(out)
 }
 
 /// The rows of the peers.
@@ -35,16 +37,11 @@ pub fn samples(reps: u32) -> Result<Vec<Sample>, BenchError> {
     let parking = parking_lot::RwLock::new(0u64);
     let std = std::sync::RwLock::new(0u64);
     let mut out = Vec::new();
-    out.extend(lock_samples(
-        "parking_lot",
-        reps,
-        || || drop(black_box(parking.read())),
-        || || *parking.write() += 1,
-    )?);
+    out.extend(lock_samples("parking_lot", reps, || || drop(parking.read()), || || *parking.write() += 1)?);
     out.extend(lock_samples(
         "std",
         reps,
-        || || drop(black_box(std.read())),
+        || || drop(std.read()),
         || || *std.write().unwrap_or_else(std::sync::PoisonError::into_inner) += 1,
     )?);
     // Every exclusive call of every round counted, or the lock did not exclude.
@@ -62,9 +59,10 @@ pub fn samples(reps: u32) -> Result<Vec<Sample>, BenchError> {
 #[cfg(test)]
 mod tests {
     #[test]
-    fn every_lock_has_three_rows() {
+    fn every_lock_has_its_rows() {
         let rows = super::samples(1).unwrap();
-        assert_eq!(rows.len(), 6);
+        // The contended rows need two free CPUs.
+        assert!((4..=6).contains(&rows.len()));
         assert!(rows.iter().all(|row| row.ns > 0.0));
     }
 }

@@ -6,7 +6,6 @@
 //! the last one was freed (`defer-reclaimed`), whoever freed it and wherever. Items not counted as freed at the end
 //! are an error.
 
-use std::hint::black_box;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -18,6 +17,9 @@ use crate::harness::{BenchError, Sample, Work, hammer};
 pub const ITEMS: u32 = 128 * 1024;
 /// Items that one read section retires.
 pub const BATCH: usize = 512;
+
+/// Read sections that one repetition enters.
+pub const CALLS: u64 = 100_000;
 
 /// Something a table page is retired into: the record that its freeing writes.
 #[derive(Default)]
@@ -97,18 +99,17 @@ pub fn defer_samples(
 /// # Errors
 /// [`BenchError::WorkNotDone`], [`BenchError::Spawn`].
 pub fn samples(reps: u32) -> Result<Vec<Sample>, BenchError> {
-    const CALLS: u64 = 100_000;
     let items = Items::new();
     let section = |name, ns| Sample { work: Work::ReadSection, name, ns, count: CALLS };
 
     let epochs = epoch::Collector::new();
-    let pin = hammer(1, reps * 4, CALLS, || {
+    let pin = hammer(reps * 4, CALLS, || {
         let local = epochs.register();
-        move || drop(black_box(local.pin()))
-    })?;
+        move || drop(local.pin())
+    });
     let hyaline = seize::Collector::new();
-    let enter = hammer(1, reps * 4, CALLS, || || drop(black_box(hyaline.enter())))?;
-    let owned = hammer(1, reps * 4, CALLS, || || drop(black_box(hyaline.enter_owned())))?;
+    let enter = hammer(reps * 4, CALLS, || || drop(hyaline.enter()));
+    let owned = hammer(reps * 4, CALLS, || || drop(hyaline.enter_owned()));
 
     let mut out =
         vec![section("crossbeam-epoch", pin), section("seize", enter), section("seize (owned)", owned)];
