@@ -399,11 +399,36 @@ impl Format {
     /// already are stable: nobody without the lock takes one away, until aging went lockless (6.15).
     #[inline]
     pub const fn is_volatile(&self, s: Spte) -> bool {
+        // The bulk of a populated tree is writable, accessed and dirty: one compare, well predicted.
+        if self.is_settled(s) {
+            return false;
+        }
         let ad = self.ad_enabled(s);
         let fixable = s.0 & (self.write | self.mmu_writable) == self.mmu_writable;
         let unaccessed = ad & (s.0 & self.accessed == 0);
         let clean = ad & (s.0 & (self.write | self.dirty) == self.write);
         fixable | self.is_access_tracked(s) | unaccessed | clean | (self.lockless_aging & !ad)
+    }
+
+    /// Mask of the bits that [`Format::settled_value`] fixes.
+    #[inline]
+    pub const fn settled_mask(&self) -> u64 {
+        Self::AD_MASK | self.settled_value()
+    }
+
+    /// Present, writable by all three bits, accessed and dirty, with hardware A/D: nobody can add a bit.
+    ///
+    /// For scans that fold a whole table: a leaf with `(raw ^ settled_value()) & settled_mask() == 0` is not volatile
+    /// (the converse does not hold). Only where [`Format::ad_bits`].
+    #[inline]
+    pub const fn settled_value(&self) -> u64 {
+        Spte::PRESENT | self.host_writable | self.mmu_writable | self.write | self.accessed | self.dirty
+    }
+
+    /// Has the entry every bit of [`Format::settled_value`]? Then it is not volatile.
+    #[inline]
+    pub const fn is_settled(&self, s: Spte) -> bool {
+        (s.0 & self.settled_mask() == self.settled_value()) & self.ad_bits
     }
 
     /// Must the exclusive side exchange this entry? Only leafs; A on a table is volatile but nobody reads it.

@@ -139,6 +139,7 @@ mod tests {
         assert_eq!(levels(Passes::ROOT, 4), [4]);
         assert_eq!(levels(Passes::ROOT_1G, 5), [3, 5]);
         assert_eq!(levels(Passes::ALL, 4), [1, 2, 3, 4]);
+        assert_eq!(levels(Passes::ALL, 3), [1, 2, 3], "a pass at the root's level is the root's");
         assert_eq!(Passes::ALL.count(), 4);
     }
 

@@ -110,6 +110,9 @@ fn predicates_agree_with_a_model_on_every_combination() {
                 || (ad_on && p.w && !p.d)
                 || (f.lockless_aging && !ad_on);
             assert_eq!(f.is_volatile(s), volatile, "{f:?} {s:?}");
+            let settled = f.ad_bits && p.present && p.host && p.mmu && p.w && p.a && p.d && p.ad == 0;
+            assert_eq!(f.is_settled(s), settled);
+            assert!(!(settled && volatile));
             assert_eq!(f.needs_atomic_write(s, 2), p.present && p.ps && volatile);
             for (write, exec, want) in
                 [(false, false, p.r), (true, false, p.w), (false, true, p.x), (true, true, p.x)]

@@ -156,6 +156,24 @@ fn recovery_in_place_takes_w_from_the_small_leaf() {
 }
 
 #[test]
+fn only_a_writable_accessed_dirty_leaf_is_settled() {
+    for name in RECORDED {
+        let f = npt(name).1;
+        assert!(
+            [0xe67, 0xee7, NX | 0xee7].iter().all(|s| f.is_settled(Spte(*s)) && !f.is_volatile(Spte(*s)))
+        );
+        for raw in [0xe65, 0xe27, 0xe47, 0xe07, 0x825, 0x8a5, 0xa65, 0x827, f.frozen, f.nonpresent] {
+            assert!(!f.is_settled(Spte(raw)), "{raw:#x}");
+        }
+        assert!(
+            !f.is_volatile(Spte(0x825)) && !f.is_volatile(Spte(0xa65)),
+            "nothing can be added to these either"
+        );
+        assert!(f.is_volatile(Spte(0xe65)) && f.is_volatile(Spte(0xe47)) && f.is_volatile(Spte(0xe27)));
+    }
+}
+
+#[test]
 fn empty_and_frozen_have_the_recorded_values() {
     for (name, empty, frozen) in
         [("6.1-async", 0, 0x5a0), ("6.1", 0, 0x5a0), ("6.12", NX, NX | 0x5a0), ("7.2", NX, NX | 0x1a0)]
