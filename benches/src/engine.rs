@@ -11,6 +11,7 @@ use tdpmmu_platform::{
 use crate::harness::{BenchError, Sample, Work, hammer};
 use crate::locks::lock_samples;
 use crate::reclaim::{BATCH, CALLS, ITEMS, Items, defer_samples};
+use crate::tree;
 
 type Rcu = <Real as Platform>::Rcu;
 type Lock = <Real as Platform>::RwLock;
@@ -20,18 +21,10 @@ type Lock = <Real as Platform>::RwLock;
 /// # Errors
 /// As the single functions.
 pub fn samples(pages: u64, reps: u32) -> Result<Vec<Sample>, BenchError> {
-    let mut out = paging_rows(pages, reps)?;
+    let mut out = tree::samples(pages, reps)?;
     out.extend(rcu_rows(reps)?);
     out.extend(lock_rows(reps)?);
     Ok(out)
-}
-
-/// The tree: here go the rows of `tdpmmu_mmu`, as implementations of [`crate::paging::PageTables`].
-///
-/// # Errors
-/// [`BenchError::WorkNotDone`], [`BenchError::NoMemory`].
-pub fn paging_rows(_pages: u64, _reps: u32) -> Result<Vec<Sample>, BenchError> {
-    Ok(Vec::new())
 }
 
 /// Items are freed a chain at a time: a write to each, as the peers do it, and one count for all.

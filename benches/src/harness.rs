@@ -24,6 +24,9 @@ pub enum BenchError {
     /// A benchmark thread could not be started.
     #[error("cannot start benchmark thread {index}: {source}")]
     Spawn { index: usize, source: std::io::Error },
+    /// Our engine refused, or found one of its rules broken.
+    #[error("tdpmmu: {what}")]
+    Engine { what: String },
     /// The limits could not be taken.
     #[error(transparent)]
     Limits(#[from] LimitsError),

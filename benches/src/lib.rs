@@ -4,8 +4,8 @@
 //! count, the same order, the same backing memory, and each checks afterwards that the work was done. The ratio is to
 //! a figure of [`limits`], so that rows of different machines compare too. `README.md` says what each work means.
 //!
-//! `paging`, `reclaim` and `locks` hold the peers, `host` the kernel's own page tables, and `engine` our rows: one
-//! function per work, called where the peers' are.
+//! `paging`, `reclaim` and `locks` hold the peers and `host` the kernel's own page tables. Our rows are in `engine`, one
+//! function per group of works, and in `tree`, those of the page tables.
 
 pub mod arena;
 pub mod engine;
@@ -16,3 +16,4 @@ pub mod limits;
 pub mod locks;
 pub mod paging;
 pub mod reclaim;
+pub mod tree;

@@ -15,7 +15,7 @@ use crate::harness::{BenchError, Sample, Work};
 /// Physical address of guest page 0's frame; above any table, so that a mix-up shows.
 const FRAME_BASE: u64 = 1 << 48;
 /// An odd stride visits every page of a power of two once, far apart from the one before.
-const STRIDE: u64 = 0x9e37_79b9;
+pub const STRIDE: u64 = 0x9e37_79b9;
 
 /// What every page-table implementation here can be asked.
 pub trait PageTables: Sized {

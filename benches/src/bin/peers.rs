@@ -64,7 +64,7 @@ fn main() -> ExitCode {
         Err(error) => {
             eprintln!("peers: {error}");
             return ExitCode::from(match error {
-                BenchError::WorkNotDone { .. } => 1,
+                BenchError::WorkNotDone { .. } | BenchError::Engine { .. } => 1,
                 BenchError::NoMemory { .. } | BenchError::Spawn { .. } | BenchError::Limits(_) => 4,
             });
         }
