@@ -8,41 +8,31 @@
 //! * [`task`]: "current": time slice, read sections, steps; [`meter`]: what it measures.
 //! * [`queue`], [`mutex`]: work and sleeping locks. [`clock`]: TSC. [`observer`]: who listens.
 //!
-//! Under `--cfg loom` only the protocols are compiled, over loom's types: see `primitive`.
+//! Under `--cfg loom` the protocols are compiled over loom's types (see `primitive`), and `Real` is left out.
 
 #![warn(missing_docs)]
 
-#[cfg(not(loom))]
 pub mod api;
-#[cfg(not(loom))]
 pub mod clock;
-#[cfg(not(loom))]
+#[cfg_attr(loom, allow(dead_code))]
 mod futex;
-#[cfg(not(loom))]
 pub mod histogram;
-#[cfg(not(loom))]
 pub mod meter;
-#[cfg(not(loom))]
 pub mod mmu_lock;
-#[cfg(not(loom))]
 pub mod mutex;
-#[cfg(not(loom))]
 pub mod observer;
 mod primitive;
-#[cfg(not(loom))]
 pub mod queue;
 pub mod rcu;
 #[cfg(not(loom))]
 mod real;
 pub mod rwlock;
-#[cfg(not(loom))]
 pub mod site;
-#[cfg(not(loom))]
 mod slice;
-#[cfg(not(loom))]
 pub mod task;
 
 #[cfg(not(loom))]
+pub use crate::real::Real;
 pub use crate::{
     api::{
         Exclusive, Join, JoinHandle, Mode, NIL, Platform, RawRwLock, RcuDomain, RcuReader, Reclaim, Shared,
@@ -55,7 +45,6 @@ pub use crate::{
     observer::{Event, NO_TASK, Observer, Owner},
     queue::WorkQueue,
     rcu::{Flavour, RcuConfig, RcuStats, Stall},
-    real::Real,
     rwlock::FairRwLock,
     site::Site,
     task::{PhaseScope, Preempt, RcuGuard, Role, Task, TaskConfig},

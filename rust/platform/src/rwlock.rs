@@ -60,8 +60,8 @@ const fn ticket(state: u64) -> u32 {
 }
 
 /// A newcomer may read: no writer, no queue.
-const fn is_open_to_readers(state: u64) -> bool {
-    state & (WRITER | WAITERS) == 0
+const fn is_open_to_readers<const MUTANT: u8>(state: u64) -> bool {
+    state & (WRITER | if MUTANT == mutant::BARGING_READER { 0 } else { WAITERS }) == 0
 }
 
 /// A newcomer may write: nobody inside, no queue.
@@ -70,13 +70,36 @@ const fn is_idle(state: u64) -> bool {
 }
 
 /// The head of the queue may enter.
-const fn admits_head<const SHARED: bool>(state: u64) -> bool {
-    if SHARED { state & WRITER == 0 } else { state & (WRITER | READERS) == 0 }
+const fn admits_head<const SHARED: bool, const MUTANT: u8>(state: u64) -> bool {
+    if SHARED || MUTANT == mutant::RASH_WRITER {
+        state & WRITER == 0
+    } else {
+        state & (WRITER | READERS) == 0
+    }
 }
 
 /// The fair reader-writer lock of the real platform. See the module's text.
+pub type FairRwLock = QueuedLock<{ mutant::NONE }>;
+
+/// Deliberate defects, for tests that show that the searches would find them. Folded away at compile time.
+pub mod mutant {
+    /// The lock as it is meant.
+    pub const NONE: u8 = 0;
+    /// The head sleeps without looking at the state it marked.
+    pub const BLIND_HEAD: u8 = 1;
+    /// A newcomer that hid the last reader's exit does not pass the wake-up on.
+    pub const SILENT_NEWCOMER: u8 = 2;
+    /// The next ticket's owner is not woken.
+    pub const SILENT_SERVER: u8 = 3;
+    /// Newcomers that read look at the writer only and pass the queue.
+    pub const BARGING_READER: u8 = 4;
+    /// The head takes the lock for write although readers are inside.
+    pub const RASH_WRITER: u8 = 5;
+}
+
+/// A queued reader-writer lock with a defect, or with [`mutant::NONE`].
 #[derive(Debug)]
-pub struct FairRwLock {
+pub struct QueuedLock<const MUTANT: u8> {
     /// | bits | field |
     /// | --- | --- |
     /// | 0 | [`WRITER`] |
@@ -91,13 +114,14 @@ pub struct FairRwLock {
     turns: [Sleep; TURNS as usize],
 }
 
-impl FairRwLock {
+impl<const MUTANT: u8> QueuedLock<MUTANT> {
     /// Serves `ticket`: its owner becomes the head.
     #[cold]
     fn serve(&self, ticket: u32) {
         let turn = &self.turns[(ticket % TURNS) as usize];
         // Release: the new head sees what the old one did as head. Acquire: pairs with the mark.
-        if turn.word.swap(ticket << 1, Ordering::AcqRel) & TURN_ASLEEP != 0 {
+        let asleep = turn.word.swap(ticket << 1, Ordering::AcqRel) & TURN_ASLEEP != 0;
+        if asleep && MUTANT != mutant::SILENT_SERVER {
             turn.wake_all();
         }
     }
@@ -132,7 +156,7 @@ impl FairRwLock {
         let mut spins = 0;
         loop {
             let seen = self.state.load(Ordering::Relaxed);
-            if admits_head::<SHARED>(seen) {
+            if admits_head::<SHARED, MUTANT>(seen) {
                 let taken = (seen - WAITER + if SHARED { READER } else { WRITER }) & !HEAD_ASLEEP;
                 if self.state.compare_exchange(seen, taken, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
                     break;
@@ -146,7 +170,8 @@ impl FairRwLock {
             }
             // The gate is read before the mark is set: see the module's text.
             let gate = self.gate.word.load(Ordering::Acquire);
-            if !admits_head::<SHARED>(self.state.fetch_or(HEAD_ASLEEP, Ordering::AcqRel)) {
+            let marked = self.state.fetch_or(HEAD_ASLEEP, Ordering::AcqRel);
+            if !admits_head::<SHARED, MUTANT>(marked) || MUTANT == mutant::BLIND_HEAD {
                 self.gate.wait(gate);
             }
         }
@@ -165,7 +190,7 @@ impl FairRwLock {
         let old = self.state.fetch_add(WAITER + TICKET - READER, Ordering::AcqRel);
         // For a moment this thread looked like a reader. If it hid the last reader's exit from a sleeping writer,
         // the wake-up is its to give.
-        if readers(old) == 1 && old & HEAD_ASLEEP != 0 {
+        if readers(old) == 1 && old & HEAD_ASLEEP != 0 && MUTANT != mutant::SILENT_NEWCOMER {
             self.wake_head();
         }
         self.wait_queued::<true>(ticket(old));
@@ -185,9 +210,9 @@ impl FairRwLock {
     }
 }
 
-impl RawRwLock for FairRwLock {
+impl<const MUTANT: u8> RawRwLock for QueuedLock<MUTANT> {
     fn new() -> Self {
-        FairRwLock {
+        QueuedLock {
             state: CachePadded(AtomicU64::new(0)),
             gate: Sleep::new(0),
             // Ticket 0 is being served; the other words hold the tickets one round back.
@@ -206,7 +231,7 @@ impl RawRwLock for FairRwLock {
     #[inline]
     fn lock_shared_or(&self, waiting: impl FnOnce()) {
         // Add first, look after: one RMW, and no load that would fetch the line twice when many CPUs read.
-        if !is_open_to_readers(self.state.fetch_add(READER, Ordering::Acquire)) {
+        if !is_open_to_readers::<MUTANT>(self.state.fetch_add(READER, Ordering::Acquire)) {
             waiting();
             self.queue_shared();
         }
@@ -224,7 +249,7 @@ impl RawRwLock for FairRwLock {
     #[inline]
     fn try_lock_shared(&self) -> bool {
         let mut seen = self.state.load(Ordering::Relaxed);
-        while is_open_to_readers(seen) {
+        while is_open_to_readers::<MUTANT>(seen) {
             match self.state.compare_exchange_weak(seen, seen + READER, Ordering::Acquire, Ordering::Relaxed)
             {
                 Ok(_) => return true,

@@ -10,9 +10,16 @@ use crate::{
 
 /// A stack of ids linked through their owner's links.
 #[derive(Debug)]
-pub(crate) struct Chain(AtomicU32);
+pub struct Chain(AtomicU32);
+
+impl Default for Chain {
+    fn default() -> Self {
+        Self::new()
+    }
+}
 
 impl Chain {
+    /// An empty stack.
     pub fn new() -> Self {
         Chain(AtomicU32::new(NIL))
     }
@@ -40,6 +47,7 @@ impl Chain {
         self.0.swap(NIL, Ordering::SeqCst)
     }
 
+    /// Nothing is on the stack.
     pub fn is_empty(&self) -> bool {
         self.0.load(Ordering::SeqCst) == NIL
     }

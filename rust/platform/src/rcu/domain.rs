@@ -335,7 +335,7 @@ impl RcuDomain for Domain {
     }
 
     fn register(self: &Arc<Self>, name: &str) -> Reader {
-        Reader(self.inner.epoch.register(name))
+        Reader(Epoch::register(&self.inner.epoch, name))
     }
 
     fn defer(&self, head: u32, tail_link: &AtomicU32, count: u32) {

@@ -54,10 +54,12 @@ pub struct Slot {
 }
 
 impl Slot {
+    /// Unique within the epoch.
     pub fn id(&self) -> u32 {
         self.id
     }
 
+    /// The name given at registration.
     pub fn name(&self) -> &str {
         &self.name
     }
@@ -73,10 +75,12 @@ pub struct Epoch<B> {
 }
 
 impl<B: Barrier> Epoch<B> {
+    /// No readers, over the given barrier.
     pub fn new(barrier: B) -> Self {
         Epoch { now: CachePadded(AtomicU64::new(PERIOD | 1)), barrier, readers: Mutex::new((0, Vec::new())) }
     }
 
+    /// The barrier in use.
     pub fn barrier(&self) -> &B {
         &self.barrier
     }
@@ -104,15 +108,15 @@ impl<B: Barrier> Epoch<B> {
         over
     }
 
-    /// Registers a reader.
-    pub fn register(self: &Arc<Self>, name: &str) -> Handle<B> {
-        let mut readers = self.readers.lock().unwrap();
+    /// Registers a reader. (Not a method: loom's `Arc` cannot be a receiver.)
+    pub fn register(epoch: &Arc<Self>, name: &str) -> Handle<B> {
+        let mut readers = epoch.readers.lock().unwrap();
         let id = readers.0;
         readers.0 += 1;
         let slot = Arc::new(Slot { word: CachePadded(AtomicU64::new(0)), id, name: name.into() });
         readers.1.push(slot.clone());
         drop(readers);
-        Handle { slot, epoch: self.clone(), _one_thread: PhantomData }
+        Handle { slot, epoch: epoch.clone(), _one_thread: PhantomData }
     }
 
     /// How many readers are registered.
@@ -135,6 +139,7 @@ impl<B: Barrier> Handle<B> {
         self.slot.id
     }
 
+    /// Begins a section, or nests one level deeper.
     #[inline(always)]
     pub fn enter(&self) {
         let word = self.slot.word.load(Ordering::Relaxed);
@@ -151,6 +156,7 @@ impl<B: Barrier> Handle<B> {
         self.slot.word.store(word + 1, Ordering::Release);
     }
 
+    /// Ends one level.
     #[inline(always)]
     pub fn leave(&self) {
         let word = self.slot.word.load(Ordering::Relaxed);
@@ -167,6 +173,7 @@ impl<B: Barrier> Handle<B> {
         self.slot.word.store(word - 1, Ordering::Release);
     }
 
+    /// Levels entered and not left.
     #[inline(always)]
     pub fn depth(&self) -> u32 {
         (self.slot.word.load(Ordering::Relaxed) & DEPTH) as u32

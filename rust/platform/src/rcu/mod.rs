@@ -9,18 +9,22 @@
 //! that takes the whole stack, waits one grace period for all of it, and hands it to the owner's
 //! [`Reclaim`](crate::Reclaim).
 
-pub(crate) mod chain;
+#[cfg(not(loom))]
+mod chain;
+#[cfg(loom)]
+pub mod chain;
 #[cfg(not(loom))]
 mod domain;
-pub(crate) mod epoch;
 #[cfg(not(loom))]
+mod epoch;
+#[cfg(loom)]
+pub mod epoch;
 pub mod membarrier;
-#[cfg(not(loom))]
 mod stats;
 
 #[cfg(not(loom))]
+pub use self::domain::{Domain, Reader};
 pub use self::{
-    domain::{Domain, Reader},
     membarrier::Flavour,
     stats::{RcuConfig, RcuStats, Stall},
 };
