@@ -52,7 +52,7 @@ use tdpmmu_table::{PoolConfig, PoolError, TablePool};
 
 pub use count::Counts;
 pub use debt::FlushDebt;
-pub use design::{DESIGNS, DesignInfo, Held, OtherOwnership, UnknownDesign, ZapDesign};
+pub use design::{DESIGNS, DesignInfo, Held, OtherOwnership, UnknownDesign, WorkerReport, ZapDesign};
 pub use host::{MmuHost, NoHost};
 pub use iter::{MAX_LEVEL, TdpIter};
 pub use lockless::{FastOutcome, LocklessWalk};
@@ -119,6 +119,7 @@ pub struct TdpMmu<P: Platform> {
     leaves: [AtomicI64; 4],
     tables: AtomicI64,
     flushes: AtomicU64,
+    zap_end: AtomicU64,
     violations: StdMutex<Vec<String>>,
 }
 
@@ -146,6 +147,7 @@ impl<P: Platform> TdpMmu<P> {
             leaves: Default::default(),
             tables: AtomicI64::new(0),
             flushes: AtomicU64::new(0),
+            zap_end: AtomicU64::new(0),
             violations: StdMutex::default(),
             config,
         });
@@ -279,6 +281,15 @@ impl<P: Platform> TdpMmu<P> {
     /// Linked tables that are no roots.
     pub fn linked_tables(&self) -> i64 {
         self.tables.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn stamp_zap_end(&self) {
+        self.zap_end.fetch_max(P::ticks(), Ordering::Relaxed);
+    }
+
+    /// When the last zap of a root ended, in [`Platform::ticks`]; 0 before the first.
+    pub fn last_zap_end(&self) -> u64 {
+        self.zap_end.load(Ordering::Relaxed)
     }
 
     /// Remote flushes so far.

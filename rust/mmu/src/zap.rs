@@ -31,6 +31,7 @@ impl<P: Platform> TdpMmu<P> {
         if let Some(observer) = self.observer() {
             observer.event(task.id(), &Event::RootZapEnd { root });
         }
+        self.stamp_zap_end();
     }
 
     fn zap_pass<M: Mode>(&self, guard: &mut Guard<'_, P, M>, root: u32, level: u8, yields: Yield) {

@@ -14,14 +14,14 @@
 use std::sync::{Arc, Mutex as StdMutex, OnceLock, PoisonError, Weak};
 
 use tdpmmu_platform::{
-    Exclusive, Guard, Histogram, MeterSnapshot, Owner, Phase, Platform, Role, Task, WorkQueue,
+    Exclusive, Guard, Histogram, Owner, Phase, Platform, Role, Task, WorkQueue,
 };
 
-use super::{Held, ZapDesign};
+use super::{Held, WorkerReport, ZapDesign};
 use crate::TdpMmu;
 use crate::walk::Yield;
 
-type Meters = Arc<StdMutex<Vec<(String, MeterSnapshot)>>>;
+type Meters = Arc<StdMutex<Vec<WorkerReport>>>;
 
 /// See the module text.
 pub struct AsyncWorker<P: Platform> {
@@ -43,14 +43,19 @@ impl<P: Platform> AsyncWorker<P> {
     }
 
     fn work(mmu: &TdpMmu<P>, root: u32, meters: &Meters) {
+        let cpu = P::thread_cpu_ns();
         let task = mmu.task("zap-worker", Role::Worker);
         {
             let mut guard = mmu.lock.read(&task);
             mmu.zap_root(&mut guard, root, Yield::Allowed);
             mmu.put_root(&task, root, Owner::Work, Held::Shared(&mut guard));
         }
-        let snapshot = task.meter().take();
-        meters.lock().unwrap_or_else(PoisonError::into_inner).push((task.name().to_owned(), snapshot));
+        let report = WorkerReport {
+            name: task.name().to_owned(),
+            meter: task.meter().take(),
+            cpu_ns: P::thread_cpu_ns().saturating_sub(cpu),
+        };
+        meters.lock().unwrap_or_else(PoisonError::into_inner).push(report);
     }
 }
 
@@ -107,7 +112,7 @@ impl<P: Platform> ZapDesign<P> for AsyncWorker<P> {
         self.queue.get().map(WorkQueue::queue_ns)
     }
 
-    fn take_worker_meters(&self) -> Vec<(String, MeterSnapshot)> {
+    fn take_worker_reports(&self) -> Vec<WorkerReport> {
         std::mem::take(&mut self.meters.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }

@@ -87,10 +87,20 @@ pub trait ZapDesign<P: Platform>: Send + std::marker::Sync {
         None
     }
 
-    /// What worker tasks measured since the last call.
-    fn take_worker_meters(&self) -> Vec<(String, tdpmmu_platform::MeterSnapshot)> {
+    /// What worker tasks measured since the last call, one report an item of work.
+    fn take_worker_reports(&self) -> Vec<WorkerReport> {
         Vec::new()
     }
+}
+
+/// What one item of work cost.
+pub struct WorkerReport {
+    /// The worker's task.
+    pub name: String,
+    /// Its measurements.
+    pub meter: tdpmmu_platform::MeterSnapshot,
+    /// CPU time of the item in ns.
+    pub cpu_ns: u64,
 }
 
 /// What is known about a design before one is built.
