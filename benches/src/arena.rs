@@ -39,7 +39,7 @@ impl Arena {
         let arena = Self {
             raw,
             raw_bytes,
-            base: (raw as usize).next_multiple_of(HUGE),
+            base: raw.expose_provenance().next_multiple_of(HUGE),
             frames,
             next: Cell::new(0),
             freed: Cell::new(0),
@@ -51,7 +51,6 @@ impl Arena {
             // SAFETY: `frames` frames from the aligned base lie in the mapping, and nothing else refers to it yet.
             unsafe { word.write_volatile(0) };
         }
-        raw.expose_provenance();
         Ok(arena)
     }
 
