@@ -1,1 +1,58 @@
-//! tdpmmu-vm
+//! # What KVM's two MMUs share
+//!
+//! **Guarantee.** A guest memory access completes only through a translation that was valid in the guest entry in which it was made; a memslot, a root or a host frame
+//! that is taken away is out of every vCPU's reach when the call that takes it away returns. Everything that KVM waits for is waited for here, by the
+//! same protocol, and everything that it does not wait for is not.
+//!
+//! **Mechanism.** Four parties: vCPUs that translate and fault, the owner of slots_lock that changes memslots, the host that takes frames back, and the MMU
+//! below. They meet in three protocols: requests and kicks (`request.rs`), the notifier sequence (`notifier.rs`), the publication of memslots (`slots.rs`).
+//!
+//! | file | idea |
+//! | --- | --- |
+//! | `vm.rs` | the VM: memslot updates, fast zap, notifier, teardown |
+//! | `config.rs` | what a VM is made from |
+//! | `vcpu.rs` | the run loop: entry, exit, requests, roots, accesses |
+//! | `fault.rs` | the fault pipeline |
+//! | `request.rs` | vCPU mode, requests, kicks |
+//! | `root_cache.rs` | current and previous roots |
+//! | `tlb.rs`, `walker.rs` | translation caches and the hardware walker |
+//! | `slot.rs`, `slots.rs` | a memslot; the set, its rules and its publication |
+//! | `notifier.rs` | mmu_notifier |
+//! | `host.rs`, `frames.rs` | the host's primary MMU; frames and their owners |
+//! | `populate.rs` | filling memory, in bulk or by racing faults |
+//! | `side.rs` | the MMU's upcalls |
+//! | `lazy.rs` | lazily committed arrays (`unsafe`) |
+//!
+//! What is modelled, and not done: guest memory has no contents, host page tables are one word per 2 MiB, interrupts are polls. What is real: threads, locks, waits,
+//! every SPTE, every TLB entry, every reference.
+
+#![warn(missing_docs)]
+
+mod config;
+mod error;
+mod fault;
+pub mod frames;
+pub mod host;
+mod lazy;
+pub mod notifier;
+mod populate;
+pub mod request;
+pub mod root_cache;
+mod side;
+pub mod slot;
+pub mod slots;
+pub mod tlb;
+mod vcpu;
+mod vm;
+pub mod walker;
+
+pub use config::VmConfig;
+pub use error::VmError;
+pub use fault::FaultOutcome;
+pub use populate::{AdMix, BulkOptions, Progress};
+pub use side::HostSide;
+pub use slot::SlotFlags;
+pub use slots::Region;
+pub use vcpu::{AccessOutcome, Vcpu, VcpuProbe, VcpuStats};
+pub use vm::{CloseReport, FastZapTimes, SlotUpdate, Vm};
+pub use walker::GuestAccess;

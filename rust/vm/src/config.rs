@@ -1,0 +1,124 @@
+//! What a VM is made from.
+
+use std::sync::Arc;
+
+use tdpmmu_mmu::OtherOwnership;
+use tdpmmu_platform::{Observer, RcuConfig, TaskConfig};
+use tdpmmu_spte::{Format, FormatKind, KernelProfile, LEVEL_1G, Ownership, Passes};
+
+use crate::VmError;
+
+/// Everything that decides how a VM behaves. `None` means the design's historic setting, else the profile's.
+#[derive(Clone)]
+pub struct VmConfig {
+    /// The kernel whose rules hold.
+    pub profile: KernelProfile,
+    /// EPT or NPT entries.
+    pub format: Format,
+    /// 4 or 5.
+    pub root_level: u8,
+    /// Physical address bits, 36..=52.
+    pub maxphyaddr: u8,
+    /// Zap design; `None`: the profile's.
+    pub design: Option<String>,
+    /// Granularities of a root zap.
+    pub passes: Option<Passes>,
+    /// Who owns a root's first reference.
+    pub ownership: Option<Ownership>,
+    /// Worker threads of designs with a queue.
+    pub workers: usize,
+    /// vCPUs.
+    pub vcpus: usize,
+    /// Most page-table pages that may exist.
+    pub max_tables: u32,
+    /// Back tables with huge pages.
+    pub hugepages: bool,
+    /// Entries handled between two reschedule checks in a leaf table: 512 to measure, 1 to conform.
+    pub batch: u16,
+    /// Write Dirty and Accessed back at zap (where the profile does).
+    pub write_back: bool,
+    /// Largest leaf, 1..=3.
+    pub max_level: u8,
+    /// Most pages that all regions of the modelled host may have together.
+    pub host_pages: u64,
+    /// Check the owner of the frame at each guest access too.
+    pub check_frames: bool,
+    /// Settings of tasks.
+    pub task: TaskConfig,
+    /// Settings of RCU.
+    pub rcu: RcuConfig,
+    /// Who listens.
+    pub observer: Option<Arc<dyn Observer>>,
+}
+
+impl VmConfig {
+    /// A VM as `profile` runs it: NPT, four levels, one vCPU, up to 2^20 tables and 64 TiB of host memory.
+    pub fn new(profile: KernelProfile) -> Self {
+        Self {
+            format: profile.format(FormatKind::Npt),
+            profile,
+            root_level: 4,
+            maxphyaddr: 48,
+            design: None,
+            passes: None,
+            ownership: None,
+            workers: 1,
+            vcpus: 1,
+            max_tables: 1 << 20,
+            hugepages: true,
+            batch: 512,
+            write_back: true,
+            max_level: LEVEL_1G,
+            host_pages: 1 << 34,
+            check_frames: false,
+            task: TaskConfig::default(),
+            rcu: RcuConfig::default(),
+            observer: None,
+        }
+    }
+
+    /// The design's name that holds.
+    pub fn design_name(&self) -> &str {
+        self.design.as_deref().unwrap_or(self.profile.design)
+    }
+
+    /// Checks the values against each other; returns what holds: (passes, ownership).
+    ///
+    /// # Errors
+    /// [`VmError::Config`] naming the value and the rule.
+    pub fn check(&self) -> Result<(Passes, Ownership), VmError> {
+        let bad = |what, value: String, rule| Err(VmError::Config { what, value, rule });
+        if !(4..=5).contains(&self.root_level) {
+            return bad("root_level", self.root_level.to_string(), "a TDP root has 4 or 5 levels");
+        }
+        if !(36..=52).contains(&self.maxphyaddr) {
+            return bad("maxphyaddr", self.maxphyaddr.to_string(), "36 to 52 physical address bits");
+        }
+        if self.vcpus == 0 || self.vcpus > 4096 {
+            return bad("vcpus", self.vcpus.to_string(), "1 to 4096 (KVM_MAX_VCPUS)");
+        }
+        if !(1..=3).contains(&self.max_level) {
+            return bad("max_level", self.max_level.to_string(), "leaves are 4K (1), 2M (2) or 1G (3)");
+        }
+        if !(1..=512).contains(&self.batch) {
+            return bad("batch", self.batch.to_string(), "1 to 512 entries between two checks");
+        }
+        if self.host_pages == 0 || self.host_pages > 1 << 34 {
+            return bad("host_pages", self.host_pages.to_string(), "1 to 2^34 pages (64 TiB)");
+        }
+        if self.max_tables == 0 {
+            return bad("max_tables", self.max_tables.to_string(), "at least one table");
+        }
+        let name = self.design_name();
+        let Some(info) = tdpmmu_mmu::design::info(name) else {
+            return bad("design", name.to_owned(), "no zap design of this build has that name");
+        };
+        let ownership = self.ownership.unwrap_or(info.ownership);
+        if ownership != info.ownership
+            && let OtherOwnership::Refused(why) = info.other_ownership
+        {
+            return bad("ownership", format!("{ownership:?} with design {name}"), why);
+        }
+        Ok((tdpmmu_mmu::design::effective_passes(self.passes, info, &self.profile), ownership))
+    }
+}

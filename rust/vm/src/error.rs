@@ -1,0 +1,130 @@
+//! What can go wrong, with the value and the rule it broke.
+
+use tdpmmu_table::PoolError;
+
+/// An error of the VM layer. Gfns and host virtual pages are in 4 KiB units and printed in hex.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum VmError {
+    /// A memslot update broke a rule of KVM_SET_USER_MEMORY_REGION (EINVAL).
+    #[error("memslot {id} of address space {as_id}: {rule} (gfns {start:#x}..{end:#x})")]
+    BadSlot {
+        /// Address space.
+        as_id: u8,
+        /// Slot id.
+        id: u16,
+        /// First gfn asked for.
+        start: u64,
+        /// Exclusive end.
+        end: u64,
+        /// The rule.
+        rule: &'static str,
+    },
+    /// Two memslots of one address space would overlap (EEXIST).
+    #[error(
+        "memslot {id} of address space {as_id} at gfns {start:#x}..{end:#x} overlaps memslot {other} at {other_start:#x}..{other_end:#x}"
+    )]
+    SlotOverlap {
+        /// Address space.
+        as_id: u8,
+        /// Slot id.
+        id: u16,
+        /// First gfn asked for.
+        start: u64,
+        /// Exclusive end.
+        end: u64,
+        /// The slot in the way.
+        other: u16,
+        /// Its first gfn.
+        other_start: u64,
+        /// Its exclusive end.
+        other_end: u64,
+    },
+    /// No such memslot.
+    #[error("address space {as_id} has no memslot {id}")]
+    NoSlot {
+        /// Address space.
+        as_id: u8,
+        /// Slot id.
+        id: u16,
+    },
+    /// A gfn range that no memslot covers, or that is empty.
+    #[error("gfns {start:#x}..{end:#x} of address space {as_id}: {rule}")]
+    BadRange {
+        /// Address space.
+        as_id: u8,
+        /// First gfn.
+        start: u64,
+        /// Exclusive end.
+        end: u64,
+        /// The rule.
+        rule: &'static str,
+    },
+    /// A host virtual page that cannot be used.
+    #[error("host virtual page {hva:#x}: {rule}")]
+    BadHva {
+        /// The page number.
+        hva: u64,
+        /// The rule.
+        rule: &'static str,
+    },
+    /// The modelled host has no room left.
+    #[error("the modelled host has no room for {pages} more pages ({left} left)")]
+    HostFull {
+        /// Pages wanted.
+        pages: u64,
+        /// Pages left.
+        left: u64,
+    },
+    /// The real host refused memory, a thread or address space.
+    #[error("the host refused {what}: {reason}")]
+    Host {
+        /// What was asked for.
+        what: &'static str,
+        /// The host's word.
+        reason: String,
+    },
+    /// Out of page-table pages.
+    #[error(transparent)]
+    Pool(#[from] PoolError),
+    /// The MMU refused its configuration.
+    #[error("mmu: {0}")]
+    Mmu(String),
+    /// A configuration value broke a rule.
+    #[error("{what} = {value}: {rule}")]
+    Config {
+        /// The field.
+        what: &'static str,
+        /// Its value.
+        value: String,
+        /// The rule.
+        rule: &'static str,
+    },
+    /// No such vCPU.
+    #[error("vCPU {vcpu}: the VM has {count}")]
+    NoVcpu {
+        /// Asked for.
+        vcpu: usize,
+        /// How many there are.
+        count: usize,
+    },
+    /// The vCPU is in use by another thread; one thread at a time.
+    #[error("vCPU {vcpu} is in use by another thread")]
+    Busy {
+        /// The vCPU.
+        vcpu: usize,
+    },
+    /// The VM was closed.
+    #[error("the VM is closed")]
+    Closed,
+    /// The caller asked for a stop.
+    #[error("cancelled")]
+    Cancelled,
+    /// Closing found something that must not be.
+    #[error("after the teardown {what}: {count}")]
+    Leak {
+        /// What was found.
+        what: &'static str,
+        /// How many.
+        count: u64,
+    },
+}

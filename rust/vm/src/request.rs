@@ -1,0 +1,258 @@
+//! vCPU mode, requests and kicks: how anybody makes all vCPUs leave the guest.
+//!
+//! **Guarantee.** When [`make_all_cpus_request`] with [`WAIT`] returns, each vCPU has either left the guest entry in which the request found it, or was not
+//! in the guest; and none can enter before it has serviced the request. It has *not* been serviced yet, and a halted vCPU was not
+//! woken ([`NO_WAKEUP`]): waiting for service would wait for ever on a paused one.
+//!
+//! **Mechanism.** One word per vCPU: the number of the guest entry and the mode. The pair of barriers:
+//!
+//! | requester | vCPU |
+//! | --- | --- |
+//! | set the request bit | mode := IN_GUEST |
+//! | full barrier | full barrier |
+//! | read the mode; if IN_GUEST: kick and wait | read the requests; if any: back out |
+//!
+//! One of the two sees the other's write. The kick turns IN_GUEST into EXITING (only one kicker need send it); the vCPU polls its mode
+//! where a real one would take the interrupt. The wait is over when the word no longer names that entry: the next guest entry is a new number, so
+//! a vCPU that re-enters at once is not waited for twice. A vCPU thread that the host preempts while in the guest has not acknowledged; a real one
+//! would have exited. That wait is measured, not hidden.
+
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use tdpmmu_platform::{Phase, Platform, Site, Task};
+
+/// Not in the guest.
+pub const OUTSIDE: u64 = 0;
+/// In the guest: translations are in use.
+pub const IN_GUEST: u64 = 1;
+/// In the guest, and kicked.
+pub const EXITING: u64 = 2;
+
+const MODE_MASK: u64 = 3;
+const ENTRY: u64 = 4;
+
+/// Empty the TLB before the next entry (KVM_REQ_TLB_FLUSH).
+pub const TLB_FLUSH: u64 = 1 << 0;
+/// Free the cached roots that are obsolete (5.18 and later).
+pub const FREE_OBSOLETE_ROOTS: u64 = 1 << 1;
+/// Free every cached root (KVM_REQ_MMU_RELOAD, up to 5.17).
+pub const RELOAD: u64 = 1 << 2;
+/// Leave the run loop.
+pub const STOP: u64 = 1 << 3;
+/// Only leave the guest once.
+pub const OUTSIDE_GUEST: u64 = 1 << 4;
+
+/// Wait until no vCPU is in the guest entry in which the request found it.
+pub const WAIT: u64 = 1 << 62;
+/// Do not wake halted vCPUs.
+pub const NO_WAKEUP: u64 = 1 << 63;
+
+/// Spins before a waiting kicker sleeps: about as long as a vCPU needs to its next poll.
+const SPINS: u32 = 200;
+/// Sleep slice of a waiting kicker, against a lost hint.
+const NAP_NS: u64 = 1_000_000;
+
+/// What others may touch of a vCPU. Cache-line sized so that polling vCPUs do not disturb each other.
+#[repr(align(128))]
+#[derive(Debug, Default)]
+pub struct VcpuState {
+    mode: AtomicU64,
+    requests: AtomicU64,
+    /// Sleepers: kickers that wait for an exit.
+    waiters: AtomicU32,
+    exits: AtomicU32,
+    /// Futex of the halted vCPU: odd while it sleeps.
+    halt: AtomicU32,
+}
+
+impl VcpuState {
+    /// The number of the current or last guest entry, and the mode.
+    pub fn mode<P: Platform>(&self) -> (u64, u64) {
+        let word = P::load(&self.mode, Site::VcpuMode);
+        (word / ENTRY, word & MODE_MASK)
+    }
+
+    /// Is the vCPU in the guest (kicked or not)?
+    pub fn in_guest<P: Platform>(&self) -> bool {
+        self.mode::<P>().1 != OUTSIDE
+    }
+
+    /// Tries to enter the guest: false when a request is pending, which must be serviced first. Only the vCPU's own thread calls it.
+    pub fn enter_guest<P: Platform>(&self) -> bool {
+        let word = self.mode.load(Ordering::Relaxed);
+        P::store(&self.mode, (word & !MODE_MASK) + ENTRY + IN_GUEST, Site::VcpuMode);
+        P::fence(Site::VcpuMode);
+        if P::load(&self.requests, Site::VcpuRequest) == 0 {
+            return true;
+        }
+        self.exit_guest::<P>();
+        false
+    }
+
+    /// Must the vCPU leave the guest now? One load of its own line.
+    #[inline(always)]
+    pub fn kicked<P: Platform>(&self) -> bool {
+        P::load(&self.mode, Site::VcpuMode) & MODE_MASK != IN_GUEST
+    }
+
+    /// Leaves the guest. Everything that the guest did through its translations happens before.
+    pub fn exit_guest<P: Platform>(&self) {
+        let word =
+            P::swap(&self.mode, self.mode.load(Ordering::Relaxed) & !MODE_MASK | OUTSIDE, Site::VcpuMode);
+        if word & MODE_MASK == EXITING {
+            self.exits.fetch_add(1, Ordering::SeqCst);
+            if self.waiters.load(Ordering::SeqCst) != 0 {
+                P::futex_wake(&self.exits, u32::MAX);
+            }
+        }
+    }
+
+    /// Sets request bits without a kick.
+    pub fn request<P: Platform>(&self, bits: u64) {
+        P::fetch_or(&self.requests, bits & !(WAIT | NO_WAKEUP), Site::VcpuRequest);
+    }
+
+    /// Is anything requested?
+    #[inline]
+    pub fn pending<P: Platform>(&self) -> bool {
+        P::load(&self.requests, Site::VcpuRequest) != 0
+    }
+
+    /// Is one of `bits` requested?
+    #[inline]
+    pub fn is_requested<P: Platform>(&self, bits: u64) -> bool {
+        P::load(&self.requests, Site::VcpuRequest) & bits != 0
+    }
+
+    /// Takes the requests of `bits`, to be serviced by the vCPU's own thread.
+    pub fn take<P: Platform>(&self, bits: u64) -> u64 {
+        if !self.is_requested::<P>(bits) {
+            return 0;
+        }
+        P::fetch_and(&self.requests, !bits, Site::VcpuRequest) & bits
+    }
+
+    /// Sends the kick if the vCPU is in the guest; returns the entry that must end, if any.
+    fn kick<P: Platform>(&self) -> Option<u64> {
+        let word = P::load(&self.mode, Site::VcpuKick);
+        match word & MODE_MASK {
+            OUTSIDE => None,
+            IN_GUEST => match P::cmpxchg(&self.mode, word, word - IN_GUEST + EXITING, Site::VcpuKick) {
+                Ok(_) => Some(word / ENTRY),
+                // It left, or another kicker was first; in either case the word says so now.
+                Err(now) => {
+                    (now & MODE_MASK != OUTSIDE && now / ENTRY == word / ENTRY).then_some(word / ENTRY)
+                }
+            },
+            _ => Some(word / ENTRY),
+        }
+    }
+
+    /// Waits until the vCPU is no longer in guest entry `entry`.
+    fn wait_exit<P: Platform>(&self, entry: u64) {
+        let gone = || {
+            let word = P::load(&self.mode, Site::VcpuKick);
+            word & MODE_MASK == OUTSIDE || word / ENTRY != entry
+        };
+        for _ in 0..SPINS {
+            if gone() {
+                return;
+            }
+            P::relax(Site::VcpuKick);
+        }
+        self.waiters.fetch_add(1, Ordering::SeqCst);
+        loop {
+            let exits = self.exits.load(Ordering::SeqCst);
+            if gone() {
+                break;
+            }
+            P::futex_wait(&self.exits, exits, Some(NAP_NS));
+        }
+        self.waiters.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    /// HLT: sleeps until woken, at most `timeout_ns`. True: woken. Requests alone do not wake, [`VcpuState::wake`] does.
+    pub fn halt<P: Platform>(&self, timeout_ns: Option<u64>) -> bool {
+        let asleep = self.halt.fetch_add(1, Ordering::SeqCst).wrapping_add(1);
+        if self.is_requested::<P>(STOP) {
+            self.halt.fetch_add(1, Ordering::SeqCst);
+            return true;
+        }
+        P::futex_wait(&self.halt, asleep, timeout_ns);
+        let woken = self.halt.load(Ordering::SeqCst) != asleep;
+        if !woken {
+            // Even again; a waker that comes in between makes it odd and is corrected by the next halt's compare.
+            let _ = self.halt.compare_exchange(
+                asleep,
+                asleep.wrapping_add(1),
+                Ordering::SeqCst,
+                Ordering::SeqCst,
+            );
+        }
+        woken
+    }
+
+    /// Is the vCPU halted?
+    pub fn halted(&self) -> bool {
+        self.halt.load(Ordering::SeqCst) & 1 == 1
+    }
+
+    /// Wakes a halted vCPU.
+    pub fn wake<P: Platform>(&self) {
+        let now = self.halt.load(Ordering::SeqCst);
+        if now & 1 == 1
+            && self
+                .halt
+                .compare_exchange(now, now.wrapping_add(1), Ordering::SeqCst, Ordering::SeqCst)
+                .is_ok()
+        {
+            P::futex_wake(&self.halt, 1);
+        }
+    }
+}
+
+/// What a request to all vCPUs met.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Kicks {
+    /// vCPUs kicked or waited for because they were in the guest.
+    pub kicked: u32,
+    /// Time from the first request bit to the last exit waited for, in nanoseconds.
+    pub wait_ns: u64,
+}
+
+/// Makes request `bits` of every vCPU and kicks those in the guest; `bits` may carry [`WAIT`] and [`NO_WAKEUP`].
+pub fn make_all_cpus_request<P: Platform, V: AsRef<VcpuState>>(
+    task: &Task<P>,
+    vcpus: &[V],
+    bits: u64,
+) -> Kicks {
+    let _phase = task.phase(Phase::KickWait);
+    let begin = P::ticks();
+    let mut kicks = Kicks::default();
+    for vcpu in vcpus {
+        vcpu.as_ref().request::<P>(bits);
+    }
+    P::fence(Site::VcpuRequest);
+    let mut any = false;
+    for vcpu in vcpus {
+        let vcpu = vcpu.as_ref();
+        if bits & NO_WAKEUP == 0 {
+            vcpu.wake::<P>();
+        }
+        any |= vcpu.kick::<P>().is_some();
+    }
+    if any {
+        // Second round: every kick is on its way before the first wait. A vCPU that has entered since then saw its request.
+        for vcpu in vcpus {
+            let vcpu = vcpu.as_ref();
+            if let Some(entry) = vcpu.kick::<P>() {
+                kicks.kicked += 1;
+                if bits & WAIT != 0 {
+                    vcpu.wait_exit::<P>(entry);
+                }
+            }
+        }
+    }
+    kicks.wait_ns = P::ticks_to_ns(P::ticks().saturating_sub(begin));
+    kicks
+}

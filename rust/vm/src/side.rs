@@ -1,0 +1,86 @@
+//! The rest of KVM as the MMU sees it: the vCPUs to flush, the host's pages, the dirty bitmaps.
+//!
+//! Kept apart from [`crate::Vm`] so that the MMU can own a reference to it without a cycle.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use tdpmmu_mmu::MmuHost;
+use tdpmmu_platform::{Platform, Task};
+
+use crate::host::PrimaryMmu;
+use crate::notifier::Invalidation;
+use crate::request::{self, Kicks, VcpuState, make_all_cpus_request};
+use crate::slots::Memslots;
+
+/// What the MMU calls up into.
+pub struct HostSide<P: Platform> {
+    /// The host's primary MMU.
+    pub primary: PrimaryMmu,
+    /// The memslots.
+    pub slots: Arc<Memslots<P>>,
+    /// mmu_notifier state.
+    pub invalidation: Invalidation,
+    pub(crate) vcpus: Vec<Arc<VcpuState>>,
+    kicks: AtomicU64,
+    kick_wait_ns: AtomicU64,
+    flushes: AtomicU64,
+}
+
+impl<P: Platform> HostSide<P> {
+    pub(crate) fn new(primary: PrimaryMmu, slots: Arc<Memslots<P>>, vcpus: usize) -> Self {
+        Self {
+            primary,
+            slots,
+            invalidation: Invalidation::default(),
+            vcpus: (0..vcpus).map(|_| Arc::default()).collect(),
+            kicks: AtomicU64::new(0),
+            kick_wait_ns: AtomicU64::new(0),
+            flushes: AtomicU64::new(0),
+        }
+    }
+
+    /// A request to every vCPU; counts the kicks.
+    pub fn request_all(&self, task: &Task<P>, bits: u64) -> Kicks {
+        let kicks = make_all_cpus_request(task, &self.vcpus, bits);
+        self.kicks.fetch_add(u64::from(kicks.kicked), Relaxed);
+        self.kick_wait_ns.fetch_add(kicks.wait_ns, Relaxed);
+        kicks
+    }
+
+    /// vCPUs kicked out of the guest so far.
+    pub fn kicks(&self) -> u64 {
+        self.kicks.load(Relaxed)
+    }
+
+    /// Remote flushes delivered so far.
+    pub fn flushes(&self) -> u64 {
+        self.flushes.load(Relaxed)
+    }
+
+    /// Time spent in requests so far, in nanoseconds.
+    pub fn kick_wait_ns(&self) -> u64 {
+        self.kick_wait_ns.load(Relaxed)
+    }
+}
+
+impl<P: Platform> MmuHost<P> for HostSide<P> {
+    fn flush_remote(&self, task: &Task<P>, _range: Option<Range<u64>>) {
+        // As KVM without ranged flushes of its hypervisor: everything, on every vCPU, before its next entry.
+        self.flushes.fetch_add(1, Relaxed);
+        self.request_all(task, request::TLB_FLUSH | request::WAIT | request::NO_WAKEUP);
+    }
+
+    fn frames_dirty(&self, pfn: u64, count: u64) {
+        self.primary.frames().mark_dirty(pfn, count);
+    }
+
+    fn frames_accessed(&self, pfn: u64, count: u64) {
+        self.primary.frames().mark_accessed(pfn, count);
+    }
+
+    fn gfn_dirty(&self, as_id: u8, gfn: u64) {
+        self.slots.mark_dirty(as_id, gfn);
+    }
+}

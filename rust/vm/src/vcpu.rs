@@ -1,0 +1,407 @@
+//! A virtual CPU: the run loop that uses translations, faults, and answers requests.
+//!
+//! **Guarantee.** Translations are used only between a guest entry that found no request pending and the exit that follows a kick; a vCPU with a root has flushed that
+//! root's tag since it loaded it. Each root in the cache carries one reference, put exactly once.
+//!
+//! **Mechanism.** [`Vcpu`] is a handle for one thread, borrowed from the [`Vm`]; what survives the handle (TLB, roots, table cache) stays in the VM. A real
+//! CPU takes an interrupt wherever it is; this one polls its mode word at every access. **A handle that is in the guest and makes no access does not answer
+//! kicks**: call [`Vcpu::leave`] (or drop it) before doing anything else for long.
+
+use std::sync::MutexGuard;
+
+use tdpmmu_platform::{Platform, Task};
+use tdpmmu_spte::Role;
+use tdpmmu_table::TableCache;
+
+use crate::fault::FaultOutcome;
+use crate::request::{self, VcpuState};
+use crate::root_cache::{CachedRoot, RootCache, Switch};
+use crate::slots::SlotReader;
+use crate::tlb::{Tlb, TlbStats};
+use crate::walker::{self, GuestAccess};
+use crate::{Vm, VmError};
+
+/// What of a vCPU outlives its handles.
+pub(crate) struct VcpuCore<P: Platform> {
+    pub(crate) roots: RootCache,
+    pub(crate) role: Role,
+    pub(crate) tlb: Tlb,
+    pub(crate) cache: TableCache,
+    pub(crate) slots: SlotReader<P>,
+    pub(crate) loaded_at: u64,
+    pub(crate) stats: VcpuStats,
+}
+
+/// How an access ended, from the cheapest to the dearest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(u8)]
+pub enum AccessOutcome {
+    /// The TLB had it.
+    TlbHit = 0,
+    /// The hardware walker found it.
+    Walk = 1,
+    /// A fault fixed without mmu_lock.
+    FastFault = 2,
+    /// A fault through the slow path.
+    SlowFault = 3,
+    /// As the slow path, and it had to start again at least once.
+    Retry = 4,
+    /// No memory, or read-only memory: emulated.
+    Emulate = 5,
+    /// The vCPU was asked to stop; nothing was accessed.
+    Stopped = 6,
+}
+
+impl AccessOutcome {
+    /// Every outcome, in order.
+    pub const ALL: [AccessOutcome; 7] = [
+        Self::TlbHit,
+        Self::Walk,
+        Self::FastFault,
+        Self::SlowFault,
+        Self::Retry,
+        Self::Emulate,
+        Self::Stopped,
+    ];
+
+    /// Its name in results.
+    pub const fn name(self) -> &'static str {
+        ["tlb_hit", "walk", "fast_fault", "slow_fault", "retry", "emulate", "stopped"][self as usize]
+    }
+}
+
+/// Counts of a vCPU's life.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct VcpuStats {
+    /// Guest entries.
+    pub entries: u64,
+    /// Exits because of a kick.
+    pub kicked: u64,
+    /// Root loads (each with a local flush).
+    pub loads: u64,
+    /// Faults fixed without the lock.
+    pub fast: u64,
+    /// Faults that installed a leaf.
+    pub fixed: u64,
+    /// Faults that found the access allowed.
+    pub spurious: u64,
+    /// Faults that had to start again.
+    pub retries: u64,
+    /// Accesses emulated.
+    pub emulated: u64,
+    /// The TLB's own counts.
+    pub tlb: TlbStats,
+}
+
+/// Listens to the rare events of a vCPU, on its own thread. Times are ticks of the platform's clock.
+pub trait VcpuProbe: Send {
+    /// Requests `bits` were seen at `seen_at`; the guest was entered again at `entered_at`.
+    fn reentered(&mut self, bits: u64, seen_at: u64, entered_at: u64);
+    /// A slow fault from `began` to `ended` has completed under `root`, which this vCPU loaded at `loaded_at`.
+    fn slow_fault(&mut self, root: u32, loaded_at: u64, began: u64, ended: u64);
+}
+
+/// One thread's hold of a vCPU. See the module text.
+pub struct Vcpu<'v, P: Platform> {
+    pub(crate) vm: &'v Vm<P>,
+    pub(crate) core: MutexGuard<'v, VcpuCore<P>>,
+    pub(crate) task: Task<P>,
+    state: &'v VcpuState,
+    id: usize,
+    in_guest: bool,
+    seen: Option<(u64, u64)>,
+    probe: Option<Box<dyn VcpuProbe>>,
+}
+
+impl<'v, P: Platform> Vcpu<'v, P> {
+    pub(crate) fn new(
+        vm: &'v Vm<P>,
+        id: usize,
+        core: MutexGuard<'v, VcpuCore<P>>,
+        task: Task<P>,
+        state: &'v VcpuState,
+    ) -> Self {
+        Self { vm, core, task, state, id, in_guest: false, seen: None, probe: None }
+    }
+
+    /// The vCPU's number.
+    pub fn id(&self) -> usize {
+        self.id
+    }
+
+    /// "current" of this thread.
+    pub fn task(&self) -> &Task<P> {
+        &self.task
+    }
+
+    /// The VM.
+    pub fn vm(&self) -> &'v Vm<P> {
+        self.vm
+    }
+
+    /// Installs a listener; returns the one before.
+    pub fn set_probe(&mut self, probe: Option<Box<dyn VcpuProbe>>) -> Option<Box<dyn VcpuProbe>> {
+        std::mem::replace(&mut self.probe, probe)
+    }
+
+    /// Counts so far, over all handles.
+    pub fn stats(&self) -> VcpuStats {
+        VcpuStats { tlb: self.core.tlb.stats(), ..self.core.stats }
+    }
+
+    /// The role word this vCPU wants of its roots.
+    pub fn role(&self) -> Role {
+        self.core.role
+    }
+
+    /// The current root, if one is loaded.
+    pub fn current_root(&self) -> Option<u32> {
+        self.core.roots.current().map(|r| r.root)
+    }
+
+    /// The current root, loaded if there is none.
+    ///
+    /// # Errors
+    /// [`VmError::Pool`] without a page for it.
+    #[inline]
+    pub fn root(&mut self) -> Result<u32, VmError> {
+        match self.core.roots.current() {
+            Some(root) => Ok(root.root),
+            None => self.load_root(),
+        }
+    }
+
+    /// kvm_mmu_load: takes a reference on a root of the wanted role and flushes that root's tag.
+    #[cold]
+    fn load_root(&mut self) -> Result<u32, VmError> {
+        let core = &mut *self.core;
+        let role = core.role;
+        let root = self.vm.mmu().load_root(&self.task, &mut core.cache, role)?;
+        core.roots.install(CachedRoot { root, role });
+        // The page may have been a root before, and its translations may still be cached under its number (24, F6c).
+        core.tlb.flush_root(root);
+        core.loaded_at = P::ticks();
+        core.stats.loads += 1;
+        Ok(root)
+    }
+
+    /// kvm_mmu_unload: puts every cached root, the current one too.
+    pub fn unload(&mut self) {
+        self.leave();
+        let roots = self.core.roots.take_all();
+        self.vm.mmu().put_roots(&self.task, roots.as_slice());
+    }
+
+    /// Drops every root and loads one again: what a guest that toggles CR0.WP, or SMM, costs. Ready for guest entry on return. Returns
+    /// the new root.
+    ///
+    /// # Errors
+    /// [`VmError::Pool`] without a page for the root.
+    pub fn drop_root(&mut self) -> Result<u32, VmError> {
+        self.unload();
+        self.load_root()
+    }
+
+    /// Wants roots of another role from now on (kvm_mmu_new_pgd): a cached one is used again, else the next entry loads one.
+    pub fn switch_role(&mut self, role: Role) {
+        self.leave();
+        self.core.role = role;
+        match self.core.roots.switch(role) {
+            Switch::Same => {}
+            Switch::Hit => {
+                if let Some(root) = self.current_root() {
+                    self.core.tlb.flush_root(root);
+                }
+            }
+            Switch::Miss(evicted) => {
+                if let Some(root) = evicted {
+                    self.vm.mmu().put_roots(&self.task, &[root]);
+                }
+            }
+        }
+    }
+
+    /// Is this vCPU in the guest?
+    pub fn in_guest(&self) -> bool {
+        self.in_guest
+    }
+
+    /// Enters the guest: services requests, loads a root, sets the mode, tests the requests again. False: asked to stop.
+    ///
+    /// # Errors
+    /// [`VmError::Pool`] without a page for the root.
+    pub fn enter(&mut self) -> Result<bool, VmError> {
+        if self.in_guest {
+            return Ok(true);
+        }
+        loop {
+            if self.state.pending::<P>() && !self.service() {
+                return Ok(false);
+            }
+            self.root()?;
+            if self.state.enter_guest::<P>() {
+                break;
+            }
+        }
+        self.in_guest = true;
+        self.core.stats.entries += 1;
+        if let Some((bits, seen_at)) = self.seen.take()
+            && let Some(probe) = &mut self.probe
+        {
+            probe.reentered(bits, seen_at, P::ticks());
+        }
+        Ok(true)
+    }
+
+    /// Leaves the guest.
+    #[inline]
+    pub fn leave(&mut self) {
+        if self.in_guest {
+            self.in_guest = false;
+            self.state.exit_guest::<P>();
+        }
+    }
+
+    /// Services what is requested. False: stop.
+    #[cold]
+    fn service(&mut self) -> bool {
+        if self.state.is_requested::<P>(request::STOP) {
+            return false;
+        }
+        let bits = self.state.take::<P>(
+            request::RELOAD | request::FREE_OBSOLETE_ROOTS | request::TLB_FLUSH | request::OUTSIDE_GUEST,
+        );
+        if self.probe.is_some() {
+            let (before, at) = self.seen.unwrap_or_else(|| (0, P::ticks()));
+            self.seen = Some((before | bits, at));
+        }
+        let mmu = self.vm.mmu();
+        if bits & request::RELOAD != 0 {
+            let roots = self.core.roots.take_all();
+            mmu.put_roots(&self.task, roots.as_slice());
+        } else if bits & request::FREE_OBSOLETE_ROOTS != 0 {
+            let roots = self.core.roots.take_if(|root| mmu.is_obsolete(root));
+            mmu.put_roots(&self.task, roots.as_slice());
+        }
+        if bits & request::TLB_FLUSH != 0 {
+            self.core.tlb.flush();
+        }
+        true
+    }
+
+    /// Answers a kick, if there is one, and enters the guest again: what an idle guest does with its time slice. False: asked to stop.
+    ///
+    /// # Errors
+    /// As [`Vcpu::enter`].
+    pub fn poll(&mut self) -> Result<bool, VmError> {
+        if self.in_guest && self.state.kicked::<P>() {
+            self.acknowledge();
+        }
+        self.enter()
+    }
+
+    #[cold]
+    fn acknowledge(&mut self) {
+        if self.probe.is_some() && self.seen.is_none() {
+            self.seen = Some((0, P::ticks()));
+        }
+        self.core.stats.kicked += 1;
+        self.leave();
+    }
+
+    /// HLT: leaves the guest and sleeps until [`Vm::wake`], a stop, or the timeout. Requests do not wake it.
+    pub fn halt(&mut self, timeout_ns: Option<u64>) -> bool {
+        self.leave();
+        self.state.halt::<P>(timeout_ns)
+    }
+
+    /// The guest makes an access, in guest mode, and it completes: translated, or emulated.
+    ///
+    /// # Errors
+    /// As [`Vcpu::fault`].
+    #[inline]
+    pub fn access(&mut self, access: GuestAccess) -> Result<AccessOutcome, VmError> {
+        if self.in_guest
+            && !self.state.kicked::<P>()
+            && let Some(root) = self.core.roots.current()
+            && let Some(hit) = self.core.tlb.lookup(root.root, access.gfn, access.write, access.exec)
+        {
+            if self.vm.rules().check_frames {
+                self.vm.side().primary.frames().check_access(hit.pfn(access.gfn));
+            }
+            return Ok(AccessOutcome::TlbHit);
+        }
+        self.access_slow(access)
+    }
+
+    fn access_slow(&mut self, access: GuestAccess) -> Result<AccessOutcome, VmError> {
+        let mut outcome = AccessOutcome::Walk;
+        loop {
+            if !self.poll()? {
+                return Ok(AccessOutcome::Stopped);
+            }
+            let root = self.root()?;
+            let mmu = self.vm.mmu();
+            let core = &mut *self.core;
+            let walked =
+                walker::walk::<P>(mmu.pool(), mmu.format(), &mut core.tlb, root, mmu.root_level(), access);
+            let fault = match walked {
+                Ok(spte) => {
+                    if self.vm.rules().check_frames
+                        && let Some(hit) = core.tlb.lookup(root, access.gfn, access.write, access.exec)
+                    {
+                        debug_assert_eq!(hit.spte, spte);
+                        self.vm.side().primary.frames().check_access(hit.pfn(access.gfn));
+                    }
+                    return Ok(outcome);
+                }
+                Err(fault) => fault,
+            };
+            self.leave();
+            self.core.tlb.invalidate(root, access.gfn);
+            let began = if self.probe.is_some() { P::ticks() } else { 0 };
+            let stats = |core: &mut VcpuCore<P>, done: FaultOutcome| match done {
+                FaultOutcome::Fast(_) => core.stats.fast += 1,
+                FaultOutcome::Fixed { .. } => core.stats.fixed += 1,
+                FaultOutcome::Spurious => core.stats.spurious += 1,
+                FaultOutcome::Retry => core.stats.retries += 1,
+                FaultOutcome::Emulate => core.stats.emulated += 1,
+            };
+            let done = self.page_fault(access, fault)?;
+            stats(&mut self.core, done);
+            match done {
+                FaultOutcome::Fast(_) => outcome = outcome.max(AccessOutcome::FastFault),
+                FaultOutcome::Fixed { .. } | FaultOutcome::Spurious => {
+                    outcome = outcome.max(AccessOutcome::SlowFault);
+                    let loaded_at = self.core.loaded_at;
+                    if let Some(probe) = &mut self.probe {
+                        probe.slow_fault(root, loaded_at, began, P::ticks());
+                    }
+                }
+                FaultOutcome::Retry => {
+                    outcome = outcome.max(AccessOutcome::Retry);
+                    self.task.might_sleep();
+                }
+                FaultOutcome::Emulate => return Ok(AccessOutcome::Emulate),
+            }
+        }
+    }
+
+    /// Hardware walks ahead of the program and fills its caches: allowed at any time in the guest, changes no state but Accessed. True: a translation was cached.
+    pub fn speculate(&mut self, gfn: u64) -> bool {
+        if !self.in_guest || self.state.kicked::<P>() {
+            return false;
+        }
+        let Some(root) = self.current_root() else { return false };
+        let mmu = self.vm.mmu();
+        let tlb = &mut self.core.tlb;
+        walker::walk::<P>(mmu.pool(), mmu.format(), tlb, root, mmu.root_level(), GuestAccess::read(gfn))
+            .is_ok()
+    }
+}
+
+impl<P: Platform> Drop for Vcpu<'_, P> {
+    fn drop(&mut self) {
+        self.leave();
+    }
+}

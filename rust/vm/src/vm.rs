@@ -1,0 +1,564 @@
+//! A virtual machine: memslots, vCPUs, the MMU, and what acts on all of them.
+//!
+//! **Guarantee.** Lock order: slots_lock, then mmu_lock, then what the MMU takes inside; a vCPU's own lock is its handle and is taken
+//! before all of them, by its thread alone. A memslot is gone for faults (INVALID, SRCU) before its SPTEs are zapped, and its SPTEs are gone before the slot is.
+//! When [`Vm::unmap_hva`] returns, no SPTE and no TLB holds a frame of the range, and no fault can bring one back.
+//!
+//! **Mechanism.** [`Vm::fast_zap`] is the whole protocol of 5.18 and later in five lines: exclusive { invalidate the roots; request a reload of every vCPU
+//! and wait until none is in the guest }, unlock, let the design finish. What designs differ in is behind `invalidate`, `in_lock` and `finish`.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex as StdMutex, PoisonError, TryLockError};
+
+use tdpmmu_mmu::{FlushDebt, Leftovers, MmuConfig, MmuError, TdpMmu, design};
+use tdpmmu_platform::{
+    Event, Mutex, Observer, Phase, Platform, RcuConfig, Role as TaskRole, Task, TaskConfig,
+};
+use tdpmmu_spte::NotifierUnit;
+use tdpmmu_spte::mmio::GENERATION_MASK;
+use tdpmmu_table::TableCache;
+
+use crate::VmError;
+use crate::config::VmConfig;
+use crate::frames::FrameStats;
+use crate::host::PrimaryMmu;
+use crate::request::{self, VcpuState};
+use crate::root_cache::RootCache;
+use crate::side::HostSide;
+use crate::slot::{MemSlot, SlotFlags};
+use crate::slots::{Change, MAX_SLOT_PAGES, Memslots, Region, SlotSet, SlotWriter, plan};
+use crate::tlb::Tlb;
+use crate::vcpu::{Vcpu, VcpuCore, VcpuStats};
+
+/// What a fault asks at every step, gathered in one cache line.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rules {
+    pub(crate) fast_page_fault: bool,
+    pub(crate) ad_bits: bool,
+    pub(crate) early_check: bool,
+    pub(crate) stale_root_check: bool,
+    pub(crate) check_frames: bool,
+    pub(crate) max_level: u8,
+}
+
+/// Where the time of one fast zap went, in nanoseconds; `t0` in ticks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FastZapTimes {
+    /// Entry of the call, slots_lock held, in ticks.
+    pub t0: u64,
+    /// Waiting for mmu_lock, exclusive.
+    pub lock_wait_ns: u64,
+    /// The first exclusive hold.
+    pub exclusive_hold_ns: u64,
+    /// All exclusive holds.
+    pub exclusive_total_ns: u64,
+    /// The longest exclusive hold.
+    pub exclusive_longest_ns: u64,
+    /// Until every vCPU was out of the guest (part of the hold).
+    pub kick_wait_ns: u64,
+    /// vCPUs that were in the guest.
+    pub kicked: u32,
+    /// After the unlock, until nothing is mapped any more.
+    pub zap_ns: u64,
+    /// Entry to return.
+    pub total_ns: u64,
+}
+
+/// What a memslot update came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SlotUpdate {
+    /// Identical parameters: nothing, not even a generation.
+    Nothing,
+    /// A new slot.
+    Created,
+    /// Only flags changed.
+    Flags,
+    /// The slot is gone.
+    Deleted(FastZapTimes),
+    /// The slot is elsewhere.
+    Moved(FastZapTimes),
+}
+
+/// What was left when a VM ended.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CloseReport {
+    /// Zap of everything when the memory goes, in nanoseconds.
+    pub zap_all_ns: u64,
+    /// From the call to the last table freed, in nanoseconds.
+    pub total_ns: u64,
+    /// Roots, tables and leaves still counted: all zero, or something leaked.
+    pub leftovers: Leftovers,
+    /// Table pages that did not come back to the pool.
+    pub tables_leaked: u64,
+    /// Tables freed twice.
+    pub double_frees: u64,
+    /// Broken invariants that the MMU recorded.
+    pub violations: Vec<String>,
+    /// The frames' books; `violations` in it must be 0.
+    pub frames: FrameStats,
+}
+
+impl CloseReport {
+    /// Nothing leaked and nothing was violated?
+    pub fn is_clean(&self) -> bool {
+        self.leftovers == Leftovers::default()
+            && self.tables_leaked == 0
+            && self.double_frees == 0
+            && self.violations.is_empty()
+            && self.frames.violations == 0
+    }
+}
+
+/// A virtual machine. See the module text.
+pub struct Vm<P: Platform> {
+    mmu: Arc<TdpMmu<P>>,
+    side: Arc<HostSide<P>>,
+    slots_lock: Mutex<P, SlotWriter<P>>,
+    vcpus: Vec<StdMutex<VcpuCore<P>>>,
+    states: Vec<Arc<VcpuState>>,
+    rules: Rules,
+    reload: u64,
+    observer: Option<Arc<dyn Observer>>,
+    task: TaskConfig,
+    closing: AtomicBool,
+    closed: StdMutex<Option<CloseReport>>,
+}
+
+impl<P: Platform> Vm<P> {
+    /// Builds a VM without memory.
+    ///
+    /// # Errors
+    /// [`VmError::Config`], [`VmError::Host`], [`VmError::Pool`].
+    pub fn new(config: VmConfig) -> Result<Self, VmError> {
+        let (passes, ownership) = config.check()?;
+        let design = design::build::<P>(config.design_name(), config.workers)
+            .map_err(|e| VmError::Mmu(e.to_string()))?;
+        // SRCU waits for faults, which may wait for mmu_lock for as long as a zap holds it: no stall reports.
+        let srcu = RcuConfig { batch_delay_ns: 0, stall_ns: u64::MAX, observer: None, ..config.rcu.clone() };
+        let slots = Arc::new(Memslots::new(srcu));
+        let side =
+            Arc::new(HostSide::new(PrimaryMmu::new(config.host_pages)?, Arc::clone(&slots), config.vcpus));
+        let format = config.format.with_maxphyaddr(config.maxphyaddr);
+        let rules = Rules {
+            fast_page_fault: config.profile.fast_page_fault,
+            ad_bits: format.ad_bits,
+            early_check: config.profile.notifier_unit == NotifierUnit::Gfn,
+            stale_root_check: config.profile.stale_root_check,
+            check_frames: config.check_frames,
+            max_level: config.max_level,
+        };
+        // 5.18 drops obsolete roots only; before, a reload dropped all (the profiles between 5.15 and 5.18 differ in both switches).
+        let reload = if rules.stale_root_check { request::FREE_OBSOLETE_ROOTS } else { request::RELOAD };
+        let mmu = TdpMmu::new(
+            MmuConfig {
+                profile: config.profile,
+                format,
+                root_level: config.root_level,
+                maxphyaddr: config.maxphyaddr,
+                passes,
+                ownership,
+                design,
+                max_tables: config.max_tables,
+                hugepages: config.hugepages,
+                batch: config.batch,
+                write_back: config.write_back,
+                observer: config.observer.clone(),
+                rcu: config.rcu.clone(),
+                task: config.task,
+            },
+            side.clone(),
+        )
+        .map_err(|error| match error {
+            MmuError::Pool(error) => VmError::Pool(error),
+            other => VmError::Mmu(other.to_string()),
+        })?;
+        let role = mmu.root_role(false);
+        let vcpus = (0..config.vcpus)
+            .map(|id| {
+                StdMutex::new(VcpuCore {
+                    roots: RootCache::default(),
+                    role,
+                    tlb: Tlb::default(),
+                    cache: TableCache::default(),
+                    slots: slots.reader(&format!("vcpu-{id}")),
+                    loaded_at: 0,
+                    stats: VcpuStats::default(),
+                })
+            })
+            .collect();
+        Ok(Self {
+            mmu,
+            states: side.vcpus.clone(),
+            side,
+            slots_lock: Mutex::new(SlotWriter::new(slots)),
+            vcpus,
+            rules,
+            reload,
+            observer: config.observer,
+            task: config.task,
+            closing: AtomicBool::new(false),
+            closed: StdMutex::new(None),
+        })
+    }
+
+    /// The TDP MMU.
+    #[inline(always)]
+    pub fn mmu(&self) -> &TdpMmu<P> {
+        &self.mmu
+    }
+
+    /// Host memory, memslots and notifier state.
+    #[inline(always)]
+    pub fn side(&self) -> &HostSide<P> {
+        &self.side
+    }
+
+    #[inline(always)]
+    pub(crate) fn rules(&self) -> &Rules {
+        &self.rules
+    }
+
+    /// vCPUs.
+    pub fn vcpu_count(&self) -> usize {
+        self.vcpus.len()
+    }
+
+    /// A task for the calling thread, with the VM's settings.
+    pub fn task(&self, name: &str, role: TaskRole) -> Task<P> {
+        self.task_with(name, role, self.task)
+    }
+
+    /// A task for the calling thread, with other settings.
+    pub fn task_with(&self, name: &str, role: TaskRole, config: TaskConfig) -> Task<P> {
+        Task::with_observer(self.mmu.rcu(), name, role, config, self.observer.clone())
+    }
+
+    fn open(&self) -> Result<(), VmError> {
+        if self.closing.load(Ordering::Acquire) { Err(VmError::Closed) } else { Ok(()) }
+    }
+
+    /// A vCPU for the calling thread.
+    ///
+    /// # Errors
+    /// [`VmError::NoVcpu`], [`VmError::Busy`] while another handle exists, [`VmError::Closed`].
+    pub fn vcpu(&self, id: usize) -> Result<Vcpu<'_, P>, VmError> {
+        self.vcpu_with(id, self.task)
+    }
+
+    /// A vCPU for the calling thread, its task with other settings.
+    ///
+    /// # Errors
+    /// As [`Vm::vcpu`].
+    pub fn vcpu_with(&self, id: usize, config: TaskConfig) -> Result<Vcpu<'_, P>, VmError> {
+        self.open()?;
+        let cell = self.vcpus.get(id).ok_or(VmError::NoVcpu { vcpu: id, count: self.vcpus.len() })?;
+        let core = match cell.try_lock() {
+            Ok(core) => core,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return Err(VmError::Busy { vcpu: id }),
+        };
+        let task = self.task_with(&format!("vcpu-{id}"), TaskRole::Vcpu, config);
+        Ok(Vcpu::new(self, id, core, task, &self.states[id]))
+    }
+
+    /// Mode and requests of a vCPU, for others to look at.
+    pub fn vcpu_state(&self, id: usize) -> Option<&VcpuState> {
+        self.states.get(id).map(|state| &**state)
+    }
+
+    /// Wakes a halted vCPU.
+    pub fn wake(&self, id: usize) {
+        if let Some(state) = self.states.get(id) {
+            state.wake::<P>();
+        }
+    }
+
+    /// Asks every vCPU to leave the run loop, and wakes the halted ones. [`Vm::resume`] takes it back.
+    pub fn stop_vcpus(&self, task: &Task<P>) {
+        self.side.request_all(task, request::STOP);
+        for state in &self.states {
+            state.wake::<P>();
+        }
+    }
+
+    /// Lets vCPUs run again.
+    pub fn resume(&self) {
+        for state in &self.states {
+            state.take::<P>(request::STOP);
+        }
+    }
+
+    /// The memslots now.
+    pub fn slots(&self) -> SlotSet {
+        self.side.slots.snapshot()
+    }
+
+    /// KVM_SET_USER_MEMORY_REGION.
+    ///
+    /// # Errors
+    /// The rules of [`plan`]; [`VmError::Closed`].
+    pub fn set_memslot(&self, task: &Task<P>, region: &Region) -> Result<SlotUpdate, VmError> {
+        self.open()?;
+        let mut slots = self.slots_lock.lock();
+        let change = plan(&slots.set(), region, self.mmu.max_gfn())?;
+        let (update, generation) = match change {
+            Change::Nothing => return Ok(SlotUpdate::Nothing),
+            Change::Create(slot) => (SlotUpdate::Created, slots.install(slot)),
+            Change::Flags(old, new) => {
+                let starts_logging = new.flags.log_dirty && !old.flags.log_dirty;
+                let (as_id, gfns) = (new.as_id, new.gfns());
+                let generation = slots.install(new);
+                if starts_logging {
+                    // Writable SPTEs from before would let writes pass unseen. Zapping the leaves is coarser than KVM's write
+                    // protection, and as complete.
+                    self.zap_gfns(task, as_id, gfns);
+                }
+                (SlotUpdate::Flags, generation)
+            }
+            Change::Delete(old) => {
+                slots.invalidate(&old);
+                let times = self.fast_zap_locked(task, &mut slots);
+                (SlotUpdate::Deleted(times), slots.remove(old.as_id, old.id))
+            }
+            Change::Move(old, new) => {
+                slots.invalidate(&old);
+                let times = self.fast_zap_locked(task, &mut slots);
+                (SlotUpdate::Moved(times), slots.install(new))
+            }
+        };
+        if generation & GENERATION_MASK & !1 == 0 {
+            // The generation in MMIO SPTEs has wrapped: old ones would look current again.
+            self.fast_zap_locked(task, &mut slots);
+        }
+        Ok(update)
+    }
+
+    /// Adds guest memory `[base, base + pages)` in as many slots as KVM's limit on a slot's size asks for, backed by new anonymous
+    /// host memory with mappings up to `level`. Returns the slot ids.
+    ///
+    /// # Errors
+    /// As [`Vm::set_memslot`]; [`VmError::HostFull`]. Slots made before the error stay.
+    pub fn add_memory(&self, task: &Task<P>, base: u64, pages: u64, level: u8) -> Result<Vec<u16>, VmError> {
+        // A multiple of 1 GiB below the limit, so that no slot begins in the middle of a huge page.
+        const CHUNK: u64 = MAX_SLOT_PAGES / (512 * 512) * (512 * 512);
+        let end = base.checked_add(pages).filter(|_| pages != 0).ok_or(VmError::BadRange {
+            as_id: 0,
+            start: base,
+            end: base.saturating_add(pages),
+            rule: "a region has at least one page and does not wrap",
+        })?;
+        let mut ids = Vec::new();
+        let mut at = base;
+        while at < end {
+            let len = CHUNK.min(end - at);
+            let hva = self.side.primary.region(len, at, level, true)?;
+            let id = {
+                let set = self.slots();
+                (0..).find(|&id| set.by_id(0, id).is_none()).unwrap_or(u16::MAX)
+            };
+            let region = Region { id, as_id: 0, base: at, pages: len, hva, flags: SlotFlags::default() };
+            self.set_memslot(task, &region)?;
+            ids.push(id);
+            at += len;
+        }
+        Ok(ids)
+    }
+
+    /// Deletes a memslot: INVALID, fast zap, gone.
+    ///
+    /// # Errors
+    /// [`VmError::NoSlot`], [`VmError::Closed`].
+    pub fn delete_memslot(&self, task: &Task<P>, as_id: u8, id: u16) -> Result<FastZapTimes, VmError> {
+        let region = Region { id, as_id, base: 0, pages: 0, hva: 0, flags: SlotFlags::default() };
+        match self.set_memslot(task, &region)? {
+            SlotUpdate::Deleted(times) => Ok(times),
+            _ => Err(VmError::NoSlot { as_id, id }),
+        }
+    }
+
+    /// Zaps everything as a memslot update does, without changing a slot: what an nx_huge_pages toggle does.
+    ///
+    /// # Errors
+    /// [`VmError::Closed`].
+    pub fn fast_zap(&self, task: &Task<P>) -> Result<FastZapTimes, VmError> {
+        self.open()?;
+        let mut slots = self.slots_lock.lock();
+        Ok(self.fast_zap_locked(task, &mut slots))
+    }
+
+    /// kvm_mmu_zap_all_fast; the writer stands for slots_lock.
+    fn fast_zap_locked(&self, task: &Task<P>, _slots_lock: &mut SlotWriter<P>) -> FastZapTimes {
+        let ns = |from: u64, to: u64| P::ticks_to_ns(to.saturating_sub(from));
+        let t0 = P::ticks();
+        let mut guard = self.mmu.lock.write(task);
+        let taken = P::ticks();
+        self.mmu.fast_zap_invalidate(&mut guard);
+        // In the same hold: a vCPU that takes the lock after us finds no valid root and its request pending (F6c).
+        let kicks = self.side.request_all(task, self.reload | request::WAIT | request::NO_WAKEUP);
+        self.mmu.fast_zap_in_lock(&mut guard);
+        drop(guard);
+        let released = P::ticks();
+        self.mmu.fast_zap_finish(task);
+        let done = P::ticks();
+        let hold = ns(taken, released);
+        FastZapTimes {
+            t0,
+            lock_wait_ns: ns(t0, taken),
+            exclusive_hold_ns: hold,
+            exclusive_total_ns: hold,
+            exclusive_longest_ns: hold,
+            kick_wait_ns: kicks.wait_ns,
+            kicked: kicks.kicked,
+            zap_ns: ns(released, done),
+            total_ns: ns(t0, done),
+        }
+    }
+
+    /// Zaps the leaves of a gfn range in all roots of an address space, and flushes.
+    fn zap_gfns(&self, task: &Task<P>, as_id: u8, gfns: Range<u64>) {
+        let mut guard = self.mmu.lock.write(task);
+        let mut debt = self.mmu.unmap(&mut guard, as_id, gfns, true);
+        self.mmu.pay(task, &mut debt);
+    }
+
+    /// The host takes a range of its virtual pages away (munmap, MADV_DONTNEED, reclaim): begin, the host's own unmap, end. `may_block` false: the OOM
+    /// reaper, which must not wait. Returns how many host pages were unmapped.
+    ///
+    /// # Errors
+    /// [`VmError::Closed`].
+    pub fn unmap_hva(&self, task: &Task<P>, hvas: Range<u64>, may_block: bool) -> Result<u64, VmError> {
+        self.open()?;
+        let ranges = self.side.slots.begin_invalidation(&hvas);
+        let cover = ranges.iter().fold(None, |cover: Option<Range<u64>>, (_, r)| {
+            Some(cover.map_or(r.clone(), |c| c.start.min(r.start)..c.end.max(r.end)))
+        });
+        if let Some(cover) = &cover {
+            task.observe(|| Event::NotifierBegin { start: cover.start, end: cover.end });
+            let mut guard = self.mmu.lock.write(task);
+            self.side.invalidation.begin(&guard, cover);
+            let mut debt = FlushDebt::none();
+            for (as_id, gfns) in ranges {
+                debt.merge(self.mmu.unmap(&mut guard, as_id, gfns, may_block));
+            }
+            self.mmu.pay(task, &mut debt);
+        }
+        let unmapped = self.side.primary.unmap(hvas);
+        if let Some(cover) = &cover {
+            let guard = self.mmu.lock.write(task);
+            self.side.invalidation.end(&guard);
+            drop(guard);
+            task.observe(|| Event::NotifierEnd { start: cover.start, end: cover.end });
+        }
+        self.side.slots.end_invalidation();
+        Ok(unmapped)
+    }
+
+    /// The host takes away what is behind a gfn range of address space 0.
+    ///
+    /// # Errors
+    /// [`VmError::BadRange`] when no memslot covers part of it; [`VmError::Closed`].
+    pub fn unmap_gfns(&self, task: &Task<P>, gfns: Range<u64>, may_block: bool) -> Result<u64, VmError> {
+        let set = self.slots();
+        let mut hvas = Vec::new();
+        let mut at = gfns.start;
+        while at < gfns.end {
+            let Some(slot) = set.find(0, at) else {
+                let rule = "no memslot covers it";
+                return Err(VmError::BadRange { as_id: 0, start: at, end: gfns.end, rule });
+            };
+            let end = slot.gfns().end.min(gfns.end);
+            hvas.push(slot.hva_of(at)..slot.hva_of(at) + (end - at));
+            at = end;
+        }
+        hvas.into_iter().try_fold(0, |sum, hvas| Ok(sum + self.unmap_hva(task, hvas, may_block)?))
+    }
+
+    /// KVM_GET_DIRTY_LOG and CLEAR in one: the gfns written since the last call, ascending; their SPTEs are taken away so that the next write is seen.
+    ///
+    /// # Errors
+    /// [`VmError::NoSlot`] without such a slot, or when it does not log.
+    pub fn take_dirty_log(&self, task: &Task<P>, as_id: u8, id: u16) -> Result<Vec<u64>, VmError> {
+        self.open()?;
+        let slots = self.slots_lock.lock();
+        let set = slots.set();
+        let slot: &Arc<MemSlot> = set.by_id(as_id, id).ok_or(VmError::NoSlot { as_id, id })?;
+        let dirty = slot.dirty.as_ref().ok_or(VmError::NoSlot { as_id, id })?;
+        let mut gfns = Vec::new();
+        for word in 0..dirty.words() {
+            let mut bits = dirty.take_word(word);
+            if bits == 0 {
+                continue;
+            }
+            let base = slot.base + word as u64 * 64;
+            // Clear first, protect second: a write in between sets the bit again and is reported twice, never lost.
+            self.zap_gfns(task, as_id, base..base + 64);
+            while bits != 0 {
+                gfns.push(base + u64::from(bits.trailing_zeros()));
+                bits &= bits - 1;
+            }
+        }
+        Ok(gfns)
+    }
+
+    /// The end of the VM, as when its process dies: vCPUs stop, the memory goes (zap_all), vCPUs put their roots, the MMU is torn down, every table must be back.
+    /// The second call returns the first one's report.
+    ///
+    /// # Errors
+    /// [`VmError::Busy`] while a thread holds a vCPU handle: drop it and call again.
+    pub fn close(&self) -> Result<CloseReport, VmError> {
+        let mut closed = self.closed.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(report) = &*closed {
+            return Ok(report.clone());
+        }
+        let task = self.task("close", TaskRole::Caller);
+        let begin = P::ticks();
+        self.closing.store(true, Ordering::Release);
+        self.stop_vcpus(&task);
+        let mut cores = Vec::with_capacity(self.vcpus.len());
+        for (vcpu, cell) in self.vcpus.iter().enumerate() {
+            match cell.try_lock() {
+                Ok(core) => cores.push(core),
+                Err(TryLockError::Poisoned(poisoned)) => cores.push(poisoned.into_inner()),
+                Err(TryLockError::WouldBlock) => {
+                    self.closing.store(false, Ordering::Release);
+                    return Err(VmError::Busy { vcpu });
+                }
+            }
+        }
+        let zap_begin = P::ticks();
+        self.mmu.zap_all(&mut self.mmu.lock.write(&task));
+        let zap_all_ns = P::ticks_to_ns(P::ticks() - zap_begin);
+        for core in &mut cores {
+            let roots = core.roots.take_all();
+            self.mmu.put_roots(&task, roots.as_slice());
+            core.cache.drain(self.mmu.pool());
+            core.tlb.flush();
+        }
+        drop(cores);
+        let leftovers = {
+            let _waiting = task.phase(Phase::GracePeriod);
+            self.mmu.uninit(&task)
+        };
+        self.side.slots.stop();
+        let pool = self.mmu.pool().stats();
+        let report = CloseReport {
+            zap_all_ns,
+            total_ns: P::ticks_to_ns(P::ticks() - begin),
+            leftovers,
+            tables_leaked: pool.taken,
+            double_frees: pool.double_frees,
+            violations: self.mmu.violations(),
+            frames: self.side.primary.frames().stats(),
+        };
+        *closed = Some(report.clone());
+        Ok(report)
+    }
+}
+
+impl<P: Platform> Drop for Vm<P> {
+    fn drop(&mut self) {
+        // No handle can be alive: they borrow the VM. Workers and RCU must not outlive it.
+        let _ = self.close();
+    }
+}

@@ -1,0 +1,323 @@
+//! One VM's life, single-threaded: memory, faults, fast zap, teardown, in every design.
+
+use std::sync::atomic::Ordering;
+
+use tdpmmu_platform::{Real, Role as TaskRole, Task};
+use tdpmmu_spte::KernelProfile;
+use tdpmmu_vm::{
+    AccessOutcome, AdMix, BulkOptions, FaultOutcome, GuestAccess, Progress, Region, SlotFlags, SlotUpdate,
+    Vm, VmConfig, VmError,
+};
+
+const DESIGNS: [&str; 3] = ["inline", "async-worker", "sync"];
+const GIG: u64 = 512 * 512;
+
+fn config(design: &str) -> VmConfig {
+    VmConfig {
+        design: Some(design.into()),
+        vcpus: 2,
+        max_tables: 40_000,
+        hugepages: false,
+        host_pages: 64 * GIG,
+        check_frames: true,
+        ..VmConfig::new(KernelProfile::named("6.12").expect("known"))
+    }
+}
+
+fn vm(design: &str) -> (Vm<Real>, Task<Real>) {
+    let vm = Vm::new(config(design)).expect("a small VM");
+    let task = vm.task("test", TaskRole::Caller);
+    (vm, task)
+}
+
+fn assert_clean(vm: &Vm<Real>) {
+    let report = vm.close().expect("no handle is left");
+    assert!(report.is_clean(), "{report:?}");
+}
+
+#[test]
+fn a_vm_faults_is_zapped_and_torn_down_in_every_design() {
+    for design in DESIGNS {
+        let (vm, task) = vm(design);
+        vm.add_memory(&task, 0, GIG, 1).expect("memory");
+        {
+            let mut vcpu = vm.vcpu(0).expect("free");
+            for gfn in [0, 1, 511, 512, GIG - 1] {
+                let outcome = vcpu.access(GuestAccess::write(gfn)).expect("memory is there");
+                assert_eq!(outcome, AccessOutcome::SlowFault, "{design} {gfn:#x}");
+                assert_eq!(vcpu.access(GuestAccess::write(gfn)).expect("mapped"), AccessOutcome::TlbHit);
+            }
+            assert_eq!(vm.mmu().leaf_pages(), [5, 0, 0]);
+        }
+        let times = vm.fast_zap(&task).expect("open");
+        assert!(times.total_ns >= times.exclusive_hold_ns && times.kicked == 0, "{design} {times:?}");
+        assert_eq!(vm.mmu().leaf_pages(), [0, 0, 0], "{design}");
+        {
+            let mut vcpu = vm.vcpu(0).expect("free");
+            assert_eq!(
+                vcpu.access(GuestAccess::write(0)).expect("refault"),
+                AccessOutcome::SlowFault,
+                "{design}"
+            );
+        }
+        assert_clean(&vm);
+        assert_eq!(vm.mmu().pool().stats().taken, 0);
+        assert_clean(&vm);
+        assert!(matches!(vm.vcpu(0), Err(VmError::Closed)));
+        assert_eq!(vm.fast_zap(&task), Err(VmError::Closed));
+    }
+}
+
+#[test]
+fn dropping_a_root_zaps_it_unless_the_mmu_owns_a_reference() {
+    for design in DESIGNS {
+        let (vm, task) = vm(design);
+        vm.add_memory(&task, 0, GIG, 1).expect("memory");
+        {
+            let mut vcpu = vm.vcpu(0).expect("free");
+            vcpu.access(GuestAccess::write(5)).expect("mapped");
+            let before = vcpu.current_root();
+            let after = vcpu.drop_root().expect("a page");
+            // The worker is asynchronous: the next fast zap waits for it.
+            vm.mmu().fast_zap_finish(&task);
+            if design == "sync" {
+                assert_eq!(Some(after), before, "found again by its role");
+                assert_eq!(vm.mmu().leaf_pages()[0], 1);
+                assert_eq!(vcpu.access(GuestAccess::write(5)).expect("still mapped"), AccessOutcome::Walk);
+            } else {
+                assert_eq!(vm.mmu().leaf_pages()[0], 0, "{design}");
+                assert_eq!(vcpu.access(GuestAccess::write(5)).expect("mapped"), AccessOutcome::SlowFault);
+            }
+        }
+        assert_clean(&vm);
+    }
+}
+
+#[test]
+fn bulk_population_counts_what_faults_would_have_made() {
+    for (level, want) in [(1u8, [GIG + 512, 0, 0]), (2, [0, 513, 0]), (3, [0, 1, 1])] {
+        let (vm, task) = vm("sync");
+        vm.add_memory(&task, 0, GIG + 512, 3).expect("memory");
+        {
+            let mut vcpu = vm.vcpu(0).expect("free");
+            let options = BulkOptions { level, ad: AdMix::Clean, threads: 2 };
+            let progress = Progress::default();
+            let made = vm.populate_bulk(&mut vcpu, 0..GIG + 512, &options, &progress).expect("room");
+            assert_eq!(made, want.iter().sum::<u64>(), "level {level}");
+            assert_eq!(progress.done.load(Ordering::Relaxed), GIG + 512);
+            assert_eq!(vm.mmu().leaf_pages().map(|n| n as u64), want);
+            let root = vcpu.current_root().expect("loaded");
+            assert_eq!(vm.mmu().count(&task, root).sptes(), made, "counted in the tree");
+            assert_eq!(vcpu.access(GuestAccess::write(77)).expect("mapped"), AccessOutcome::Walk);
+            let again = vm.populate_bulk(&mut vcpu, 0..GIG + 512, &options, &progress).expect("room");
+            assert_eq!(again, 0, "what is mapped stays");
+        }
+        assert_clean(&vm);
+    }
+}
+
+#[test]
+fn every_page_has_the_level_that_slot_and_host_allow() {
+    let (vm, task) = vm("sync");
+    // Guest 1 GiB + 3 pages in: congruent to the host by construction, cut at both ends.
+    vm.add_memory(&task, GIG + 3, 2 * GIG, 3).expect("memory");
+    {
+        let mut vcpu = vm.vcpu(0).expect("free");
+        for (gfn, level) in [(GIG + 3, 1), (GIG + 512, 2), (2 * GIG, 3), (3 * GIG, 1)] {
+            match vcpu.fault(GuestAccess::read(gfn), false).expect("memory") {
+                FaultOutcome::Fixed { level: got, spte } => {
+                    assert_eq!(got, level, "gfn {gfn:#x}");
+                    let hva = vm.slots().find(0, gfn).expect("slot").hva_of(gfn);
+                    let page = vm.side().primary.lookup(hva).expect("backed");
+                    let mask = [0, 511, GIG - 1][usize::from(level) - 1];
+                    assert_eq!(spte.pfn(), page.pfn & !mask, "gfn {gfn:#x}");
+                }
+                other => panic!("gfn {gfn:#x}: {other:?}"),
+            }
+        }
+    }
+    assert_clean(&vm);
+}
+
+#[test]
+fn a_gfn_without_memory_is_emulated_until_a_slot_appears() {
+    let (vm, task) = vm("sync");
+    vm.add_memory(&task, 0, 512, 1).expect("memory");
+    let mut vcpu = vm.vcpu(0).expect("free");
+    assert_eq!(vcpu.access(GuestAccess::read(0x1000)).expect("mmio"), AccessOutcome::Emulate);
+    let emulated = vcpu.stats().emulated;
+    assert_eq!(vcpu.access(GuestAccess::read(0x1000)).expect("mmio, cached"), AccessOutcome::Emulate);
+    assert_eq!(vcpu.stats().emulated, emulated + 1);
+    vcpu.leave();
+    vm.add_memory(&task, 0x1000, 512, 1).expect("memory");
+    let outcome = vcpu.access(GuestAccess::read(0x1000)).expect("memory now");
+    assert_eq!(outcome, AccessOutcome::SlowFault, "the stale MMIO entry was replaced");
+    drop(vcpu);
+    assert_clean(&vm);
+}
+
+#[test]
+fn memslot_updates_follow_kvms_rules_and_name_both_ranges() {
+    let (vm, task) = vm("sync");
+    let region =
+        |id, base, pages, hva| Region { id, as_id: 0, base, pages, hva, flags: SlotFlags::default() };
+    let generation = || vm.slots().generation;
+    let primary = &vm.side().primary;
+    let hva = primary.region(GIG, 0, 1, true).expect("room");
+    assert_eq!(vm.set_memslot(&task, &region(1, 0x1000, 0x100, hva)), Ok(SlotUpdate::Created));
+    assert_eq!(generation(), 2);
+    assert_eq!(vm.set_memslot(&task, &region(1, 0x1000, 0x100, hva)), Ok(SlotUpdate::Nothing));
+    assert_eq!(generation(), 2);
+    let error = vm.set_memslot(&task, &region(2, 0x10ff, 0x100, hva)).expect_err("one page in common");
+    let text = error.to_string();
+    assert!(text.contains("0x10ff..0x11ff") && text.contains("0x1000..0x1100"), "{text}");
+    assert!(matches!(error, VmError::SlotOverlap { other: 1, .. }));
+    let refused = [
+        (region(1, 0x1000, 0x101, hva), "size"),
+        (region(1, 0x1000, 0x100, hva + 1), "host address"),
+        (region(40_000, 0, 1, hva), "slot ids"),
+        (region(3, 0, 1 << 31, hva), "2^31 - 1"),
+        (region(3, 1 << 60, 1, hva), "address space"),
+        (Region { as_id: 2, ..region(3, 0, 1, hva) }, "two address spaces"),
+        (
+            Region {
+                flags: SlotFlags { readonly: true, ..Default::default() },
+                ..region(1, 0x1000, 0x100, hva)
+            },
+            "READONLY",
+        ),
+    ];
+    for (wish, rule) in refused {
+        let error = vm.set_memslot(&task, &wish).expect_err(rule);
+        assert!(error.to_string().contains(rule), "{error} should name: {rule}");
+    }
+    assert_eq!(vm.delete_memslot(&task, 0, 9), Err(VmError::NoSlot { as_id: 0, id: 9 }));
+    assert_eq!(generation(), 2, "refusals cost no generation");
+    assert!(matches!(vm.set_memslot(&task, &region(1, 0x8000, 0x100, hva)), Ok(SlotUpdate::Moved(_))));
+    assert_eq!(generation(), 6, "a move is two publications");
+    let logging =
+        Region { flags: SlotFlags { log_dirty: true, readonly: false }, ..region(1, 0x8000, 0x100, hva) };
+    assert_eq!(vm.set_memslot(&task, &logging), Ok(SlotUpdate::Flags));
+    assert_eq!(generation(), 8);
+    vm.delete_memslot(&task, 0, 1).expect("there");
+    assert_eq!(generation(), 12);
+    assert_clean(&vm);
+}
+
+#[test]
+fn a_write_is_in_the_dirty_log_once_and_again_after_the_next_write() {
+    let (vm, task) = vm("sync");
+    let hva = vm.side().primary.region(GIG, 0, 3, true).expect("room");
+    let plain = Region { id: 0, as_id: 0, base: 0, pages: GIG, hva, flags: SlotFlags::default() };
+    vm.set_memslot(&task, &plain).expect("room");
+    {
+        let mut vcpu = vm.vcpu(0).expect("free");
+        vcpu.access(GuestAccess::write(7)).expect("mapped huge and writable before logging");
+    }
+    vm.set_memslot(&task, &Region { flags: SlotFlags { log_dirty: true, readonly: false }, ..plain })
+        .expect("flags");
+    let mut vcpu = vm.vcpu(0).expect("free");
+    for gfn in [7, 64, 7, 700] {
+        vcpu.access(GuestAccess::write(gfn)).expect("mapped");
+    }
+    // A read maps writable where the host does, and is reported for that: KVM errs on this side.
+    vcpu.access(GuestAccess::read(9)).expect("mapped");
+    vcpu.leave();
+    assert_eq!(vm.take_dirty_log(&task, 0, 0).expect("logs"), [7, 9, 64, 700]);
+    assert_eq!(vm.take_dirty_log(&task, 0, 0).expect("logs"), []);
+    vcpu.access(GuestAccess::write(64)).expect("seen again");
+    vcpu.leave();
+    assert_eq!(vm.take_dirty_log(&task, 0, 0).expect("logs"), [64]);
+    drop(vcpu);
+    assert_clean(&vm);
+}
+
+#[test]
+fn a_frame_that_the_host_takes_is_neither_mapped_nor_cached_afterwards() {
+    let (vm, task) = vm("sync");
+    vm.add_memory(&task, 0, GIG, 3).expect("memory");
+    let mut vcpu = vm.vcpu(0).expect("free");
+    vcpu.access(GuestAccess::write(1000)).expect("mapped 1 GiB");
+    vcpu.leave();
+    assert_eq!(vm.unmap_gfns(&task, 1000..1001, true).expect("open"), 1);
+    assert_eq!(vm.mmu().leaf_pages(), [0, 0, 0], "a huge leaf that straddles the range goes whole");
+    assert_eq!(vcpu.access(GuestAccess::write(1000)).expect("a new frame"), AccessOutcome::SlowFault);
+    assert_eq!(vcpu.access(GuestAccess::write(5)).expect("2 MiB"), AccessOutcome::SlowFault);
+    drop(vcpu);
+    let error = vm.unmap_gfns(&task, GIG - 1..GIG + 1, true).expect_err("beyond the slot");
+    assert!(matches!(error, VmError::BadRange { start: GIG, .. }), "{error}");
+    assert_clean(&vm);
+}
+
+#[test]
+fn a_vcpu_handle_is_exclusive_and_close_says_so() {
+    let (vm, _task) = vm("inline");
+    let held = vm.vcpu(1).expect("free");
+    assert!(matches!(vm.vcpu(1), Err(VmError::Busy { vcpu: 1 })));
+    assert!(matches!(vm.vcpu(2), Err(VmError::NoVcpu { vcpu: 2, count: 2 })));
+    assert!(matches!(vm.close(), Err(VmError::Busy { vcpu: 1 })));
+    drop(held);
+    assert_clean(&vm);
+}
+
+#[test]
+fn configurations_that_make_no_sense_are_refused_with_the_reason() {
+    let base = config("inline");
+    let cases = [
+        (VmConfig { vcpus: 0, ..base.clone() }, "KVM_MAX_VCPUS"),
+        (VmConfig { root_level: 3, ..base.clone() }, "4 or 5"),
+        (VmConfig { design: Some("inlin".into()), ..base.clone() }, "zap design"),
+        (VmConfig { ownership: Some(tdpmmu_spte::Ownership::Mmu), ..base.clone() }, "zapped inline"),
+        (VmConfig { maxphyaddr: 64, ..base.clone() }, "52"),
+        (VmConfig { max_level: 4, ..base.clone() }, "1G"),
+    ];
+    for (config, rule) in cases {
+        match Vm::<Real>::new(config) {
+            Err(error) => assert!(error.to_string().contains(rule), "{error} should name: {rule}"),
+            Ok(_) => panic!("accepted, against the rule: {rule}"),
+        }
+    }
+}
+
+#[test]
+fn running_out_of_tables_is_an_error_and_the_vm_survives_it() {
+    let config = VmConfig { max_tables: 12, ..config("sync") };
+    let vm = Vm::<Real>::new(config).expect("a tiny VM");
+    let task = vm.task("test", TaskRole::Caller);
+    vm.add_memory(&task, 0, GIG, 1).expect("memory");
+    {
+        let mut vcpu = vm.vcpu(0).expect("free");
+        let error = (0..64).find_map(|n| vcpu.access(GuestAccess::read(n * 512)).err()).expect("12 tables");
+        assert!(matches!(error, VmError::Pool(_)), "{error}");
+        assert_ne!(vcpu.access(GuestAccess::read(0)).expect("still mapped"), AccessOutcome::Stopped);
+    }
+    vm.fast_zap(&task).expect("open");
+    assert_clean(&vm);
+}
+
+#[test]
+fn a_second_root_of_another_role_is_kept_and_found_again() {
+    let (vm, task) = vm("sync");
+    vm.add_memory(&task, 0, GIG, 1).expect("memory");
+    let mut vcpu = vm.vcpu(0).expect("free");
+    vcpu.access(GuestAccess::write(1)).expect("mapped");
+    let (first, role) = (vcpu.current_root(), vcpu.role());
+    let layout = vm.mmu().profile().role_layout;
+    let mut fields = layout.unpack(role);
+    fields.cr0_wp = false;
+    vcpu.switch_role(layout.pack(&fields));
+    assert_eq!(vcpu.access(GuestAccess::write(1)).expect("other tables"), AccessOutcome::SlowFault);
+    assert_ne!(vcpu.current_root(), first);
+    vcpu.switch_role(role);
+    assert_eq!(vcpu.current_root(), first);
+    assert_eq!(
+        vcpu.access(GuestAccess::write(1)).expect("still mapped"),
+        AccessOutcome::Walk,
+        "its tag was flushed"
+    );
+    vcpu.leave();
+    vm.fast_zap(&task).expect("open");
+    assert_eq!(vm.mmu().leaf_pages(), [0, 0, 0], "both roots");
+    drop(vcpu);
+    assert_clean(&vm);
+}
