@@ -104,15 +104,15 @@ pub enum ReplayError {
         /// The names there are.
         known: String,
     },
-    /// The recording holds several virtual machines and `vm_of` names none of them.
-    #[error("{path}: {count} processes change SPTEs ({tgids}); choose one with --vm-of PID")]
-    SeveralVms {
+    /// No thread of the process asked for changes SPTEs.
+    #[error("{path}: nothing of process {asked} is in this recording; there are {seen}")]
+    NoSuchVm {
         /// The recording.
         path: PathBuf,
-        /// How many.
-        count: usize,
-        /// Their thread-group ids.
-        tgids: String,
+        /// The process asked for.
+        asked: u32,
+        /// The processes that are there.
+        seen: String,
     },
     /// The progress callback asked to stop.
     #[error("cancelled after {bytes} bytes of text")]

@@ -11,10 +11,14 @@ mod error;
 mod event;
 mod line;
 mod reader;
+mod replay;
 mod source;
 
 pub use error::{ReplayError, TraceError};
 pub use event::{Event, Mark, PageArg, Probe, RootArg, parse_event};
 pub use line::Head;
 pub use reader::{BadLine, Item, ReadStats, TraceReader};
+pub use replay::{
+    Births, Checked, Deaths, LISTED_MISMATCHES, Mismatch, Progress, Replay, ReplayOptions, StatChecks, Zap, profile_named, replay,
+};
 pub use source::{Input, MAX_LINE};

@@ -30,6 +30,8 @@ pub struct Head<'a> {
     pub event: &'a [u8],
     /// What follows `event: `.
     pub text: &'a [u8],
+    /// Line number, from 1; 0 where the line does not come from a reader.
+    pub line: u64,
 }
 
 /// What a line is.
@@ -110,7 +112,7 @@ fn event(line: &[u8]) -> Option<Head<'_>> {
         let Some((flags, ns, rest)) = time(c.rest()) else { continue };
         let Some((comm, pid, tgid)) = task(&line[..open]) else { continue };
         let (event, text) = name(rest)?;
-        return Some(Head { comm, pid, tgid, cpu, flags, ns, event, text });
+        return Some(Head { comm, pid, tgid, cpu, flags, ns, event, text, line: 0 });
     }
     None
 }

@@ -114,7 +114,7 @@ impl TraceReader {
                         } else if matches!(event, Event::Other) {
                             self.foreign(head.event);
                         }
-                        return Ok(Some(Item::Record(head, event)));
+                        return Ok(Some(Item::Record(Head { line: self.lines.line(), ..head }, event)));
                     }
                 },
             }
