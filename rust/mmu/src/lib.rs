@@ -129,10 +129,8 @@ impl<P: Platform> TdpMmu<P> {
     /// # Errors
     /// [`MmuError`] when the host refuses address space for the pool, or a thread.
     pub fn new(config: MmuConfig<P>, host: Arc<dyn MmuHost<P>>) -> Result<Arc<Self>, MmuError> {
-        let pool = Arc::new(TablePool::new(PoolConfig {
-            max_tables: config.max_tables,
-            hugepages: config.hugepages,
-        })?);
+        let pool = TablePool::new(PoolConfig { max_tables: config.max_tables, hugepages: config.hugepages })?;
+        let pool = Arc::new(pool.observed(config.observer.clone()));
         let reclaim: Arc<dyn tdpmmu_platform::Reclaim> = pool.clone();
         let rcu = P::Rcu::try_new(reclaim, config.rcu.clone()).map_err(MmuError::Thread)?;
         let design = Arc::clone(&config.design);

@@ -65,13 +65,28 @@ impl<P: Platform> TdpMmu<P> {
         let task = guard.task();
         let _rcu = task.rcu_read();
         let mut new = 0;
+        let done = self.fill_range(task, cache, root, map, &mut new);
+        // Also after an error: what was mapped stays, so it counts.
+        self.add_leaves(map.level, new as i64);
+        done.map(|()| new)
+    }
+
+    fn fill_range(
+        &self,
+        task: &Task<P>,
+        cache: &mut TableCache,
+        root: u32,
+        map: &BulkMap,
+        new: &mut u64,
+    ) -> Result<(), BulkError> {
+        let (gfns, unit) = (&map.gfns, span(map.level));
         let mut gfn = gfns.start;
         while gfn < gfns.end {
             // The table that holds the leaves at `gfn`, and how far the range goes on in it.
             let table_end = (round_down(gfn, map.level + 1) + span(map.level + 1)).min(gfns.end);
             let whole = map.level == 1 && table_end - gfn == span(2);
             if whole && let Some(tables) = self.fill_tables(task, cache, root, map, gfn)? {
-                new += tables * span(2);
+                *new += tables * span(2);
                 gfn += tables * span(2);
                 continue;
             }
@@ -81,13 +96,12 @@ impl<P: Platform> TdpMmu<P> {
                 let leaf = map.template.with_pfn(map.first_pfn + (at - gfns.start));
                 if P::cmpxchg(cell, self.format().empty().raw(), leaf.raw(), Site::SpteInstall).is_ok() {
                     self.tell_leaf(task, root, at, map.level, leaf);
-                    new += 1;
+                    *new += 1;
                 }
             }
             gfn = table_end;
         }
-        self.add_leaves(map.level, new as i64);
-        Ok(new)
+        Ok(())
     }
 
     /// Fills and links leaf tables for as many whole 2 MiB from `gfn` on as have no table yet. `None`: the first one has.
@@ -125,6 +139,9 @@ impl<P: Platform> TdpMmu<P> {
             self.pool().meta(table).init(role, base, 1, Some((parent, slot)));
             for (j, entry) in self.pool().entries(table).iter().enumerate() {
                 entry.store(leaf.raw() + ((j as u64) << 12), Relaxed);
+            }
+            if let Some(observer) = self.observer() {
+                observer.event(task.id(), &Event::TableAlloc { table, level: 1, gfn: base });
             }
             let link = self.format().table(u64::from(table), false);
             let cell = &self.pool().entries(parent)[slot as usize];

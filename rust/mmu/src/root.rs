@@ -176,8 +176,11 @@ impl<P: Platform> TdpMmu<P> {
     }
 
     /// Re-arms the count of a root that went to zero inside this lock hold (5.18-6.3: the owner of the transition keeps it for the worker).
-    pub fn rearm_root(&self, root: u32) {
+    pub fn rearm_root(&self, task: &Task<P>, root: u32) {
         self.pool().meta(root).refs.store(1, Ordering::Release);
+        if let Some(observer) = self.observer() {
+            observer.event(task.id(), &Event::RootGet { root, refs: 1, owner: Owner::Work });
+        }
     }
 
     /// Runs `body` on every root of `which`, newest first, each referenced while it is visited, so that `body` may yield.

@@ -1,9 +1,9 @@
 //! The pool: pages by index, a hard cap, exact counts, caches that a task tops up before it takes a lock.
 
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
-use tdpmmu_platform::{NIL, Reclaim};
+use tdpmmu_platform::{Event, NIL, NO_TASK, Observer, Reclaim};
 
 use crate::arena::Arena;
 use crate::freemap::{FreeMap, WORD_PAGES};
@@ -72,6 +72,7 @@ pub struct TablePool {
     cap_hits: AtomicU64,
     double_frees: AtomicU64,
     committed: AtomicU64,
+    observer: Option<Arc<dyn Observer>>,
 }
 
 impl TablePool {
@@ -99,7 +100,23 @@ impl TablePool {
             cap_hits: AtomicU64::new(0),
             double_frees: AtomicU64::new(0),
             committed: AtomicU64::new(0),
+            observer: None,
         })
+    }
+
+    /// The same pool, telling `observer` of every page that comes back.
+    #[must_use]
+    pub fn observed(mut self, observer: Option<Arc<dyn Observer>>) -> Self {
+        self.observer = observer;
+        self
+    }
+
+    /// Before the page is free: its next user's events must come later.
+    #[inline]
+    fn tell_free(&self, table: u32) {
+        if let Some(observer) = &self.observer {
+            observer.event(NO_TASK, &Event::TableFree { table });
+        }
     }
 
     /// The cap, in tables.
@@ -188,6 +205,7 @@ impl TablePool {
 
     /// Gives one page back at once: only for a page that was never published.
     pub fn free_unpublished(&self, index: u32) {
+        self.tell_free(index);
         self.give(index as usize / WORD_PAGES, 1 << (index as usize % WORD_PAGES));
     }
 
@@ -230,6 +248,7 @@ impl Reclaim for TablePool {
                 }
                 (word, mask) = (w, 0);
             }
+            self.tell_free(at);
             mask |= bit;
             freed += 1;
             at = next;

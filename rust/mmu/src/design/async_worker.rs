@@ -13,9 +13,7 @@
 
 use std::sync::{Arc, Mutex as StdMutex, OnceLock, PoisonError, Weak};
 
-use tdpmmu_platform::{
-    Exclusive, Guard, Histogram, Owner, Phase, Platform, Role, Task, WorkQueue,
-};
+use tdpmmu_platform::{Event, Exclusive, Guard, Histogram, Owner, Phase, Platform, Role, Task, WorkQueue};
 
 use super::{Held, WorkerReport, ZapDesign};
 use crate::TdpMmu;
@@ -36,7 +34,10 @@ impl<P: Platform> AsyncWorker<P> {
         Self { workers: workers.max(1), queue: OnceLock::new(), meters: Meters::default() }
     }
 
-    fn schedule(&self, root: u32) {
+    fn schedule(&self, mmu: &TdpMmu<P>, task: &Task<P>, root: u32) {
+        if let Some(observer) = mmu.observer() {
+            observer.event(task.id(), &Event::RootSchedule { root });
+        }
         if let Some(queue) = self.queue.get() {
             queue.queue(root);
         }
@@ -78,8 +79,8 @@ impl<P: Platform> ZapDesign<P> for AsyncWorker<P> {
 
     fn last_put(&self, mmu: &TdpMmu<P>, task: &Task<P>, root: u32, _held: Held<'_, '_, P>) {
         if mmu.invalidate_root(task, root) {
-            mmu.rearm_root(root);
-            self.schedule(root);
+            mmu.rearm_root(task, root);
+            self.schedule(mmu, task, root);
         } else {
             mmu.retire_root(task, root);
         }
@@ -90,7 +91,7 @@ impl<P: Platform> ZapDesign<P> for AsyncWorker<P> {
         for root in mmu.listed_roots() {
             if !mmu.is_obsolete(root) && mmu.get_root(task, root, Owner::Work) {
                 mmu.invalidate_root(task, root);
-                self.schedule(root);
+                self.schedule(mmu, task, root);
             }
         }
     }
