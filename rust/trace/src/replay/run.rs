@@ -146,9 +146,12 @@ impl<'a> Run<'a> {
             Event::IterStart { root, .. } => {
                 e.end_removals(&c);
                 e.seen.iter_start = true;
-                let id = Self::root(e, &root, t);
                 self.roots_told = true;
-                e.threads[t].root = Some(id);
+                // 7.2 looks for a leaf below a table by an iterator of its own, inside another walk.
+                if !e.is_inner_walk(&root) {
+                    let id = Self::root(e, &root, t);
+                    e.threads[t].root = Some(id);
+                }
                 if let Some(stretch) = &mut e.threads[t].stretch {
                     stretch.iterated(false);
                 }
@@ -440,6 +443,15 @@ impl Engine {
     pub(crate) fn enter_script_vm(&mut self, thread: usize, script: u64) {
         let tgid = self.vms[self.threads[thread].vm].tgid;
         self.threads[thread].vm = self.vm(tgid, Some(script));
+    }
+
+    /// Does the iterator start at a table that is no root?
+    fn is_inner_walk(&self, arg: &RootArg) -> bool {
+        if self.roots_by_spt.contains_key(&arg.spt) {
+            return false;
+        }
+        let page = self.direct_map.and_then(|base| self.page_table(arg.spt.wrapping_sub(base)));
+        page.is_some() || Role(arg.role).level() < 4
     }
 
     fn root_of_page(&self, pa: u64) -> Option<RootId> {

@@ -20,6 +20,8 @@ pub(crate) enum Known {
     Fast,
     /// By the split that filled it.
     Split,
+    /// Frozen in a linked table: its owner empties it without an event (atomic zap up to 6.9).
+    Frozen,
     /// Not at all: before the recording, or after a loss.
     Unknown,
 }
@@ -45,13 +47,16 @@ pub(crate) struct Table {
     pub(crate) prepared: bool,
     /// Removed under the shared lock, which freezes every entry.
     pub(crate) shared_removal: bool,
-    /// Removal events on it so far.
-    pub(crate) frozen: u16,
 }
 
 impl Table {
     pub(crate) fn covers(&self, gfn: u64) -> bool {
         gfn >= self.gfn && gfn - self.gfn < table_span(self.level)
+    }
+
+    /// The first entry that a removal under the shared lock has not frozen.
+    pub(crate) fn first_open(&self, frozen: u64) -> Option<usize> {
+        (0..ENTRIES).find(|&i| self.entries[i] != frozen || self.known[i] == Known::Frozen)
     }
 
     pub(crate) fn child(&self, i: usize) -> TableId {
@@ -120,7 +125,6 @@ impl Forest {
             children,
             prepared: false,
             shared_removal: false,
-            frozen: 0,
         };
         self.live_tables += 1;
         self.peak_tables = self.peak_tables.max(self.live_tables);
