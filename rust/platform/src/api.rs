@@ -194,6 +194,21 @@ pub trait RcuReader: Send {
     fn leave(&self);
     /// Levels entered and not left.
     fn depth(&self) -> u32;
+
+    /// Sections are to take [`RcuReader::enter`] and [`RcuReader::leave`] only. Not inside a section.
+    fn set_slow(&self) {}
+
+    /// A quicker [`RcuReader::enter`] that may decline: 0 and nothing done, or a token for [`RcuReader::try_leave`].
+    #[inline(always)]
+    fn try_enter(&self) -> u64 {
+        0
+    }
+
+    /// Ends the section of `token` if that can be done quickly, else returns false and does nothing.
+    #[inline(always)]
+    fn try_leave(&self, _token: u64) -> bool {
+        false
+    }
 }
 
 mod sealed {

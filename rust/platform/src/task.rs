@@ -1,8 +1,8 @@
 //! "current": what a thread that calls into the MMU carries with it.
 //!
 //! One task per OS thread: its RCU reader, its time slice, its measurements. A task is not `Sync`; everything in it is
-//! a plain cell, and nothing on the hot path is atomic. With measuring off and no observer, a read section is the RCU
-//! reader's two stores and one predictable branch each way.
+//! a plain cell, and nothing on the hot path is atomic. With measuring off, a read section is the RCU reader's two stores
+//! and one predictable branch each way.
 
 use std::{
     cell::Cell,
@@ -134,8 +134,13 @@ impl<P: Platform> Task<P> {
         config: TaskConfig,
         observer: Option<Arc<dyn Observer>>,
     ) -> Self {
+        let reader = rcu.register(name);
+        if config.measure {
+            // Sections are timed, which the quick path does not.
+            reader.set_slow();
+        }
         Task {
-            reader: rcu.register(name),
+            reader,
             measure: config.measure,
             observer,
             meter: Meter::new::<P>(config.measure),
@@ -202,11 +207,11 @@ impl<P: Platform> Task<P> {
     #[inline(always)]
     pub fn rcu_read(&self) -> RcuGuard<'_, P> {
         P::point(Site::RcuEnter);
-        self.reader.enter();
-        if self.measure {
-            self.section_begins();
+        let token = self.reader.try_enter();
+        if token == 0 {
+            self.rcu_enter_slow();
         }
-        RcuGuard { task: self }
+        RcuGuard { task: self, token }
     }
 
     /// Inside a read section.
@@ -342,6 +347,21 @@ impl<P: Platform> Task<P> {
     }
 
     #[cold]
+    fn rcu_enter_slow(&self) {
+        self.reader.enter();
+        if self.measure {
+            self.section_begins();
+        }
+    }
+
+    #[cold]
+    fn rcu_leave_slow(&self) {
+        if self.measure {
+            self.section_ends();
+        }
+        self.reader.leave();
+    }
+
     fn section_begins(&self) {
         if self.reader.depth() == 1 {
             self.section_since.set(P::ticks());
@@ -351,7 +371,6 @@ impl<P: Platform> Task<P> {
         }
     }
 
-    #[cold]
     fn section_ends(&self) {
         if self.reader.depth() == 1 {
             let stretch = P::ticks().saturating_sub(self.section_since.get());
@@ -377,6 +396,8 @@ impl<P: Platform> fmt::Debug for Task<P> {
 #[must_use = "the read section ends when the guard is dropped"]
 pub struct RcuGuard<'a, P: Platform> {
     task: &'a Task<P>,
+    /// What the quick path returned; 0 if it declined.
+    token: u64,
 }
 
 impl<'a, P: Platform> RcuGuard<'a, P> {
@@ -395,10 +416,9 @@ impl<P: Platform> fmt::Debug for RcuGuard<'_, P> {
 impl<P: Platform> Drop for RcuGuard<'_, P> {
     #[inline(always)]
     fn drop(&mut self) {
-        if self.task.measure {
-            self.task.section_ends();
+        if !self.task.reader.try_leave(self.token) {
+            self.task.rcu_leave_slow();
         }
-        self.task.reader.leave();
         P::point(Site::RcuLeave);
     }
 }

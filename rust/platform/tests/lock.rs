@@ -80,14 +80,14 @@ fn readers_and_writers_exclude_each_other_under_stress() {
                         assert_eq!(inside.swap(-1, Ordering::Relaxed), 0);
                         assert_eq!(inside.swap(0, Ordering::Relaxed), -1);
                         lock.unlock_exclusive();
-                    } else if n % 7 == 0 && lock.try_lock_shared() {
+                    } else if n.is_multiple_of(7) && lock.try_lock_shared() {
                         assert!(inside.fetch_add(1, Ordering::Relaxed) >= 0);
                         assert!(inside.fetch_sub(1, Ordering::Relaxed) >= 1);
                         lock.unlock_shared();
                     } else {
                         lock.lock_shared();
                         assert!(inside.fetch_add(1, Ordering::Relaxed) >= 0);
-                        if n % 64 == 0 {
+                        if n.is_multiple_of(64) {
                             thread::yield_now();
                         }
                         assert!(inside.fetch_sub(1, Ordering::Relaxed) >= 1);

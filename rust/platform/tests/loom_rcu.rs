@@ -17,12 +17,19 @@ use tdpmmu_platform::{
     NIL,
     rcu::{
         chain::Chain,
-        epoch::{Barrier, Epoch},
+        epoch::{Barrier, Epoch, Handle},
     },
 };
 
-struct Fences;
-impl Barrier for Fences {
+/// Fences on both sides. `QUICK`: readers take the quick path, whose fence is its own.
+struct Fences<const QUICK: bool>;
+impl<const QUICK: bool> Barrier for Fences<QUICK> {
+    fn is_quick(&self) -> bool {
+        QUICK
+    }
+    fn light_if_quick(&self) {
+        fence(Ordering::SeqCst);
+    }
     fn light(&self) {
         fence(Ordering::SeqCst);
     }
@@ -34,6 +41,12 @@ impl Barrier for Fences {
 /// No barrier on the reclaimer's side.
 struct NoHeavy;
 impl Barrier for NoHeavy {
+    fn is_quick(&self) -> bool {
+        true
+    }
+    fn light_if_quick(&self) {
+        fence(Ordering::SeqCst);
+    }
     fn light(&self) {
         fence(Ordering::SeqCst);
     }
@@ -41,8 +54,12 @@ impl Barrier for NoHeavy {
 }
 
 /// No barrier on the reader's side, and none of the kind that would make up for it.
-struct NoLight;
-impl Barrier for NoLight {
+struct NoLight<const QUICK: bool>;
+impl<const QUICK: bool> Barrier for NoLight<QUICK> {
+    fn is_quick(&self) -> bool {
+        QUICK
+    }
+    fn light_if_quick(&self) {}
     fn light(&self) {}
     fn heavy(&self) {
         fence(Ordering::SeqCst);
@@ -86,6 +103,18 @@ fn bounded(body: impl Fn() + Sync + Send + 'static) {
     builder.check(body);
 }
 
+/// A section as a task's guard makes it: quick if the reader allows it.
+fn section<B: Barrier>(handle: &Handle<B>, body: impl FnOnce()) {
+    let token = handle.try_enter();
+    if token == 0 {
+        handle.enter();
+    }
+    body();
+    if !handle.try_leave(token) {
+        handle.leave();
+    }
+}
+
 fn cut_wait_reclaim<B: Barrier>(epoch: &Epoch<B>, object: &Object) {
     object.link.store(0, Ordering::Release);
     let target = epoch.begin();
@@ -102,11 +131,7 @@ fn reader_against_reclaimer<B: Barrier + 'static>(make: fn() -> B) {
         let reader = {
             let handle = Epoch::register(&epoch, "reader");
             let object = object.clone();
-            thread::spawn(move || {
-                handle.enter();
-                object.read();
-                handle.leave();
-            })
+            thread::spawn(move || section(&handle, || object.read()))
         };
         cut_wait_reclaim(&epoch, &object);
         reader.join().unwrap();
@@ -115,22 +140,50 @@ fn reader_against_reclaimer<B: Barrier + 'static>(make: fn() -> B) {
 
 #[test]
 fn nothing_is_reclaimed_under_a_reader_that_saw_it() {
-    reader_against_reclaimer(|| Fences);
+    reader_against_reclaimer(|| Fences::<false>);
+}
+
+#[test]
+fn nothing_is_reclaimed_under_a_quick_reader_that_saw_it() {
+    reader_against_reclaimer(|| Fences::<true>);
+}
+
+#[test]
+fn a_quick_section_nested_around_another_lasts_to_the_last_end() {
+    bounded(|| {
+        let epoch = Arc::new(Epoch::new(Fences::<true>));
+        let object = Object::new();
+        let reader = {
+            let handle = Epoch::register(&epoch, "reader");
+            let object = object.clone();
+            thread::spawn(move || {
+                let outer = handle.try_enter();
+                assert!(outer != 0 && handle.try_enter() == 0);
+                handle.enter();
+                // The outer guard ends first.
+                assert!(!handle.try_leave(outer));
+                handle.leave();
+                object.read();
+                assert!(handle.try_leave(outer));
+                assert_eq!(handle.depth(), 0);
+            })
+        };
+        cut_wait_reclaim(&epoch, &object);
+        reader.join().unwrap();
+    });
 }
 
 #[test]
 fn a_second_section_of_a_reader_does_not_hide_the_first() {
     bounded(|| {
-        let epoch = Arc::new(Epoch::new(Fences));
+        let epoch = Arc::new(Epoch::new(Fences::<true>));
         let object = Object::new();
         let reader = {
             let handle = Epoch::register(&epoch, "reader");
             let object = object.clone();
             thread::spawn(move || {
                 for _ in 0..2 {
-                    handle.enter();
-                    object.read();
-                    handle.leave();
+                    section(&handle, || object.read());
                 }
             })
         };
@@ -142,7 +195,7 @@ fn a_second_section_of_a_reader_does_not_hide_the_first() {
 #[test]
 fn a_nested_section_lasts_to_the_outer_end() {
     bounded(|| {
-        let epoch = Arc::new(Epoch::new(Fences));
+        let epoch = Arc::new(Epoch::new(Fences::<false>));
         let object = Object::new();
         let reader = {
             let handle = Epoch::register(&epoch, "reader");
@@ -165,7 +218,7 @@ fn a_nested_section_lasts_to_the_outer_end() {
 #[test]
 fn two_reclaimers_wait_each_for_its_own_reader() {
     bounded(|| {
-        let epoch = Arc::new(Epoch::new(Fences));
+        let epoch = Arc::new(Epoch::new(Fences::<false>));
         let (mine, others) = (Object::new(), Object::new());
         let handle = Epoch::register(&epoch, "both");
         let other = {
@@ -183,7 +236,7 @@ fn two_reclaimers_wait_each_for_its_own_reader() {
 #[test]
 fn a_reader_that_registers_late_sees_the_cut_or_is_waited_for() {
     bounded(|| {
-        let epoch = Arc::new(Epoch::new(Fences));
+        let epoch = Arc::new(Epoch::new(Fences::<false>));
         let object = Object::new();
         let reader = {
             let (epoch, object) = (epoch.clone(), object.clone());
@@ -241,14 +294,20 @@ fn canary_without_the_heavy_barrier_is_caught() {
 #[test]
 #[should_panic]
 fn canary_without_the_light_barrier_is_caught() {
-    reader_against_reclaimer(|| NoLight);
+    reader_against_reclaimer(|| NoLight::<false>);
+}
+
+#[test]
+#[should_panic]
+fn canary_without_the_quick_light_barrier_is_caught() {
+    reader_against_reclaimer(|| NoLight::<true>);
 }
 
 #[test]
 #[should_panic]
 fn canary_without_the_scan_is_caught() {
     bounded(|| {
-        let epoch = Arc::new(Epoch::new(Fences));
+        let epoch = Arc::new(Epoch::new(Fences::<false>));
         let object = Object::new();
         let reader = {
             let handle = Epoch::register(&epoch, "reader");

@@ -169,11 +169,11 @@ fn a_mutex_excludes_under_stress() {
     thread::scope(|s| {
         for _ in 0..4 {
             s.spawn(|| {
-                let mut n = 0;
+                let mut n = 0u64;
                 while Instant::now() < deadline {
                     let mut value = mutex.lock();
                     value.0 += 1;
-                    if n % 32 == 0 {
+                    if n.is_multiple_of(32) {
                         thread::yield_now();
                     }
                     value.1 += 1;

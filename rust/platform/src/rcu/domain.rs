@@ -443,12 +443,26 @@ impl Reader {
 }
 
 impl RcuReader for Reader {
+    fn set_slow(&self) {
+        self.0.set_slow();
+    }
+
     #[inline(always)]
+    fn try_enter(&self) -> u64 {
+        self.0.try_enter()
+    }
+
+    #[inline(always)]
+    fn try_leave(&self, token: u64) -> bool {
+        self.0.try_leave(token)
+    }
+
+    #[inline]
     fn enter(&self) {
         self.0.enter();
     }
 
-    #[inline(always)]
+    #[inline]
     fn leave(&self) {
         self.0.leave();
     }

@@ -20,6 +20,9 @@
 //! * *The reader entered with the new count, yet saw the old link.* The counter is raised after the cut, with release;
 //!   the reader loads it with acquire. Who sees the new count sees the cut.
 //!
+//! The quick path does the same with the fewest instructions: where the light barrier is free and nothing is nested, one
+//! comparison of the word with 0 tells so, and one with the token tells on leaving that it still holds.
+//!
 //! A reader that entered with a stale count after the scan passed its zero word is the first case, "gone" branch: it
 //! sees no old link, and later grace periods wait for it needlessly at worst.
 //!
@@ -37,17 +40,37 @@ pub trait Barrier: Send + Sync {
     fn light(&self);
     /// Between a reclaimer's cuts and its loads of the words.
     fn heavy(&self);
+    /// Whether [`Barrier::light_if_quick`] does as well: readers then take the quick path.
+    fn is_quick(&self) -> bool;
+    /// [`Barrier::light`] where [`Barrier::is_quick`] holds, without asking again.
+    fn light_if_quick(&self);
 }
 
 /// One grace period. Below it: the depth of nesting.
 const PERIOD: u64 = 1 << DEPTH_BITS;
 const DEPTH_BITS: u32 = 12;
 const DEPTH: u64 = PERIOD - 1;
+/// In a reader's word: its sections do not take the quick path.
+const SLOW: u64 = 1 << 63;
+
+/// The word of a reader outside sections.
+const fn is_outside(word: u64) -> bool {
+    word & DEPTH == 0
+}
+
+/// The word of a section that began before the grace period `target`.
+const fn is_older(word: u64, target: u64) -> bool {
+    !is_outside(word) && (word & !SLOW) >> DEPTH_BITS < target
+}
 
 /// A reader's word and name, shared between the reader and the scans.
 #[derive(Debug)]
 pub struct Slot {
-    /// 0 outside sections; inside, the count seen on entry (bits 12..) and the depth (bits 0..12).
+    /// | bits | field |
+    /// | --- | --- |
+    /// | 0..12 | depth of nesting; 0 outside sections |
+    /// | 12..63 | the count of grace periods seen on entry: at one a microsecond, good for 70 years |
+    /// | 63 | [`SLOW`] |
     word: CachePadded<AtomicU64>,
     id: u32,
     name: Box<str>,
@@ -100,7 +123,7 @@ impl<B: Barrier> Epoch<B> {
         let mut over = true;
         for slot in &readers.1 {
             let word = slot.word.load(Ordering::Acquire);
-            if word != 0 && word >> DEPTH_BITS < target {
+            if is_older(word, target) {
                 over = false;
                 blocked(slot);
             }
@@ -113,7 +136,11 @@ impl<B: Barrier> Epoch<B> {
         let mut readers = epoch.readers.lock().unwrap();
         let id = readers.0;
         readers.0 += 1;
-        let slot = Arc::new(Slot { word: CachePadded(AtomicU64::new(0)), id, name: name.into() });
+        let slot = Arc::new(Slot {
+            word: CachePadded(AtomicU64::new(if epoch.barrier.is_quick() { 0 } else { SLOW })),
+            id,
+            name: name.into(),
+        });
         readers.1.push(slot.clone());
         drop(readers);
         Handle { slot, epoch: epoch.clone(), _one_thread: PhantomData }
@@ -139,38 +166,59 @@ impl<B: Barrier> Handle<B> {
         self.slot.id
     }
 
-    /// Begins a section, or nests one level deeper.
-    #[inline(always)]
-    pub fn enter(&self) {
+    /// Sends sections through [`Handle::enter`] and [`Handle::leave`] although the barrier is quick: for a reader that
+    /// has something else to do there. Not inside a section.
+    pub fn set_slow(&self) {
         let word = self.slot.word.load(Ordering::Relaxed);
-        if word != 0 {
-            return self.nest(word);
-        }
-        self.slot.word.store(self.epoch.now.load(Ordering::Acquire), Ordering::Release);
-        self.epoch.barrier.light();
+        assert!(is_outside(word), "RCU reader {} changed inside a section", self.slot.name);
+        self.slot.word.store(SLOW, Ordering::Release);
     }
 
-    #[cold]
-    fn nest(&self, word: u64) {
-        assert!(word & DEPTH != DEPTH, "RCU read sections nested {DEPTH} deep");
-        self.slot.word.store(word + 1, Ordering::Release);
+    /// The quick path: begins an outermost section and returns a token, or does nothing and returns 0. All reasons
+    /// for not being quick (nesting, a barrier that costs something, [`Handle::set_slow`]) are one comparison.
+    #[inline(always)]
+    pub fn try_enter(&self) -> u64 {
+        if self.slot.word.load(Ordering::Relaxed) != 0 {
+            return 0;
+        }
+        let word = self.epoch.now.load(Ordering::Acquire);
+        self.slot.word.store(word, Ordering::Release);
+        self.epoch.barrier.light_if_quick();
+        word
+    }
+
+    /// Ends the section of `token` if it is the only one, else does nothing and returns false.
+    #[inline(always)]
+    pub fn try_leave(&self, token: u64) -> bool {
+        // Guards may end in any order: a nested section that outlives this one shows in the depth.
+        let quick = self.slot.word.load(Ordering::Relaxed) == token;
+        if quick {
+            // Release: the section's loads stay above it.
+            self.slot.word.store(0, Ordering::Release);
+        }
+        quick
+    }
+
+    /// Begins a section, or nests one level deeper.
+    #[inline]
+    pub fn enter(&self) {
+        let word = self.slot.word.load(Ordering::Relaxed);
+        if is_outside(word) {
+            self.slot.word.store(word | self.epoch.now.load(Ordering::Acquire), Ordering::Release);
+            self.epoch.barrier.light();
+        } else {
+            assert!(word & DEPTH != DEPTH, "RCU read sections nested {DEPTH} deep");
+            self.slot.word.store(word + 1, Ordering::Release);
+        }
     }
 
     /// Ends one level.
-    #[inline(always)]
+    #[inline]
     pub fn leave(&self) {
         let word = self.slot.word.load(Ordering::Relaxed);
-        if word & DEPTH != 1 {
-            return self.unnest(word);
-        }
+        assert!(!is_outside(word), "RCU read section left that was not entered");
         // Release: the section's loads stay above it.
-        self.slot.word.store(0, Ordering::Release);
-    }
-
-    #[cold]
-    fn unnest(&self, word: u64) {
-        assert!(word != 0, "RCU read section left that was not entered");
-        self.slot.word.store(word - 1, Ordering::Release);
+        self.slot.word.store(if word & DEPTH == 1 { word & SLOW } else { word - 1 }, Ordering::Release);
     }
 
     /// Levels entered and not left.

@@ -113,6 +113,15 @@ impl Barrier for Asymmetric {
         }
     }
 
+    fn is_quick(&self) -> bool {
+        !self.fence
+    }
+
+    #[inline(always)]
+    fn light_if_quick(&self) {
+        compiler_fence(Ordering::SeqCst);
+    }
+
     fn heavy(&self) {
         fence(Ordering::SeqCst);
         if !self.fence {
