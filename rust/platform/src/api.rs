@@ -14,7 +14,7 @@ use std::{
 };
 
 use crate::{
-    rcu::{RcuConfig, RcuStats},
+    rcu::{QuickSection, RcuConfig, RcuStats},
     site::Site,
 };
 
@@ -198,16 +198,11 @@ pub trait RcuReader: Send {
     /// Sections are to take [`RcuReader::enter`] and [`RcuReader::leave`] only. Not inside a section.
     fn set_slow(&self) {}
 
-    /// A quicker [`RcuReader::enter`] that may decline: 0 and nothing done, or a token for [`RcuReader::try_leave`].
+    /// A quicker [`RcuReader::enter`] that may decline, and then has done nothing. What it began ends with
+    /// [`QuickSection::try_leave`], and if that declines, with [`RcuReader::leave`].
     #[inline(always)]
-    fn try_enter(&self) -> u64 {
-        0
-    }
-
-    /// Ends the section of `token` if that can be done quickly, else returns false and does nothing.
-    #[inline(always)]
-    fn try_leave(&self, _token: u64) -> bool {
-        false
+    fn try_enter(&self) -> Option<QuickSection<'_>> {
+        None
     }
 }
 

@@ -18,6 +18,7 @@ use crate::{
     meter::{Meter, Phase, add},
     mmu_lock::MmuLock,
     observer::{Event, Observer},
+    rcu::QuickSection,
     site::Site,
     slice::Slice,
 };
@@ -207,11 +208,11 @@ impl<P: Platform> Task<P> {
     #[inline(always)]
     pub fn rcu_read(&self) -> RcuGuard<'_, P> {
         P::point(Site::RcuEnter);
-        let token = self.reader.try_enter();
-        if token == 0 {
+        let quick = self.reader.try_enter();
+        if quick.is_none() {
             self.rcu_enter_slow();
         }
-        RcuGuard { task: self, token }
+        RcuGuard { task: self, quick }
     }
 
     /// Inside a read section.
@@ -396,8 +397,8 @@ impl<P: Platform> fmt::Debug for Task<P> {
 #[must_use = "the read section ends when the guard is dropped"]
 pub struct RcuGuard<'a, P: Platform> {
     task: &'a Task<P>,
-    /// What the quick path returned; 0 if it declined.
-    token: u64,
+    /// Begun on the quick path.
+    quick: Option<QuickSection<'a>>,
 }
 
 impl<'a, P: Platform> RcuGuard<'a, P> {
@@ -416,7 +417,7 @@ impl<P: Platform> fmt::Debug for RcuGuard<'_, P> {
 impl<P: Platform> Drop for RcuGuard<'_, P> {
     #[inline(always)]
     fn drop(&mut self) {
-        if !self.task.reader.try_leave(self.token) {
+        if !self.quick.is_some_and(QuickSection::try_leave) {
             self.task.rcu_leave_slow();
         }
         P::point(Site::RcuLeave);

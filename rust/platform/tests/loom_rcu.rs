@@ -105,12 +105,12 @@ fn bounded(body: impl Fn() + Sync + Send + 'static) {
 
 /// A section as a task's guard makes it: quick if the reader allows it.
 fn section<B: Barrier>(handle: &Handle<B>, body: impl FnOnce()) {
-    let token = handle.try_enter();
-    if token == 0 {
+    let quick = handle.try_enter();
+    if quick.is_none() {
         handle.enter();
     }
     body();
-    if !handle.try_leave(token) {
+    if !quick.is_some_and(|q| q.try_leave()) {
         handle.leave();
     }
 }
@@ -157,14 +157,14 @@ fn a_quick_section_nested_around_another_lasts_to_the_last_end() {
             let handle = Epoch::register(&epoch, "reader");
             let object = object.clone();
             thread::spawn(move || {
-                let outer = handle.try_enter();
-                assert!(outer != 0 && handle.try_enter() == 0);
+                let outer = handle.try_enter().unwrap();
+                assert!(handle.try_enter().is_none());
                 handle.enter();
-                // The outer guard ends first.
-                assert!(!handle.try_leave(outer));
+                // The outer guard ends first, the inner section goes on.
+                assert!(!outer.try_leave());
                 handle.leave();
                 object.read();
-                assert!(handle.try_leave(outer));
+                handle.leave();
                 assert_eq!(handle.depth(), 0);
             })
         };

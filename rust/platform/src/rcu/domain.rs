@@ -32,7 +32,7 @@ use std::{
 use super::{
     Flavour, RcuConfig, RcuStats, Stall,
     chain::Chain,
-    epoch::{Epoch, Handle, Slot},
+    epoch::{Epoch, Handle, QuickSection, Slot},
     membarrier::Asymmetric,
 };
 use crate::{
@@ -448,13 +448,8 @@ impl RcuReader for Reader {
     }
 
     #[inline(always)]
-    fn try_enter(&self) -> u64 {
+    fn try_enter(&self) -> Option<QuickSection<'_>> {
         self.0.try_enter()
-    }
-
-    #[inline(always)]
-    fn try_leave(&self, token: u64) -> bool {
-        self.0.try_leave(token)
     }
 
     #[inline]

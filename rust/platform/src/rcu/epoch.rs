@@ -21,7 +21,8 @@
 //!   the reader loads it with acquire. Who sees the new count sees the cut.
 //!
 //! The quick path does the same with the fewest instructions: where the light barrier is free and nothing is nested, one
-//! comparison of the word with 0 tells so, and one with the token tells on leaving that it still holds.
+//! comparison of the word with 0 tells so, and one with the token tells on leaving that it still holds. The counter is
+//! copied to every reader at `begin`, beside its word.
 //!
 //! A reader that entered with a stale count after the scan passed its zero word is the first case, "gone" branch: it
 //! sees no old link, and later grace periods wait for it needlessly at worst.
@@ -31,7 +32,7 @@
 
 use std::{cell::Cell, marker::PhantomData};
 
-use crate::primitive::{Arc, AtomicU64, CachePadded, Mutex, Ordering};
+use crate::primitive::{Arc, AtomicU64, Mutex, Ordering};
 
 /// The two sides of the barrier. Where light and heavy are the same fence the scheme is the textbook one; the
 /// trait exists so that loom can also be shown the scheme with the barrier missing.
@@ -63,15 +64,18 @@ const fn is_older(word: u64, target: u64) -> bool {
     !is_outside(word) && (word & !SLOW) >> DEPTH_BITS < target
 }
 
-/// A reader's word and name, shared between the reader and the scans.
+/// A reader's word and name, shared between the reader and the scans. On cache lines of its own.
 #[derive(Debug)]
+#[repr(align(128))]
 pub struct Slot {
     /// | bits | field |
     /// | --- | --- |
     /// | 0..12 | depth of nesting; 0 outside sections |
     /// | 12..63 | the count of grace periods seen on entry: at one a microsecond, good for 70 years |
     /// | 63 | [`SLOW`] |
-    word: CachePadded<AtomicU64>,
+    word: AtomicU64,
+    /// The reader's own copy of the count of grace periods, on the line of its word: entering needs no other line.
+    now: AtomicU64,
     id: u32,
     name: Box<str>,
 }
@@ -91,16 +95,22 @@ impl Slot {
 /// The counter, the readers and the barrier.
 #[derive(Debug)]
 pub struct Epoch<B> {
-    /// The count of grace periods begun, with depth 1: what a reader stores on entry.
-    now: CachePadded<AtomicU64>,
     barrier: B,
-    readers: Mutex<(u32, Vec<Arc<Slot>>)>,
+    readers: Mutex<Readers>,
+}
+
+#[derive(Debug)]
+struct Readers {
+    /// The count of grace periods begun, with depth 1: what a reader stores on entry.
+    now: u64,
+    next_id: u32,
+    slots: Vec<Arc<Slot>>,
 }
 
 impl<B: Barrier> Epoch<B> {
     /// No readers, over the given barrier.
     pub fn new(barrier: B) -> Self {
-        Epoch { now: CachePadded(AtomicU64::new(PERIOD | 1)), barrier, readers: Mutex::new((0, Vec::new())) }
+        Epoch { barrier, readers: Mutex::new(Readers { now: PERIOD | 1, next_id: 0, slots: Vec::new() }) }
     }
 
     /// The barrier in use.
@@ -110,10 +120,16 @@ impl<B: Barrier> Epoch<B> {
 
     /// Begins a grace period for everything the caller has cut so far; returns its target for [`Epoch::is_over`].
     pub fn begin(&self) -> u64 {
-        // Release: whoever enters with the new count sees the cuts.
-        let target = self.now.fetch_add(PERIOD, Ordering::AcqRel) + PERIOD;
+        let mut readers = self.readers.lock().unwrap();
+        readers.now += PERIOD;
+        let now = readers.now;
+        for slot in &readers.slots {
+            // Release: whoever enters with the new count sees the cuts.
+            slot.now.store(now, Ordering::Release);
+        }
+        drop(readers);
         self.barrier.heavy();
-        target >> DEPTH_BITS
+        now >> DEPTH_BITS
     }
 
     /// Whether all sections older than `target` have ended. `blocked` is called for each that has not.
@@ -121,7 +137,7 @@ impl<B: Barrier> Epoch<B> {
         // A reader that registers after this scan enters after the lock is released, hence sees the cuts.
         let readers = self.readers.lock().unwrap();
         let mut over = true;
-        for slot in &readers.1 {
+        for slot in &readers.slots {
             let word = slot.word.load(Ordering::Acquire);
             if is_older(word, target) {
                 over = false;
@@ -134,21 +150,22 @@ impl<B: Barrier> Epoch<B> {
     /// Registers a reader. (Not a method: loom's `Arc` cannot be a receiver.)
     pub fn register(epoch: &Arc<Self>, name: &str) -> Handle<B> {
         let mut readers = epoch.readers.lock().unwrap();
-        let id = readers.0;
-        readers.0 += 1;
+        let id = readers.next_id;
+        readers.next_id += 1;
         let slot = Arc::new(Slot {
-            word: CachePadded(AtomicU64::new(if epoch.barrier.is_quick() { 0 } else { SLOW })),
+            word: AtomicU64::new(if epoch.barrier.is_quick() { 0 } else { SLOW }),
+            now: AtomicU64::new(readers.now),
             id,
             name: name.into(),
         });
-        readers.1.push(slot.clone());
+        readers.slots.push(slot.clone());
         drop(readers);
         Handle { slot, epoch: epoch.clone(), _one_thread: PhantomData }
     }
 
     /// How many readers are registered.
     pub fn reader_count(&self) -> usize {
-        self.readers.lock().unwrap().1.len()
+        self.readers.lock().unwrap().slots.len()
     }
 }
 
@@ -174,29 +191,18 @@ impl<B: Barrier> Handle<B> {
         self.slot.word.store(SLOW, Ordering::Release);
     }
 
-    /// The quick path: begins an outermost section and returns a token, or does nothing and returns 0. All reasons
-    /// for not being quick (nesting, a barrier that costs something, [`Handle::set_slow`]) are one comparison.
+    /// The quick path: begins an outermost section, or does nothing. All reasons for not being quick (nesting, a
+    /// barrier that costs something, [`Handle::set_slow`]) are one comparison.
     #[inline(always)]
-    pub fn try_enter(&self) -> u64 {
-        if self.slot.word.load(Ordering::Relaxed) != 0 {
-            return 0;
+    pub fn try_enter(&self) -> Option<QuickSection<'_>> {
+        let slot = &*self.slot;
+        if slot.word.load(Ordering::Relaxed) != 0 {
+            return None;
         }
-        let word = self.epoch.now.load(Ordering::Acquire);
-        self.slot.word.store(word, Ordering::Release);
+        let token = slot.now.load(Ordering::Acquire);
+        slot.word.store(token, Ordering::Release);
         self.epoch.barrier.light_if_quick();
-        word
-    }
-
-    /// Ends the section of `token` if it is the only one, else does nothing and returns false.
-    #[inline(always)]
-    pub fn try_leave(&self, token: u64) -> bool {
-        // Guards may end in any order: a nested section that outlives this one shows in the depth.
-        let quick = self.slot.word.load(Ordering::Relaxed) == token;
-        if quick {
-            // Release: the section's loads stay above it.
-            self.slot.word.store(0, Ordering::Release);
-        }
-        quick
+        Some(QuickSection { word: &slot.word, token })
     }
 
     /// Begins a section, or nests one level deeper.
@@ -204,7 +210,7 @@ impl<B: Barrier> Handle<B> {
     pub fn enter(&self) {
         let word = self.slot.word.load(Ordering::Relaxed);
         if is_outside(word) {
-            self.slot.word.store(word | self.epoch.now.load(Ordering::Acquire), Ordering::Release);
+            self.slot.word.store(word | self.slot.now.load(Ordering::Acquire), Ordering::Release);
             self.epoch.barrier.light();
         } else {
             assert!(word & DEPTH != DEPTH, "RCU read sections nested {DEPTH} deep");
@@ -228,9 +234,30 @@ impl<B: Barrier> Handle<B> {
     }
 }
 
+/// A section begun on the quick path: where its word is, and what it holds while nothing is nested.
+#[derive(Clone, Copy, Debug)]
+pub struct QuickSection<'a> {
+    word: &'a AtomicU64,
+    token: u64,
+}
+
+impl QuickSection<'_> {
+    /// Ends the section if it is the reader's only one, else does nothing and returns false.
+    #[inline(always)]
+    pub fn try_leave(self) -> bool {
+        // Guards may end in any order: a nested section that outlives this one shows in the depth.
+        let alone = self.word.load(Ordering::Relaxed) == self.token;
+        if alone {
+            // Release: the section's loads stay above it.
+            self.word.store(0, Ordering::Release);
+        }
+        alone
+    }
+}
+
 impl<B: Barrier> Drop for Handle<B> {
     fn drop(&mut self) {
         // A leaked guard must not block grace periods for ever: the borrow it held has ended.
-        self.epoch.readers.lock().unwrap().1.retain(|slot| !Arc::ptr_eq(slot, &self.slot));
+        self.epoch.readers.lock().unwrap().slots.retain(|slot| !Arc::ptr_eq(slot, &self.slot));
     }
 }

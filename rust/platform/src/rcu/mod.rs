@@ -25,6 +25,7 @@ mod stats;
 #[cfg(not(loom))]
 pub use self::domain::{Domain, Reader};
 pub use self::{
+    epoch::QuickSection,
     membarrier::Flavour,
     stats::{RcuConfig, RcuStats, Stall},
 };
