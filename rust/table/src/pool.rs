@@ -104,7 +104,7 @@ impl TablePool {
         })
     }
 
-    /// The same pool, telling `observer` of every page that comes back.
+    /// The same pool, telling `observer` of every page that comes back from RCU.
     #[must_use]
     pub fn observed(mut self, observer: Option<Arc<dyn Observer>>) -> Self {
         self.observer = observer;
@@ -205,7 +205,6 @@ impl TablePool {
 
     /// Gives one page back at once: only for a page that was never published.
     pub fn free_unpublished(&self, index: u32) {
-        self.tell_free(index);
         self.give(index as usize / WORD_PAGES, 1 << (index as usize % WORD_PAGES));
     }
 
