@@ -456,7 +456,7 @@ impl Engine {
             self.leaf_moved(root, level, 512);
         }
         self.by_pa.insert(pa, child);
-        self.forest.table_mut(t).set_child(i, child);
+        self.forest.hang(t, i, child);
         self.release(root, level, c.gfn, c.pid);
     }
 
@@ -545,7 +545,7 @@ impl Engine {
             let (root, above) = (self.forest.table(t).root, self.forest.table(t).level);
             let base = gfn & !(table_span(above - 1) - 1);
             let child = self.forest.new_table(root, above - 1, base, 0, 0, Known::Unknown);
-            self.forest.table_mut(t).set_child(i, child);
+            self.forest.hang(t, i, child);
             (t, i) = (child, index(gfn, above - 1));
         }
         (t, i)
@@ -560,7 +560,7 @@ impl Engine {
             let root = self.forest.table(t).root;
             child = self.forest.new_table(root, c.level - 1, c.gfn, old.pfn() << 12, 0, Known::Unknown);
         }
-        self.forest.table_mut(t).set_child(i, NONE);
+        self.forest.unhang(t, i);
         let parent_shared = c.shared;
         let root = self.forest.table(child).root;
         let table = self.forest.table_mut(child);
@@ -628,6 +628,17 @@ impl Engine {
             }
         }
         self.freed = freed;
+        // Ids are used again, so nobody may keep one.
+        for k in (0..self.waiting.len()).rev() {
+            let (Wait::Value(t, _) | Wait::Seen(t, _)) = self.waiting[k].on else { continue };
+            if self.forest.holds(t) {
+                continue;
+            }
+            let Some(Waiting { change, on }) = self.waiting.remove(k) else { continue };
+            if matches!(on, Wait::Value(..)) && !change.fast {
+                self.complain(&change, "old_value", 0, change.old, "the entry's table was removed before its value came");
+            }
+        }
         for thread in &mut self.threads {
             thread.removal.retain(|&t| self.forest.holds(t));
             thread.last = thread.last.filter(|l| self.forest.holds(l.0));
@@ -755,7 +766,7 @@ impl Engine {
     fn expire_first(&mut self) {
         let Some(Waiting { change: c, on }) = self.waiting.pop_front() else { return };
         match on {
-            Wait::Value(t, i) if self.forest.holds(t) => {
+            Wait::Value(t, i) => {
                 if let Some(why) = self.explain(&c, t, i) {
                     self.accept(c, t, i, why);
                 } else {
@@ -769,11 +780,8 @@ impl Engine {
                 }
                 self.retry(t, i, c.pid);
             }
-            Wait::Value(..) => {
-                self.complain(&c, "old_value", 0, c.old, "the entry's table has been removed");
-            }
             Wait::Seen(t, i) => {
-                if self.forest.holds(t) && !self.saw(&c, t, i) {
+                if !self.saw(&c, t, i) {
                     let expected = self.forest.table(t).entries[i];
                     self.complain(&c, "observation", expected, c.new, "kvm_mmu_set_spte shows another value");
                 }

@@ -79,6 +79,9 @@ pub(crate) fn lawful(p: &KernelProfile, f: &Format, s: &Step) -> Result<(), &'st
         }
         _ => {}
     }
+    if to == Class::Leaf && s.demand_fault && f.ad_enabled(new) && s.new & f.accessed == 0 {
+        return Err("a leaf made for a fault has A set");
+    }
     match (from, to) {
         (Class::Other, _) => Err("the old value is none that this kernel writes"),
         (Class::Frozen, _) => Err("a frozen entry may only be changed, without event, by who froze it"),
@@ -142,9 +145,6 @@ fn fresh_leaf(p: &KernelProfile, f: &Format, s: &Step) -> Result<(), &'static st
     }
     if !w && d {
         return Err("a read-only leaf is made without D");
-    }
-    if s.demand_fault && s.new & f.accessed == 0 {
-        return Err("a leaf made for a fault has A set");
     }
     Ok(())
 }

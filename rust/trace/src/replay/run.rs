@@ -137,7 +137,8 @@ impl<'a> Run<'a> {
         match *event {
             Event::SpteChanged { as_id, gfn, level, old, new } => {
                 let span = tdpmmu_spte::geometry::span(level);
-                let demand_fault = e.threads[t].fault.is_some_and(|f| f & !(span - 1) == gfn);
+                // Elsewhere an asynchronous page fault may have installed it later, as a prefetch.
+                let demand_fault = e.seen.create_vm && e.threads[t].fault.is_some_and(|f| f & !(span - 1) == gfn);
                 e.change(Change { as_id, gfn, level, old, new, demand_fault, ..c });
             }
             Event::ChangedEntry { gfn, level, shared } => {
@@ -232,6 +233,7 @@ impl<'a> Run<'a> {
                 self.close(t, None);
                 self.stretch(t, "fast_zap", ns, true);
             }
+            Event::AgeHva { .. } | Event::UserspaceExit { .. } => e.threads[t].fault = None,
             Event::UnmapHva { .. } => {
                 e.end_removals(&c);
                 e.threads[t].shared = None;

@@ -43,6 +43,8 @@ pub(crate) struct Table {
     pub(crate) entries: Box<[u64; ENTRIES]>,
     pub(crate) known: Box<[Known; ENTRIES]>,
     children: Option<Box<[TableId; ENTRIES]>>,
+    /// The table and index of the entry that points here.
+    parent: Option<(TableId, usize)>,
     /// `kvm_mmu_prepare_zap_page` was seen for it.
     pub(crate) prepared: bool,
     /// Removed under the shared lock, which freezes every entry.
@@ -63,11 +65,6 @@ impl Table {
         self.children.as_ref().map_or(NONE, |c| c[i])
     }
 
-    pub(crate) fn set_child(&mut self, i: usize, child: TableId) {
-        if let Some(children) = &mut self.children {
-            children[i] = child;
-        }
-    }
 }
 
 pub(crate) struct Root {
@@ -123,6 +120,7 @@ impl Forest {
             entries: Box::new([value; ENTRIES]),
             known: Box::new([known; ENTRIES]),
             children,
+            parent: None,
             prepared: false,
             shared_removal: false,
         };
@@ -137,8 +135,28 @@ impl Forest {
         }
     }
 
+    /// Hangs `child` below entry `i` of `table`.
+    pub(crate) fn hang(&mut self, table: TableId, i: usize, child: TableId) {
+        if let Some(children) = &mut self.table_mut(table).children {
+            children[i] = child;
+            self.table_mut(child).parent = Some((table, i));
+        }
+    }
+
+    /// Takes whatever hangs below entry `i` of `table` off.
+    pub(crate) fn unhang(&mut self, table: TableId, i: usize) {
+        let Some(children) = &mut self.table_mut(table).children else { return };
+        let child = std::mem::replace(&mut children[i], NONE);
+        if child != NONE {
+            self.table_mut(child).parent = None;
+        }
+    }
+
     /// Takes the table, and what still hangs below it, out of the forest; gives the physical addresses.
     pub(crate) fn drop_table(&mut self, id: TableId, freed: &mut Vec<u64>) {
+        if let Some((above, i)) = self.tables[id as usize].as_ref().and_then(|t| t.parent) {
+            self.unhang(above, i);
+        }
         let Some(table) = self.tables[id as usize].take() else { return };
         self.live_tables -= 1;
         freed.push(table.pa);
@@ -147,6 +165,7 @@ impl Forest {
         }
         if let Some(children) = &table.children {
             for &child in children.iter().filter(|&&c| c != NONE) {
+                self.table_mut(child).parent = None;
                 self.drop_table(child, freed);
             }
         }
