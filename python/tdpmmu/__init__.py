@@ -29,27 +29,51 @@ from tdpmmu.units import pages, parse_size, table_bytes, table_pages
 
 if TYPE_CHECKING:
     from tdpmmu import bench, plot
+    from tdpmmu.machine import (
+        MAPPING_DTYPE,
+        CloseReport,
+        FaultOutcome,
+        FaultResult,
+        LeafMapping,
+        Memslot,
+        PopulateStats,
+        VMConfig,
+        VMStats,
+        ZapReport,
+    )
     from tdpmmu.recording import replay
     from tdpmmu.results import BenchResult, BenchRun, MicroResult, MicroRow, Percentiles, Replay, load
+    from tdpmmu.vm import VM
 
 __all__ = [
+    "MAPPING_DTYPE",
+    "VM",
     "BenchResult",
     "BenchRun",
     "Busy",
+    "CloseReport",
     "Closed",
+    "FaultOutcome",
+    "FaultResult",
     "ForkedError",
     "InternalError",
     "InvalidArgument",
+    "LeafMapping",
+    "Memslot",
     "MicroResult",
     "MicroRow",
     "OracleViolation",
     "OutOfTableMemory",
     "Percentiles",
+    "PopulateStats",
     "Replay",
     "StallError",
     "TdpMmuError",
     "TraceError",
     "Unsupported",
+    "VMConfig",
+    "VMStats",
+    "ZapReport",
     "__version__",
     "bench",
     "build_info",
@@ -65,6 +89,17 @@ __all__ = [
 
 # Loaded at first use: the command line must answer `--help` before numpy could be imported.
 _LAZY = {
+    "MAPPING_DTYPE": "machine",
+    "CloseReport": "machine",
+    "FaultOutcome": "machine",
+    "FaultResult": "machine",
+    "LeafMapping": "machine",
+    "Memslot": "machine",
+    "PopulateStats": "machine",
+    "VMConfig": "machine",
+    "VMStats": "machine",
+    "ZapReport": "machine",
+    "VM": "vm",
     "BenchResult": "results",
     "BenchRun": "results",
     "MicroResult": "results",

@@ -50,7 +50,8 @@ def designs(values: str | Iterable[str], name: str = "design") -> list[str]:
         if not isinstance(text, str):
             raise TypeError(f"{name}={text!r}: expected text, not {type(text).__name__}")
         for part in text.split(","):
-            for found in catalogue()["designs"] if part.strip() == "all" else [design(part.strip(), name)]:
+            sound = catalogue()["sound_designs"]
+            for found in sound if part.strip() == "all" else [design(part.strip(), name)]:
                 if found not in chosen:
                     chosen.append(found)
     if not chosen:

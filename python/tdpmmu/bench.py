@@ -60,7 +60,7 @@ def config(
     memory_bytes = units.parse_size(memory, "memory")
     if levels not in (4, 5) or isinstance(levels, (bool, float)):
         raise InvalidArgument(f"levels={levels!r}: expected 4 or 5")
-    limit = 1 << (9 * levels + 12)
+    limit = units.max_gfn(levels) * 4096
     step = units.PAGE_BYTES[page_text]
     if memory_bytes == 0 or memory_bytes % step or memory_bytes > limit:
         raise InvalidArgument(

@@ -17,6 +17,7 @@ __all__ = [
     "format_count",
     "format_ns",
     "format_size",
+    "max_gfn",
     "pages",
     "parse_page",
     "parse_size",
@@ -27,6 +28,9 @@ __all__ = [
 
 PAGE_BYTES = {"4K": 4 << 10, "2M": 2 << 20, "1G": 1 << 30}
 LEVELS = {"4K": 1, "2M": 2, "1G": 3}
+
+# Physical addresses end at 52 bits, whatever the tables could say (5 levels: 57).
+MAXPHYADDR = 52
 
 _SUFFIX = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40, "P": 50, "E": 60}
 _SIZE = re.compile(r"(0[xX][0-9a-fA-F]+|[0-9]+)(?:([KMGTPE])(?:iB|B)?|B)?", re.IGNORECASE)
@@ -154,6 +158,11 @@ def table_pages(memory: str | SupportsIndex, page: str | SupportsIndex = "4K", l
 def table_bytes(memory: str | SupportsIndex, page: str | SupportsIndex = "4K", levels: int = 4) -> int:
     """Return the bytes of page tables that map `memory`; see `table_pages`."""
     return table_pages(memory, page, levels) * PAGE_BYTES["4K"]
+
+
+def max_gfn(levels: int) -> int:
+    """Return the end of the guest-physical space in 4 KiB pages, exclusive: 2^36 with 4 levels, 2^40 with 5."""
+    return 1 << min(9 * levels, MAXPHYADDR - 12)
 
 
 def format_size(number: float) -> str:

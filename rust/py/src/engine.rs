@@ -2,11 +2,12 @@
 //!
 //! Everything crosses as JSON text or plain values, so that nothing here depends on the layout of a result.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde_json::json;
 use tdpmmu_spte::{KernelProfile, Passes};
+use tdpmmu_trace::{Input, ReplayError, ReplayOptions, TraceError};
 
 use crate::error::Fault;
 use crate::job::Control;
@@ -37,7 +38,8 @@ pub fn info() -> Result<String, Fault> {
 
 pub fn catalogue() -> String {
     json!({
-        "designs": ["inline", "async-worker", "sync"],
+        "designs": tdpmmu_mmu::DESIGNS.iter().map(|design| design.name).collect::<Vec<_>>(),
+        "sound_designs": tdpmmu_mmu::DESIGNS.iter().filter(|d| !d.flawed).map(|d| d.name).collect::<Vec<_>>(),
         "profiles": KernelProfile::NAMES,
         "switches": KernelProfile::SWITCHES,
         "experiments": ["zap", "drop", "populate", "fault", "walk", "rcu"],
@@ -58,8 +60,61 @@ pub fn bench(kind: &str, _config: &str, _control: &Control) -> Result<String, Fa
     Err(Fault::Unsupported(format!("this build has no experiment {kind:?}")))
 }
 
-pub fn replay(request: &ReplayRequest, _control: &Control) -> Result<String, Fault> {
-    Err(Fault::Unsupported(format!("this build cannot replay {}", request.path.display())))
+/// The report as JSON text.
+pub fn replay(request: &ReplayRequest, control: &Control) -> Result<String, Fault> {
+    let profile = request.profile.as_deref().map(KernelProfile::named).transpose();
+    let profile = profile.map_err(|e| Fault::Invalid(e.to_string()))?;
+    let stdin = request.path.as_os_str() == "-";
+    // Compressed input is longer than its file: the fraction is then only known to be unknown.
+    let size = if stdin { None } else { std::fs::metadata(&request.path).ok().map(|m| m.len()) };
+    let told = |bytes: u64| {
+        let part = size.map_or(f64::NAN, |size| bytes as f64 / size.max(1) as f64);
+        control.report(
+            &format!("replay: {} MiB of text", bytes >> 20),
+            if part > 1.0 { f64::NAN } else { part },
+        );
+        !control.cancelled()
+    };
+    let options = ReplayOptions {
+        profile,
+        check: request.check,
+        strict: request.strict,
+        vm_of: request.vm_of,
+        progress: Some(&told),
+    };
+    let input = if stdin { Input::Stdin } else { Input::File(request.path.clone()) };
+    let report = tdpmmu_trace::replay(input, &options).map_err(|error| unreadable(error, &request.path))?;
+    serde_json::to_string(&report).map_err(|e| Fault::Internal(e.to_string()))
+}
+
+fn unreadable(error: ReplayError, path: &Path) -> Fault {
+    let message = error.to_string();
+    match error {
+        ReplayError::Trace(TraceError::Io { path, source }) => {
+            Fault::Os { error: source, path: path.display().to_string() }
+        }
+        ReplayError::Trace(trace) => {
+            let path = path.display().to_string();
+            let (line, offset, column, text) = match trace {
+                TraceError::Malformed { line, offset, column, text, .. } => {
+                    (line, offset, column.map(|c| c + 1), text)
+                }
+                TraceError::Gzip { line, offset, .. } => (line, offset, None, String::new()),
+                TraceError::TooManyBadLines { first, .. } => (first, 0, None, String::new()),
+                _ => (0, 0, None, String::new()),
+            };
+            Fault::Trace { message, path, line, offset, column, text }
+        }
+        ReplayError::Cancelled { .. } => Fault::Cancelled,
+        _ => Fault::Invalid(message),
+    }
+}
+
+/// Memory that may be used now without swapping, in bytes.
+pub fn available_bytes() -> u64 {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:")).unwrap_or("");
+    line.split_whitespace().next().and_then(|kib| kib.parse::<u64>().ok()).map_or(u64::MAX, |kib| kib << 10)
 }
 
 /// Sleeps in short steps, so that it ends soon after it is cancelled. Returns the milliseconds idled.

@@ -24,6 +24,8 @@ pub enum Fault {
     Violation { message: String, partial: String },
     /// The object was closed.
     Closed(String),
+    /// Used in a child of the process that made it.
+    Forked(String),
     /// Somebody else uses it.
     Busy(String),
     /// Did not finish in the time given.
@@ -65,6 +67,7 @@ impl Fault {
                 kw.set_item("partial", if partial.is_empty() { None } else { Some(partial) })
             }),
             Fault::Closed(message) => raise(py, "Closed", &message, |_| Ok(())),
+            Fault::Forked(message) => raise(py, "ForkedError", &message, |_| Ok(())),
             Fault::Busy(message) => raise(py, "Busy", &message, |_| Ok(())),
             Fault::Stall(message) => raise(py, "StallError", &message, |_| Ok(())),
             Fault::Unsupported(message) => raise(py, "Unsupported", &message, |_| Ok(())),

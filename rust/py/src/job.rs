@@ -1,8 +1,8 @@
 //! Long work beside Python.
 //!
 //! Guarantee: while a job runs, the GIL is free, signals are seen within [`POLL`], and when `run` returns an
-//! exception the job has been told to stop and has stopped (or, after a second Ctrl-C, or where its input
-//! may never come, has been left to finish by itself: it owns what it uses and never touches Python).
+//! exception the job has been told to stop and has stopped (or, after a second Ctrl-C, or once the patience of
+//! [`Limits`] is over, has been left to finish by itself: it owns what it uses and never touches Python).
 //!
 //! Mechanism: one thread per job. The calling thread alternates between waiting without the GIL and attending
 //! to Python: signal handlers, then the `progress` callable. A Python callback never runs on the job's
@@ -58,8 +58,9 @@ impl Control {
 pub struct Limits {
     /// Seconds; `None` is for ever. The face has checked that it is finite and not negative.
     pub timeout: Option<f64>,
-    /// Do not wait for the job after a signal: it may be blocked in a read that never returns.
-    pub abandon_on_signal: bool,
+    /// How long to wait for a job that was told to stop, before it is left behind; `None` is until it has
+    /// stopped. For work that cannot stop at once, and owns all that it uses.
+    pub patience: Option<Duration>,
 }
 
 /// Where the job leaves its outcome. Filled exactly once: a panic is caught and is an outcome.
@@ -107,22 +108,23 @@ where
             return value.map_err(|fault| fault.into_pyerr(py));
         }
         if let Err(error) = py.check_signals().and_then(|()| pass_on(py, &control, progress.as_ref())) {
-            stop(py, &control, &outcome, limits.abandon_on_signal);
+            stop(py, &control, &outcome, limits.patience);
             return Err(error);
         }
         if deadline.is_some_and(|at| Instant::now() >= at) {
             let seconds = limits.timeout.unwrap_or_default();
-            stop(py, &control, &outcome, limits.abandon_on_signal);
+            stop(py, &control, &outcome, limits.patience);
             return Err(Fault::Stall(format!("not finished within timeout={seconds} s")).into_pyerr(py));
         }
     }
 }
 
 /// Cancels the job and waits for its end. A second signal ends the waiting.
-fn stop<T: Send>(py: Python<'_>, control: &Control, outcome: &Outcome<T>, abandon: bool) {
+fn stop<T: Send>(py: Python<'_>, control: &Control, outcome: &Outcome<T>, patience: Option<Duration>) {
     control.cancel.store(true, Ordering::Relaxed);
-    while !abandon && py.detach(|| outcome.wait(POLL)).is_none() {
-        if py.check_signals().is_err() {
+    let begin = Instant::now();
+    while py.detach(|| outcome.wait(POLL)).is_none() {
+        if py.check_signals().is_err() || patience.is_some_and(|most| begin.elapsed() >= most) {
             return;
         }
     }

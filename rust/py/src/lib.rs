@@ -16,12 +16,19 @@
 
 mod engine;
 mod error;
+mod gate;
 mod job;
+mod machine;
+mod vm;
 
 use std::sync::atomic::{AtomicI64, Ordering};
+use std::time::Duration;
 
 use pyo3::exceptions::PyImportError;
 use pyo3::prelude::*;
+
+/// How long a caller who has given up waits for work that cannot stop at once.
+const ABANDON: Duration = Duration::from_millis(100);
 
 /// JSON text: what this binary is (`profile`, `version`, `git`, `target`, `debug_assertions`).
 #[pyfunction]
@@ -39,6 +46,12 @@ fn info(py: Python<'_>) -> PyResult<String> {
 #[pyfunction]
 fn catalogue() -> String {
     engine::catalogue()
+}
+
+/// Memory that may be used now without swapping, in bytes.
+#[pyfunction]
+fn available_bytes() -> u64 {
+    engine::available_bytes()
 }
 
 /// Checks a kernel profile, `NAME[,switch=value]...`, and returns it with the default switches left out.
@@ -65,7 +78,7 @@ fn bench(
     progress: Option<Py<PyAny>>,
     timeout: Option<f64>,
 ) -> PyResult<String> {
-    let limits = job::Limits { timeout, abandon_on_signal: false };
+    let limits = job::Limits { timeout, patience: Some(ABANDON) };
     job::run(py, limits, progress, move |control| engine::bench(&kind, &config, control))
 }
 
@@ -86,7 +99,7 @@ fn replay(
     timeout: Option<f64>,
 ) -> PyResult<String> {
     // A reader of standard input may be blocked in the read for ever: it holds nothing, so it is left behind.
-    let limits = job::Limits { timeout, abandon_on_signal: path.as_os_str() == "-" };
+    let limits = job::Limits { timeout, patience: (path.as_os_str() == "-").then_some(ABANDON) };
     let request = engine::ReplayRequest { path, profile, check, strict, vm_of };
     job::run(py, limits, progress, move |control| engine::replay(&request, control))
 }
@@ -101,7 +114,7 @@ fn _panic(py: Python<'_>, message: String) -> PyResult<()> {
 #[pyfunction]
 #[pyo3(signature = (seconds, *, progress=None, timeout=None))]
 fn _idle(py: Python<'_>, seconds: f64, progress: Option<Py<PyAny>>, timeout: Option<f64>) -> PyResult<u64> {
-    let limits = job::Limits { timeout, abandon_on_signal: false };
+    let limits = job::Limits { timeout, patience: None };
     job::run(py, limits, progress, move |control| engine::idle(seconds, control))
 }
 
@@ -124,7 +137,12 @@ mod _native {
     use pyo3::prelude::*;
 
     #[pymodule_export]
-    use super::{_idle, _panic, bench, build_info, catalogue, info, passes, profile, replay};
+    use super::vm::Vm;
+
+    #[pymodule_export]
+    use super::{
+        _idle, _panic, available_bytes, bench, build_info, catalogue, info, passes, profile, replay,
+    };
 
     /// Refuses a second interpreter of the process: PyO3's statics, and ours, belong to the first.
     #[pymodule_init]

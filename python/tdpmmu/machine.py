@@ -1,0 +1,245 @@
+"""What a `VM` is made from and what its methods return: frozen, typed, with units in the names."""
+
+from __future__ import annotations
+
+import enum
+import math
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, SupportsIndex
+
+import numpy as np
+
+from tdpmmu import _names, units
+from tdpmmu.bench import between
+from tdpmmu.errors import InvalidArgument
+
+__all__ = [
+    "MAPPING_DTYPE",
+    "CloseReport",
+    "FaultOutcome",
+    "FaultResult",
+    "LeafMapping",
+    "Memslot",
+    "PopulateStats",
+    "VMConfig",
+    "VMStats",
+    "ZapReport",
+]
+
+Size = str | SupportsIndex
+CHECKS = ("off", "cheap")
+
+#: What `lookup_batch` and `mappings` give for each gfn; `level` 0 means not mapped.
+MAPPING_DTYPE = np.dtype([("gfn", "<u8"), ("spte", "<u8"), ("pfn", "<u8"), ("level", "<u8")])
+
+
+class FaultOutcome(enum.IntEnum):
+    """What a guest access came to. All are outcomes for the guest, none is an error. No units."""
+
+    TLB_HIT = 0
+    WALK = 1
+    FAST_FAULT = 2
+    SLOW_FAULT = 3
+    RETRY = 4  # as SLOW_FAULT, after a race was lost
+    EMULATE = 5
+
+
+@dataclass(frozen=True, slots=True)
+class FaultResult:
+    """One access: `outcome`, and the mapping after it (page size as text, frame number), None without one."""
+
+    gfn: int
+    outcome: FaultOutcome
+    page: str | None
+    pfn: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class LeafMapping:
+    """A leaf SPTE: a guest page and its host frame, both counted in 4 KiB pages, and the entry's value."""
+
+    gfn: int
+    pfn: int
+    level: int
+    spte: int
+
+    @property
+    def page(self) -> str:
+        """The page size as text: `4K`, `2M` or `1G`."""
+        return ("4K", "2M", "1G")[self.level - 1]
+
+
+@dataclass(frozen=True, slots=True)
+class Memslot:
+    """A range of guest memory: `base_gfn` and `npages` in 4 KiB pages."""
+
+    slot: int
+    as_id: int
+    base_gfn: int
+    npages: int
+    readonly: bool
+    dirty_log: bool
+
+    @property
+    def gfns(self) -> range:
+        """The gfns that it covers, in 4 KiB pages."""
+        return range(self.base_gfn, self.base_gfn + self.npages)
+
+
+@dataclass(frozen=True, slots=True)
+class PopulateStats:
+    """What populating did: leaf SPTEs made, page-table pages in use after it, wall-clock time in ns."""
+
+    sptes: int
+    table_pages: int
+    wall_ns: int
+
+    @property
+    def ns_per_spte(self) -> float:
+        """Wall-clock ns per leaf SPTE made; NaN where none was."""
+        return self.wall_ns / self.sptes if self.sptes else math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class ZapReport:
+    """What a zap took: wall-clock time in ns, leaf SPTEs unmapped, page-table pages before and after it.
+
+    Attributes:
+        raw: everything the native side reported, by name; times in ns.
+    """
+
+    wall_ns: int
+    sptes: int
+    table_pages_before: int
+    table_pages_after: int
+    raw: Mapping[str, Any] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class VMStats:
+    """Counts at one moment. Page sizes count leafs; tables are 4 KiB pages.
+
+    Attributes:
+        pages_4k: leaf SPTEs of 4 KiB.
+        pages_2m: leaf SPTEs of 2 MiB.
+        pages_1g: leaf SPTEs of 1 GiB.
+        table_pages: page-table pages in use, those that wait for a grace period included.
+        roots: roots on the list, invalid ones included.
+        raw: everything the native side reported, by name.
+    """
+
+    pages_4k: int
+    pages_2m: int
+    pages_1g: int
+    table_pages: int
+    roots: int
+    raw: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def sptes(self) -> int:
+        """Leaf SPTEs of all sizes, a count."""
+        return self.pages_4k + self.pages_2m + self.pages_1g
+
+    @property
+    def table_bytes(self) -> int:
+        """Page-table memory in bytes."""
+        return self.table_pages * 4096
+
+
+@dataclass(frozen=True, slots=True)
+class CloseReport:
+    """What closing took (ns), page-table pages that were never freed (0 is right), violations as text."""
+
+    wall_ns: int
+    table_pages_leaked: int
+    violations: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class VMConfig:
+    """A machine to make, as data: picklable, comparable, every value checked, defaults filled in.
+
+    `page` is the largest page that the host backs guest memory with. Sizes in bytes, `tick_ns` in ns;
+    None leaves the choice to the design, then the profile.
+    """
+
+    levels: int
+    vcpus: int
+    design: str
+    kernel_profile: str
+    passes: str | None
+    ownership: str | None
+    preempt: str
+    tick_ns: int
+    memory_bytes: int | None
+    page: str
+    max_table_bytes: int | None
+    seed: int
+    check: str
+
+    @classmethod
+    def make(
+        cls,
+        memory: Size | None = None,
+        *,
+        levels: int = 4,
+        vcpus: int = 1,
+        design: str = "sync",
+        profile: str = "6.12",
+        passes: str | Iterable[str] | None = None,
+        ownership: str | None = None,
+        preempt: str = "full",
+        tick: Size = "4ms",
+        page: Size = "4K",
+        max_table_bytes: Size | None = None,
+        seed: int | None = None,
+        check: str = "off",
+    ) -> VMConfig:
+        """Check the arguments of `VM` and return them as a configuration. Sizes in bytes, times in ns.
+
+        Raises:
+            InvalidArgument: a value breaks a rule; the message names the parameter, the value and the rule.
+            TypeError: a value of the wrong type.
+        """
+        if units.as_int(levels, "levels") not in (4, 5):
+            raise InvalidArgument(f"levels={levels!r}: expected 4 or 5")
+        memory_bytes = None
+        if memory is not None:
+            memory_bytes = units.parse_size(memory, "memory")
+            limit = units.max_gfn(levels) * 4096
+            if not 0 < memory_bytes <= limit or memory_bytes % 4096:
+                most = units.format_size(limit)
+                raise InvalidArgument(
+                    f"memory={memory!r}: must be a multiple of 4 KiB, above 0 and at most {most} "
+                    f"with {levels} levels"
+                )
+        tick_ns = units.parse_time(tick, "tick")
+        if tick_ns == 0:
+            raise InvalidArgument(f"tick={tick!r}: must be above 0")
+        cap = None if max_table_bytes is None else units.parse_size(max_table_bytes, "max_table_bytes")
+        if cap is not None and cap < 4096 * levels:
+            raise InvalidArgument(
+                f"max_table_bytes={max_table_bytes!r}: one path needs {4096 * levels} bytes"
+            )
+        return cls(
+            levels=levels,
+            vcpus=between(vcpus, 1, 1024, "vcpus"),
+            design=_names.design(design),
+            kernel_profile=_names.profile(profile),
+            passes=None if passes is None else _names.passes(passes),
+            ownership=None if ownership is None else _names.one_of(ownership, _names.OWNERSHIP, "ownership"),
+            preempt=_names.one_of(preempt, _names.PREEMPT, "preempt"),
+            tick_ns=tick_ns,
+            memory_bytes=memory_bytes,
+            page=units.parse_page(page),
+            max_table_bytes=cap,
+            seed=secrets.randbits(63) if seed is None else between(seed, 0, (1 << 64) - 1, "seed"),
+            check=_names.one_of(check, CHECKS, "check"),
+        )
+
+    @property
+    def max_gfn(self) -> int:
+        """The end of the guest-physical space, exclusive, in 4 KiB pages: 2^36 or 2^40."""
+        return units.max_gfn(self.levels)

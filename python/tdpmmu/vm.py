@@ -1,0 +1,406 @@
+"""A live virtual machine: memslots, faults, lookups and zaps on real page tables, by real threads.
+
+A `VM` may be used from many threads at once; a vCPU is one thread at a time. Guest memory is not there: host
+frames are numbers from a model of the host's memory management, so that only the tables take space.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Literal, NoReturn, SupportsIndex
+
+import numpy as np
+import numpy.typing as npt
+
+from tdpmmu import _names, _native, units
+from tdpmmu.bench import between, check_timeout
+from tdpmmu.errors import InvalidArgument, OutOfTableMemory
+from tdpmmu.machine import (
+    MAPPING_DTYPE,
+    CloseReport,
+    FaultOutcome,
+    FaultResult,
+    LeafMapping,
+    Memslot,
+    PopulateStats,
+    VMConfig,
+    VMStats,
+    ZapReport,
+)
+
+__all__ = ["VM"]
+
+Progress = Callable[[str, float], object]
+Size = str | SupportsIndex
+GfnArray = npt.NDArray[np.uint64]
+
+MAX_SLOT = 32_763  # KVM_USER_MEM_SLOTS - 1 on x86
+MODES = ("bulk", "fault")
+
+
+class VM:
+    """A machine with page tables of its own: a context manager, thread-safe, not picklable (see `VMConfig`).
+
+    With `memory` it has that much from gfn 0 on, in memslots as large as KVM allows. All other
+    arguments are those of `VMConfig.make`, or one `config`.
+
+    Raises:
+        InvalidArgument: a value breaks a rule, or values contradict each other.
+        OutOfTableMemory: the host refuses the address space, or the cap cannot hold a root.
+
+    >>> with VM("1G", design="sync", seed=1) as vm:
+    ...     vm.populate().sptes
+    262144
+    """
+
+    __slots__ = ("__weakref__", "_config", "_native")
+
+    def __init__(self, memory: Size | None = None, *, config: VMConfig | None = None, **options: Any) -> None:
+        if config is not None and (options or memory is not None):
+            raise InvalidArgument("config: give either a VMConfig or its arguments, not both")
+        self._config = config if config is not None else VMConfig.make(memory, **options)
+        raw = {name: getattr(self._config, name) for name in VMConfig.__slots__}
+        self._native = _native.Vm(json.dumps(raw))
+
+    @property
+    def config(self) -> VMConfig:
+        """The configuration, with the seed that was drawn. Sizes in bytes, times in ns."""
+        return self._config
+
+    @property
+    def closed(self) -> bool:
+        """True after `close` was called."""
+        return self._native.closed
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else "open"
+        return f"<tdpmmu.VM {self._config.design} under {self._config.kernel_profile}, {state}>"
+
+    def __enter__(self) -> VM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        native = getattr(self, "_native", None)
+        if native is not None and not native.closed and not native.forked:
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "VM handles cannot be pickled or copied; pass a VMConfig and make the VM where it is used"
+        )
+
+    def add_memslot(
+        self,
+        base_gfn: int,
+        npages: int,
+        *,
+        slot: int | None = None,
+        as_id: int = 0,
+        readonly: bool = False,
+        dirty_log: bool = False,
+    ) -> Memslot:
+        """Add guest memory at `base_gfn`, `npages` pages of 4 KiB long. None takes the first free slot id.
+
+        Raises:
+            InvalidArgument: an id in use, an overlap (both ranges are named), no pages, beyond the last gfn.
+            Closed, ForkedError: see `close`.
+        """
+        first = self._gfn(base_gfn, "base_gfn")
+        count = between(npages, 1, self._config.max_gfn, "npages")
+        if first + count > self._config.max_gfn:
+            raise InvalidArgument(
+                f"base_gfn={first:#x}, npages={count:#x}: ends beyond gfn {self._config.max_gfn:#x}, "
+                f"the limit of {self._config.levels} levels"
+            )
+        space = between(as_id, 0, 1, "as_id")
+        if slot is None:
+            used = {known.slot for known in self.memslots() if known.as_id == space}
+            slot = next(number for number in range(MAX_SLOT + 1) if number not in used)
+        made = Memslot(
+            between(slot, 0, MAX_SLOT, "slot"), space, first, count, bool(readonly), bool(dirty_log)
+        )
+        self._native.add_memslot((made.slot, space, first, count, made.readonly, made.dirty_log))
+        return made
+
+    def delete_memslot(
+        self, slot: Memslot | int, *, as_id: int = 0, timeout: float | None = None
+    ) -> ZapReport:
+        """Delete a memslot, with the fast zap that this is in KVM. `timeout` in seconds, times in ns.
+
+        Raises:
+            InvalidArgument: no such memslot.
+            Closed, ForkedError, StallError: see `close` and `populate`.
+        """
+        number = between(slot.slot if isinstance(slot, Memslot) else slot, 0, MAX_SLOT, "slot")
+        space = between(slot.as_id if isinstance(slot, Memslot) else as_id, 0, 1, "as_id")
+        return _zap_report(self._native.delete_memslot(space, number, timeout=check_timeout(timeout)))
+
+    def memslots(self) -> tuple[Memslot, ...]:
+        """Return the memslots, by address space and first gfn. Lengths in 4 KiB pages."""
+        return tuple(Memslot(*row) for row in self._native.memslots())
+
+    def populate(
+        self,
+        gfns: range | None = None,
+        *,
+        page: Size | None = None,
+        threads: int | None = None,
+        mode: str = "bulk",
+        progress: Progress | None = None,
+        timeout: float | None = None,
+    ) -> PopulateStats:
+        """Map a range of gfns, or all memslots, with pages of one size where alignment allows, else smaller.
+
+        Args:
+            gfns: a range with step 1, in 4 KiB pages; None is every memslot of address space 0.
+            page: the largest page size to use, in bytes or as text; None is the VM's.
+            threads: how many threads map; None takes all CPUs in bulk mode, all vCPUs in fault mode.
+            mode: `bulk` fills tables before they are linked; `fault` lets vCPUs fault in every page, racing.
+            progress: called as `progress(phase, fraction)` on the calling thread.
+            timeout: seconds; None is for ever.
+
+        Raises:
+            InvalidArgument: a range with a step, beyond the last gfn, or partly without a memslot; pages
+                larger than the VM's, or smaller in `fault` mode: a fault maps what the host backs.
+            OutOfTableMemory: the tables do not fit; what was mapped stays mapped.
+            StallError: not finished in time; what was mapped stays mapped.
+            Busy: `fault` mode, while a vCPU is in use.
+            Closed, ForkedError: see `close`.
+        """
+        by_fault = _names.one_of(mode, MODES, "mode") == "fault"
+        text_page = self._config.page if page is None else units.parse_page(page)
+        level, most = units.LEVELS[text_page], units.LEVELS[self._config.page]
+        if level > most or (by_fault and level < most):
+            raise InvalidArgument(
+                f"page={page!r}: this VM's memory is backed by pages of {self._config.page}; "
+                + ("faults map those" if by_fault else "larger leafs cannot map it")
+            )
+        span = None if gfns is None else self._range(gfns)
+        self._fits(span, text_page)
+        text = self._native.populate(
+            None if span is None else span.start,
+            None if span is None else span.stop,
+            level=level,
+            threads=0 if threads is None else between(threads, 1, 1024, "threads"),
+            by_fault=by_fault,
+            progress=progress,
+            timeout=check_timeout(timeout),
+        )
+        raw = json.loads(text)
+        return PopulateStats(raw["sptes"], raw["table_pages"], raw["wall_ns"])
+
+    def fault(
+        self, gfn: SupportsIndex, *, vcpu: int = 0, write: bool = False, exec: bool = False
+    ) -> FaultResult:
+        """Let a vCPU access one page, as the guest would: TLB, hardware walk, then the fault path.
+
+        Raises:
+            InvalidArgument: a gfn beyond the limit, or no such vCPU.
+            Busy: another thread uses the vCPU.
+            OutOfTableMemory: no page-table page is left.
+            Closed, ForkedError: see `close`.
+        """
+        number = self._gfn(gfn)
+        code, level, pfn = self._native.fault(number, self._vcpu(vcpu), bool(write), bool(exec))
+        mapped = level > 0
+        page = ("4K", "2M", "1G")[level - 1] if mapped else None
+        return FaultResult(number, FaultOutcome(code), page, pfn if mapped else None)
+
+    def fault_batch(
+        self,
+        gfns: npt.ArrayLike,
+        *,
+        vcpu: int = 0,
+        write: bool = False,
+        exec: bool = False,
+        timeout: float | None = None,
+    ) -> npt.NDArray[np.uint8]:
+        """Let a vCPU access many pages in order; return the `FaultOutcome` of each. `timeout` is in seconds.
+
+        Raises:
+            InvalidArgument: not a one-dimensional array of gfns below the limit, or no such vCPU.
+            Busy, OutOfTableMemory, StallError, Closed, ForkedError: see `fault` and `populate`.
+        """
+        array = self._gfns(gfns)
+        answer = self._native.fault_batch(
+            array, self._vcpu(vcpu), bool(write), bool(exec), timeout=check_timeout(timeout)
+        )
+        return np.frombuffer(answer, dtype=np.uint8)
+
+    def lookup(self, gfn: SupportsIndex) -> LeafMapping | None:
+        """Return the leaf that maps a gfn, by a lockless walk, or None. Units: 4 KiB pages.
+
+        Raises:
+            InvalidArgument: a gfn beyond the limit.
+            Closed, ForkedError: see `close`.
+        """
+        row = self.lookup_batch(np.array([self._gfn(gfn)], dtype=np.uint64))[0]
+        return _mapping(row) if row["level"] else None
+
+    def lookup_batch(self, gfns: npt.ArrayLike) -> npt.NDArray[np.void]:
+        """Return the leafs that map many gfns, by lockless walks: a structured array, see `MAPPING_DTYPE`.
+
+        `gfn` and `pfn` are those of the gfn asked for, in 4 KiB pages; `level` is 0 where nothing is mapped.
+
+        Raises:
+            InvalidArgument: not a one-dimensional array of gfns below the limit.
+            Closed, ForkedError: see `close`.
+        """
+        return np.frombuffer(self._native.lookup_batch(self._gfns(gfns)), dtype=MAPPING_DTYPE)
+
+    def mappings(self, gfns: range | None = None) -> npt.NDArray[np.void]:
+        """Return every present leaf in a range of gfns, or in all: a structured array, see `MAPPING_DTYPE`.
+
+        Raises:
+            InvalidArgument: a range with a step or beyond the last gfn.
+            Closed, ForkedError: see `close`.
+        """
+        whole = range(self._config.max_gfn) if gfns is None else self._range(gfns)
+        return np.frombuffer(self._native.mappings(whole.start, whole.stop), dtype=MAPPING_DTYPE)
+
+    def unmap(self, gfns: range, *, timeout: float | None = None) -> ZapReport:
+        """Take host memory away from a range of gfns, as an mmu notifier does. `timeout` in s, times in ns.
+
+        Raises:
+            InvalidArgument: a range with a step or beyond the last gfn.
+            StallError, Closed, ForkedError: see `populate` and `close`.
+        """
+        span = self._range(gfns)
+        return _zap_report(self._native.unmap(span.start, span.stop, timeout=check_timeout(timeout)))
+
+    def zap(self, target: Literal["all"] | range = "all", *, timeout: float | None = None) -> ZapReport:
+        """Zap everything by the VM's design, as a memslot update does, or unmap a range. Times in ns.
+
+        Raises:
+            InvalidArgument: any other target.
+            StallError, Closed, ForkedError: see `populate` and `close`.
+        """
+        if isinstance(target, range):
+            return self.unmap(target, timeout=timeout)
+        _names.one_of(target, ("all",), "target")
+        return self.fast_zap(timeout=timeout)
+
+    def fast_zap(self, *, timeout: float | None = None) -> ZapReport:
+        """Zap every root by the VM's design (`kvm_mmu_zap_all_fast`). `timeout` in seconds, times in ns.
+
+        Raises:
+            StallError, Closed, ForkedError: see `populate` and `close`.
+        """
+        return _zap_report(self._native.fast_zap(timeout=check_timeout(timeout)))
+
+    def drop_root(self, vcpu: int = 0, *, timeout: float | None = None) -> ZapReport:
+        """Let a vCPU drop its root: what the last reference's put does is the design's choice. Times in ns.
+
+        Raises:
+            InvalidArgument: no such vCPU.
+            Busy: another thread uses the vCPU.
+            StallError, Closed, ForkedError: see `populate` and `close`.
+        """
+        return _zap_report(self._native.drop_root(self._vcpu(vcpu), timeout=check_timeout(timeout)))
+
+    def stats(self) -> VMStats:
+        """Return counts of leafs by size, table pages and roots, in one moment.
+
+        Raises:
+            Closed, ForkedError: see `close`.
+        """
+        raw = json.loads(self._native.stats())
+        leafs = (raw["pages_4k"], raw["pages_2m"], raw["pages_1g"])
+        return VMStats(*leafs, raw["table_pages"], raw["roots"], raw)
+
+    def verify(self, *, timeout: float | None = None) -> tuple[str, ...]:
+        """Compare the tables with the books: counters, memslots, frames. Return violations as text.
+
+        Other threads should rest meanwhile: a count that moves is not a violation, but cannot be compared.
+
+        Raises:
+            StallError, Closed, ForkedError: see `populate` and `close`.
+        """
+        return tuple(self._native.verify(timeout=check_timeout(timeout)))
+
+    def close(self, timeout: float | None = 30.0) -> CloseReport | None:
+        """Tear down: wait for those inside, zap everything, free every table, stop the threads.
+
+        Returns:
+            What it found, times in ns; None where the VM was closed already.
+
+        Raises:
+            StallError: somebody is inside after `timeout` seconds; the message names the calls.
+            ForkedError: called in a child of the process that made the VM.
+
+        Every other method raises `Closed` afterwards.
+        """
+        text = self._native.close(timeout=check_timeout(timeout))
+        if text is None:
+            return None
+        raw = json.loads(text)
+        return CloseReport(raw["wall_ns"], raw["table_pages_leaked"], tuple(raw["violations"]))
+
+    def _gfn(self, value: object, name: str = "gfn") -> int:
+        number = units.as_int(value, name, "a gfn as a whole number")
+        if not 0 <= number < self._config.max_gfn:
+            shown = hex(number) if abs(number) < 1 << 80 else "a number"
+            raise InvalidArgument(
+                f"{name}={shown}: must be at least 0 and below {self._config.max_gfn:#x}, the limit of "
+                f"{self._config.levels} levels"
+            )
+        return number
+
+    def _vcpu(self, value: object) -> int:
+        return between(value, 0, self._config.vcpus - 1, "vcpu")
+
+    def _range(self, gfns: object, name: str = "gfns") -> range:
+        if not isinstance(gfns, range):
+            raise TypeError(f"{name}={gfns!r}: expected a range, not {type(gfns).__name__}")
+        if len(gfns) == 0:
+            return range(0)
+        if gfns.step != 1:
+            raise InvalidArgument(f"{name}={gfns!r}: the step must be 1")
+        self._gfn(gfns.start, name)
+        self._gfn(gfns.stop - 1, name)
+        return gfns
+
+    def _fits(self, span: range | None, page: str) -> None:
+        """Refuse a populate that cannot end well, before anything is allocated."""
+        sizes = [slot.npages for slot in self.memslots()] if span is None else [len(span)]
+        need = sum(units.table_bytes(size * 4096, page, self._config.levels) for size in sizes)
+        cap = self._config.max_table_bytes
+        have = _native.available_bytes() if cap is None else cap
+        if need > have:
+            raise OutOfTableMemory(
+                f"{units.format_size(sum(sizes) * 4096)} of {page} pages needs {units.format_size(need)} of "
+                f"page tables ({units.format_size(have)} {'available' if cap is None else 'allowed'}); use a "
+                "larger page, a smaller range" + ("" if cap is None else ", or a larger max_table_bytes"),
+                needed_bytes=need,
+                available_bytes=have,
+            )
+
+    def _gfns(self, gfns: npt.ArrayLike) -> GfnArray:
+        given = np.asarray(gfns)
+        if given.ndim != 1 or given.dtype.kind not in "iu":
+            if given.size == 0 and given.ndim == 1:
+                return np.empty(0, dtype=np.uint64)
+            raise InvalidArgument(
+                f"gfns: expected one dimension of whole numbers, not {given.ndim} of {given.dtype}"
+            )
+        if given.size and (given.min() < 0 or given.max() >= self._config.max_gfn):
+            worst = int(given.min() if given.min() < 0 else given.max())
+            self._gfn(worst, "gfns")
+        return np.ascontiguousarray(given, dtype=np.uint64)
+
+
+def _mapping(row: np.void) -> LeafMapping:
+    return LeafMapping(int(row["gfn"]), int(row["pfn"]), int(row["level"]), int(row["spte"]))
+
+
+def _zap_report(text: str) -> ZapReport:
+    raw = json.loads(text)
+    return ZapReport(raw["wall_ns"], raw["sptes"], raw["table_pages_before"], raw["table_pages_after"], raw)

@@ -1,0 +1,229 @@
+//! `Vm`: the frozen class around a [`Machine`].
+//!
+//! Short calls run on the calling thread without the GIL; what may take long is a [`job`]. A job owns a reference
+//! to the machine, so that a zap, which cannot be cut short, may be left to finish by itself after Ctrl-C: the
+//! caller has its thread back, the machine stays whole, and `close` waits for the zap.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use pyo3::buffer::PyBuffer;
+use pyo3::prelude::*;
+use pyo3::types::PyByteArray;
+use tdpmmu_vm::GuestAccess;
+
+use crate::error::Fault;
+use crate::job::{self, Control, Limits};
+use crate::machine::{self, Access, Machine, Populate, Row, Slot};
+
+/// Batches up to this size are done on the calling thread: starting another would cost more than they do.
+const SMALL_BATCH: usize = 4096;
+
+/// How long a caller who has given up waits for a zap to end.
+const ZAP_PATIENCE: Duration = Duration::from_millis(100);
+
+/// A live machine. Private: `tdpmmu.VM` is the face, and checks what comes in.
+#[pyclass(frozen, module = "tdpmmu._native")]
+pub struct Vm {
+    // Taken only by `Drop`.
+    machine: Option<Arc<Machine>>,
+}
+
+impl Vm {
+    fn machine(&self) -> &Arc<Machine> {
+        self.machine.as_ref().expect("the machine is there until the object is dropped")
+    }
+
+    /// A short call, on this thread.
+    fn now<T: Send>(
+        &self,
+        py: Python<'_>,
+        work: impl FnOnce(&Machine) -> Result<T, Fault> + Send,
+    ) -> PyResult<T> {
+        let machine = self.machine();
+        py.detach(|| work(machine)).map_err(|fault| fault.into_pyerr(py))
+    }
+
+    /// A long call, on a thread of its own.
+    fn long<T: Send + 'static>(
+        &self,
+        py: Python<'_>,
+        limits: Limits,
+        progress: Option<Py<PyAny>>,
+        work: impl FnOnce(&Machine, &Control) -> Result<T, Fault> + Send + 'static,
+    ) -> PyResult<T> {
+        let machine = Arc::clone(self.machine());
+        job::run(py, limits, progress, move |control| work(&machine, control))
+    }
+
+    fn zap(
+        &self,
+        py: Python<'_>,
+        timeout: Option<f64>,
+        work: impl FnOnce(&Machine) -> Result<String, Fault> + Send + 'static,
+    ) -> PyResult<String> {
+        self.long(py, Limits { timeout, patience: Some(ZAP_PATIENCE) }, None, |machine, _| work(machine))
+    }
+}
+
+#[pymethods]
+impl Vm {
+    /// `config` is the JSON text of a `VMConfig`.
+    #[new]
+    fn new(py: Python<'_>, config: &str) -> PyResult<Vm> {
+        let machine = py.detach(|| Machine::new(config)).map_err(|fault| fault.into_pyerr(py))?;
+        Ok(Vm { machine: Some(Arc::new(machine)) })
+    }
+
+    /// Has `close` been called?
+    #[getter]
+    fn closed(&self) -> bool {
+        self.machine().gate().closed()
+    }
+
+    /// Is this a child of the process that made it?
+    #[getter]
+    fn forked(&self) -> bool {
+        self.machine().gate().forked()
+    }
+
+    /// Adds a memslot: id, address space, first gfn, pages, read-only, dirty log.
+    fn add_memslot(&self, py: Python<'_>, slot: Slot) -> PyResult<()> {
+        self.now(py, |machine| machine.add_memslot(slot))
+    }
+
+    /// Deletes a memslot; JSON text of times in ns.
+    #[pyo3(signature = (as_id, slot, *, timeout=None))]
+    fn delete_memslot(&self, py: Python<'_>, as_id: u8, slot: u16, timeout: Option<f64>) -> PyResult<String> {
+        self.zap(py, timeout, move |machine| machine.delete_memslot(as_id, slot))
+    }
+
+    /// The memslots, in the form `add_memslot` takes.
+    fn memslots(&self, py: Python<'_>) -> PyResult<Vec<Slot>> {
+        self.now(py, Machine::memslots)
+    }
+
+    /// Maps gfns `start..stop` (`None`: all memslots) with leaves up to `level`; JSON text.
+    #[pyo3(signature = (start, stop, *, level, threads, by_fault, progress=None, timeout=None))]
+    #[allow(clippy::too_many_arguments)]
+    fn populate(
+        &self,
+        py: Python<'_>,
+        start: Option<u64>,
+        stop: Option<u64>,
+        level: u8,
+        threads: usize,
+        by_fault: bool,
+        progress: Option<Py<PyAny>>,
+        timeout: Option<f64>,
+    ) -> PyResult<String> {
+        let gfns: Option<Range<u64>> = start.zip(stop).map(|(start, stop)| start..stop);
+        let how = Populate { level, threads, by_fault };
+        let limits = Limits { timeout, patience: None };
+        self.long(py, limits, progress, move |machine, control| machine.populate(gfns, how, control))
+    }
+
+    /// One access of a vCPU: outcome, level (0: not mapped), frame.
+    fn fault(&self, py: Python<'_>, gfn: u64, vcpu: usize, write: bool, exec: bool) -> PyResult<Access> {
+        self.now(py, |machine| machine.fault(vcpu, GuestAccess { gfn, write, exec }))
+    }
+
+    /// Many accesses of a vCPU, from an array of u64; the outcomes, a byte each.
+    #[pyo3(signature = (gfns, vcpu, write, exec, *, progress=None, timeout=None))]
+    #[allow(clippy::too_many_arguments)]
+    fn fault_batch<'py>(
+        &self,
+        py: Python<'py>,
+        gfns: PyBuffer<u64>,
+        vcpu: usize,
+        write: bool,
+        exec: bool,
+        progress: Option<Py<PyAny>>,
+        timeout: Option<f64>,
+    ) -> PyResult<Bound<'py, PyByteArray>> {
+        // A copy: others may write to the array while the GIL is free.
+        let gfns = gfns.to_vec(py)?;
+        let outcomes = if gfns.len() <= SMALL_BATCH && progress.is_none() {
+            let control = Control::default();
+            self.now(py, |machine| machine.fault_batch(vcpu, &gfns, (write, exec), &control))?
+        } else {
+            let limits = Limits { timeout, patience: None };
+            self.long(py, limits, progress, move |machine, control| {
+                machine.fault_batch(vcpu, &gfns, (write, exec), control)
+            })?
+        };
+        Ok(PyByteArray::new(py, &outcomes))
+    }
+
+    /// The leaf of each gfn of an array of u64: rows of gfn, SPTE, frame, level.
+    fn lookup_batch<'py>(&self, py: Python<'py>, gfns: PyBuffer<u64>) -> PyResult<Bound<'py, PyByteArray>> {
+        let gfns = gfns.to_vec(py)?;
+        let rows = self.now(py, |machine| machine.lookup_batch(&gfns))?;
+        rows_out(py, &rows)
+    }
+
+    /// Every present leaf of gfns `start..stop`: rows of gfn, SPTE, frame, level.
+    fn mappings<'py>(&self, py: Python<'py>, start: u64, stop: u64) -> PyResult<Bound<'py, PyByteArray>> {
+        let limits = Limits { timeout: None, patience: Some(ZAP_PATIENCE) };
+        let rows = self.long(py, limits, None, move |machine, _| machine.mappings(start..stop))?;
+        rows_out(py, &rows)
+    }
+
+    /// Takes host memory away from gfns `start..stop`; JSON text of times in ns.
+    #[pyo3(signature = (start, stop, *, timeout=None))]
+    fn unmap(&self, py: Python<'_>, start: u64, stop: u64, timeout: Option<f64>) -> PyResult<String> {
+        self.zap(py, timeout, move |machine| machine.unmap(start..stop))
+    }
+
+    /// Zaps every root by the design; JSON text of times in ns.
+    #[pyo3(signature = (*, timeout=None))]
+    fn fast_zap(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<String> {
+        self.zap(py, timeout, Machine::fast_zap)
+    }
+
+    /// A vCPU drops its roots and loads another; JSON text of times in ns.
+    #[pyo3(signature = (vcpu, *, timeout=None))]
+    fn drop_root(&self, py: Python<'_>, vcpu: usize, timeout: Option<f64>) -> PyResult<String> {
+        self.zap(py, timeout, move |machine| machine.drop_root(vcpu))
+    }
+
+    /// Counts, as JSON text.
+    fn stats(&self, py: Python<'_>) -> PyResult<String> {
+        self.now(py, Machine::stats)
+    }
+
+    /// Compares the tables with the books; the violations.
+    #[pyo3(signature = (*, timeout=None))]
+    fn verify(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<Vec<String>> {
+        self.long(py, Limits { timeout, patience: Some(ZAP_PATIENCE) }, None, |machine, _| machine.verify())
+    }
+
+    /// Waits `timeout` seconds for those inside, then tears down. JSON text; `None` if it was closed already.
+    #[pyo3(signature = (*, timeout=None))]
+    fn close(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<Option<String>> {
+        let wait = timeout.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+        if self.machine().gate().closed() {
+            return self.now(py, |machine| machine.close(wait, &Control::default()));
+        }
+        let limits = Limits { timeout: None, patience: Some(ZAP_PATIENCE) };
+        self.long(py, limits, None, move |machine, control| machine.close(wait, control))
+    }
+}
+
+fn rows_out<'py>(py: Python<'py>, rows: &[Row]) -> PyResult<Bound<'py, PyByteArray>> {
+    PyByteArray::new_with(py, size_of_val(rows), |bytes| {
+        for (out, word) in bytes.chunks_exact_mut(8).zip(rows.as_flattened()) {
+            out.copy_from_slice(&word.to_le_bytes());
+        }
+        Ok(())
+    })
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        if let Some(machine) = self.machine.take() {
+            machine::abandon(machine);
+        }
+    }
+}
