@@ -1,1 +1,39 @@
-//! tdpmmu-lab
+//! # The laboratory: experiments on the engine
+//!
+//! **Guarantee.** What a result says was measured in this run, on real threads, with every entry present; what could not be measured is `null`. The physical limits of the host stand beside it, taken
+//! before and after. A run that cannot be true (a long zap that never yielded beside running vCPUs, a leak, a violated rule) is an error.
+//!
+//! **Mechanism.** A [`Scenario`] is an experiment as data; [`run`] executes it; [`experiment`] builds those of `bench zap|drop` and turns outcomes into results.
+//!
+//! | file | idea |
+//! | --- | --- |
+//! | `bench.rs` | the entry: JSON in, JSON out; repetitions, checks |
+//! | `config.rs` | the request, its rules, what follows from it |
+//! | `scenario.rs` | experiments as data |
+//! | `run.rs` | the runner |
+//! | `guest.rs` | guest threads: open-loop accesses |
+//! | `experiment.rs` | zap and drop |
+//! | `micro.rs` | populate, fault, walk, rcu: one operation against its limit |
+//! | `limits/` | the host's physical limits |
+//! | `result.rs` | the schema |
+//! | `memory.rs`, `host.rs`, `units.rs` | estimates and refusals; the machine; bytes for people |
+//! | `control.rs`, `error.rs` | progress and cancellation; errors by exit code |
+
+pub mod bench;
+pub mod config;
+mod control;
+mod error;
+pub mod experiment;
+pub mod guest;
+pub mod host;
+pub mod limits;
+pub mod memory;
+mod micro;
+pub mod result;
+pub mod run;
+pub mod scenario;
+mod units;
+
+pub use control::Control;
+pub use error::LabError;
+pub use scenario::Scenario;

@@ -50,7 +50,12 @@ fn main() {
             for g in 0..gib {
                 let mut guard = mmu.lock.read(&task);
                 let first = g << 18;
-                let map = BulkMap { gfns: first..first + (1 << 18), first_pfn: 0x100000 + first, level: 1, template };
+                let map = BulkMap {
+                    gfns: first..first + (1 << 18),
+                    first_pfn: 0x100000 + first,
+                    level: 1,
+                    template,
+                };
                 n += mmu.populate_bulk(&mut guard, &mut cache, root, &map).expect("room");
             }
             best[0] = best[0].min(t.elapsed().as_nanos() as f64 / n as f64);
@@ -72,7 +77,10 @@ fn main() {
             cache.drain(mmu.pool());
             mmu.rcu().barrier();
         }
-        println!("{passes:14} exclusive {exclusive:5} clean {clean:5}: populate {:.2} count {:.2} zap {:.2} ns/SPTE", best[0], best[1], best[2]);
+        println!(
+            "{passes:14} exclusive {exclusive:5} clean {clean:5}: populate {:.2} count {:.2} zap {:.2} ns/SPTE",
+            best[0], best[1], best[2]
+        );
         let task = mmu.task("end", Role::Caller);
         println!("{:?} {:?}", mmu.uninit(&task), mmu.violations());
     }

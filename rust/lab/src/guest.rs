@@ -1,0 +1,196 @@
+//! A guest: open-loop accesses to a working set, and what they felt.
+//!
+//! Access i is *intended* at start + i * arrival; its latency runs from there, so one stall counts for every access it delays
+//! (no coordinated omission). Only accesses intended inside the window, from t0 to the last table freed, are kept.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use tdpmmu_platform::{Histogram, Platform, Site};
+use tdpmmu_vm::request::FREE_OBSOLETE_ROOTS;
+use tdpmmu_vm::{AccessOutcome, GuestAccess, Vcpu, VcpuProbe};
+
+use crate::LabError;
+
+/// The window of a measurement, in ticks, shared by all threads; 0: not yet.
+#[derive(Debug, Default)]
+pub struct Window {
+    /// Entry of the request.
+    pub t0: AtomicU64,
+    /// The last table is free.
+    pub end: AtomicU64,
+}
+
+/// What a vCPU felt.
+#[derive(Clone, Debug, Default)]
+pub struct Felt {
+    /// Latency of accesses in the window, by outcome.
+    pub access: Vec<Histogram>,
+    /// Kick seen to guest entry.
+    pub block_update: Histogram,
+    /// t0 to the first slow fault completed under a root loaded after t0.
+    pub visible_ns: Option<u64>,
+    /// Was it in the guest at t0?
+    pub ran_at_t0: bool,
+    /// Slow faults after t0.
+    pub faults_after: u64,
+    /// Time of the last of them, after t0.
+    pub last_fault_ns: u64,
+}
+
+struct Probe<P> {
+    window: Arc<Window>,
+    felt: Arc<std::sync::Mutex<Felt>>,
+    platform: std::marker::PhantomData<fn() -> P>,
+}
+
+impl<P: Platform> VcpuProbe for Probe<P> {
+    fn reentered(&mut self, bits: u64, seen_at: u64, entered_at: u64) {
+        let t0 = self.window.t0.load(Ordering::Acquire);
+        if t0 != 0 && entered_at >= t0 && bits & FREE_OBSOLETE_ROOTS != 0 {
+            let mut felt = self.felt.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            felt.block_update.record(P::ticks_to_ns(entered_at.saturating_sub(seen_at)));
+        }
+    }
+
+    fn slow_fault(&mut self, _root: u32, loaded_at: u64, _began: u64, ended: u64) {
+        let t0 = self.window.t0.load(Ordering::Acquire);
+        if t0 == 0 || ended < t0 {
+            return;
+        }
+        let mut felt = self.felt.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        felt.faults_after += 1;
+        felt.last_fault_ns = P::ticks_to_ns(ended - t0);
+        if loaded_at >= t0 && felt.visible_ns.is_none() {
+            felt.visible_ns = Some(P::ticks_to_ns(ended - t0));
+        }
+    }
+}
+
+/// The pages of one vCPU: its own stretch of guest memory.
+#[derive(Clone, Copy, Debug)]
+pub struct WorkingSet {
+    /// First gfn.
+    pub first: u64,
+    /// Pages.
+    pub pages: u64,
+    /// Gfns between two pages.
+    pub stride: u64,
+}
+
+impl WorkingSet {
+    /// vCPU `id` of `vcpus` touches `pages` leaves of `stride` gfns each, in a guest of `gfns`.
+    pub fn new(id: usize, vcpus: usize, pages: u64, stride: u64, gfns: u64) -> Self {
+        let leaves = gfns / stride;
+        let pages = pages.clamp(1, leaves);
+        let slice = leaves / vcpus.max(1) as u64;
+        let first = (id as u64 * slice).min(leaves - pages) * stride;
+        Self { first, pages, stride }
+    }
+
+    fn gfn(&self, n: u64) -> u64 {
+        self.first + (n % self.pages) * self.stride
+    }
+}
+
+/// xorshift64*: cheap enough to vanish beside an access.
+pub struct Random(u64);
+
+impl Random {
+    /// Any seed will do.
+    pub fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    /// The next 64 bits.
+    pub fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+}
+
+/// How a guest behaves.
+#[derive(Clone, Copy, Debug)]
+pub struct GuestPlan {
+    /// What it touches.
+    pub set: WorkingSet,
+    /// ns between two intended starts.
+    pub arrival_ns: u64,
+    /// Writes of 100 accesses.
+    pub write_percent: u8,
+    /// Its seed.
+    pub seed: u64,
+}
+
+/// Runs guest code on `vcpu` until `stop` says so; returns what it felt.
+///
+/// # Errors
+/// [`LabError::Internal`] when a fault fails for want of memory.
+pub fn run<P: Platform>(
+    vcpu: &mut Vcpu<'_, P>,
+    plan: &GuestPlan,
+    window: &Arc<Window>,
+    stop: impl Fn() -> bool,
+) -> Result<Felt, LabError> {
+    let felt = Arc::new(std::sync::Mutex::new(Felt::default()));
+    let probe = Probe::<P> { window: window.clone(), felt: felt.clone(), platform: std::marker::PhantomData };
+    vcpu.set_probe(Some(Box::new(probe)));
+    let mut access = vec![Histogram::new(); AccessOutcome::ALL.len()];
+    let mut random = Random::new(plan.seed);
+    let arrival = P::ns_to_ticks(plan.arrival_ns).max(1);
+    let mut intended = P::ticks();
+    let mut ran_at_t0 = false;
+    let fail = |e: tdpmmu_vm::VmError| LabError::Internal(format!("a vCPU's access failed: {e}"));
+    'run: loop {
+        intended += arrival;
+        while P::ticks() < intended {
+            if stop() || !vcpu.poll().map_err(fail)? {
+                break 'run;
+            }
+            P::relax(Site::VcpuMode);
+        }
+        // A vCPU that is far behind still polls its stop flag.
+        if stop() {
+            break;
+        }
+        let bits = random.next();
+        let write = (bits >> 56) % 100 < u64::from(plan.write_percent);
+        let gfn = plan.set.gfn(bits & 0xff_ffff_ffff);
+        let outcome = vcpu.access(GuestAccess { gfn, write, exec: false }).map_err(fail)?;
+        if outcome == AccessOutcome::Stopped {
+            break;
+        }
+        let t0 = window.t0.load(Ordering::Acquire);
+        if t0 == 0 {
+            continue;
+        }
+        ran_at_t0 = true;
+        let end = window.end.load(Ordering::Acquire);
+        if intended >= t0 && (end == 0 || intended <= end) {
+            access[outcome as usize].record(P::ticks_to_ns(P::ticks().saturating_sub(intended)));
+        }
+    }
+    vcpu.leave();
+    vcpu.set_probe(None);
+    let mut felt = std::mem::take(&mut *felt.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
+    felt.access = access;
+    felt.ran_at_t0 = ran_at_t0;
+    Ok(felt)
+}
+
+/// Touches each page once, as fast as it goes.
+///
+/// # Errors
+/// As [`run`].
+pub fn touch<P: Platform>(vcpu: &mut Vcpu<'_, P>, set: &WorkingSet) -> Result<u64, LabError> {
+    let before = vcpu.stats();
+    for n in 0..set.pages {
+        let access = GuestAccess { gfn: set.gfn(n), write: true, exec: false };
+        vcpu.access(access).map_err(|e| LabError::Internal(format!("a vCPU's access failed: {e}")))?;
+    }
+    vcpu.leave();
+    let after = vcpu.stats();
+    Ok(after.fixed + after.fast - before.fixed - before.fast)
+}

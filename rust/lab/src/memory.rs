@@ -1,0 +1,81 @@
+//! What a guest costs before it is built, and the refusal.
+
+use tdpmmu_spte::geometry::{page_bytes, span, tables_below_root};
+use tdpmmu_table::{TABLE_BYTES, TablePool};
+
+use crate::host::available_bytes;
+use crate::{LabError, units};
+
+/// Page-table pages and bytes of one fully mapped guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Estimate {
+    /// Leaves.
+    pub sptes: u64,
+    /// Tables, one root included.
+    pub tables: u64,
+    /// Bytes of tables.
+    pub table_bytes: u64,
+    /// Bytes of everything: tables, their headers, the host frames' tags and flags.
+    pub bytes: u64,
+}
+
+impl Estimate {
+    /// For `memory_bytes` mapped with leaves of `level` below a root of `root_level`.
+    pub fn new(memory_bytes: u64, level: u8, root_level: u8) -> Self {
+        let gfns = memory_bytes / page_bytes(1);
+        let tables = tables_below_root(gfns, level, root_level) + 1;
+        let table_bytes = tables * TABLE_BYTES as u64;
+        let headers = (tables as f64 * TablePool::overhead_bytes_per_table()) as u64;
+        // Two bits a frame (dirty, accessed) in the host's model, one in the slot's dirty bitmap; lpage_info is small.
+        let frames = gfns / 8 * 3;
+        Self { sptes: gfns / span(level), tables, table_bytes, bytes: table_bytes + headers + frames }
+    }
+
+    /// Refuses what does not fit in `limit` bytes (or the host's available memory), with the figure.
+    ///
+    /// # Errors
+    /// [`LabError::Memory`].
+    pub fn check(&self, memory_bytes: u64, page: &str, limit: Option<u64>) -> Result<(), LabError> {
+        // Leave the host a little: 256 MiB for everything that is not counted here.
+        let free = available_bytes().saturating_sub(256 << 20);
+        let available = limit.map_or(free, |l| l.min(free));
+        if self.bytes <= available {
+            return Ok(());
+        }
+        Err(LabError::Memory {
+            needed_bytes: self.bytes,
+            available_bytes: available,
+            message: format!(
+                "{} of {page} pages needs {} of memory, {} of it page tables ({} available{}); use a larger page, \
+                 less memory, or a larger host",
+                units::bytes(memory_bytes),
+                units::bytes(self.bytes),
+                units::bytes(self.table_bytes),
+                units::bytes(available),
+                if limit.is_some_and(|l| l <= free) { ", by the limit given" } else { "" },
+            ),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_published_sizes_come_out() {
+        let tib = 1u64 << 40;
+        assert_eq!(Estimate::new(64 * tib, 1, 4).tables, 33_554_432 + 65_536 + 128 + 1);
+        assert_eq!(Estimate::new(64 * tib, 1, 4).sptes, 1 << 34);
+        assert_eq!(Estimate::new(256 << 30, 1, 4).sptes, 67_108_864);
+        assert_eq!(Estimate::new(64 * tib, 2, 4).table_bytes >> 20, 256);
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused_with_the_figure() {
+        let error =
+            Estimate::new(64 << 40, 1, 4).check(64 << 40, "4K", Some(1 << 30)).expect_err("too large");
+        assert!(error.to_string().contains("64 TiB of 4K pages needs"), "{error}");
+        assert!(error.to_string().contains("128.3 GiB"), "{error}");
+    }
+}

@@ -1,0 +1,265 @@
+//! The results of `bench zap` and `bench drop`: schema `tdpmmu.bench.zap/1` (DESIGN 5.2). Field names carry units.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+use serde_json::Value;
+use tdpmmu_platform::{Histogram, MeterSnapshot, Phase};
+
+use crate::host::HostInfo;
+use crate::limits::Limits;
+
+/// A distribution: count and percentiles, a percentile only where 10/(1-q) samples stand behind it.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct H {
+    /// Samples.
+    pub count: u64,
+    /// Smallest.
+    pub min: Option<u64>,
+    /// Median.
+    pub p50: Option<u64>,
+    /// 90th percentile.
+    pub p90: Option<u64>,
+    /// 99th percentile.
+    pub p99: Option<u64>,
+    /// 99.9th percentile.
+    pub p999: Option<u64>,
+    /// Largest.
+    pub max: Option<u64>,
+}
+
+impl From<&Histogram> for H {
+    fn from(histogram: &Histogram) -> Self {
+        let s = histogram.summary();
+        Self { count: s.count, min: s.min, p50: s.p50, p90: s.p90, p99: s.p99, p999: s.p999, max: s.max }
+    }
+}
+
+/// One result file.
+#[derive(Clone, Debug, Serialize)]
+pub struct BenchResult {
+    /// `tdpmmu.bench.zap/1`.
+    pub schema: &'static str,
+    /// `zap` or `drop`.
+    pub experiment: &'static str,
+    /// The machine.
+    pub host: HostInfo,
+    /// The build.
+    pub build: Value,
+    /// The request.
+    pub config: Value,
+    /// Its seed.
+    pub seed: u64,
+    /// What the host can do at best, from the same run.
+    pub limits: Limits,
+    /// One per design and repetition.
+    pub runs: Vec<Run>,
+}
+
+/// `update_ns`: the fast-zap call.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct UpdateNs {
+    /// Entry to return, slots_lock held.
+    pub total: u64,
+    /// Waiting for mmu_lock.
+    pub lock_wait: u64,
+    /// The first exclusive hold.
+    pub exclusive_hold: u64,
+    /// All exclusive holds.
+    pub exclusive_total: u64,
+    /// The longest of them.
+    pub exclusive_longest: u64,
+    /// Waiting for vCPUs to leave guest mode.
+    pub kick_wait: u64,
+    /// From the unlock to the return.
+    pub zap: u64,
+}
+
+/// CPU time by who spent it on the teardown.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct CpuNs {
+    /// The task that called.
+    pub caller: u64,
+    /// vCPUs, on the teardown (`bench drop`).
+    pub vcpu: u64,
+    /// Workers.
+    pub worker: u64,
+    /// The RCU thread.
+    pub rcu: u64,
+}
+
+/// `teardown`.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Teardown {
+    /// t0 to the return of the request.
+    pub fz_return_ns: u64,
+    /// t0 to the end of the last root zap.
+    pub last_spte_unreachable_ns: u64,
+    /// t0 to the last table back in the pool.
+    pub last_table_free_ns: u64,
+    /// Who paid.
+    pub cpu_ns: CpuNs,
+    /// All of `cpu_ns` over the wall time.
+    pub cpus_used: f64,
+    /// SPTEs written by the teardown.
+    pub entry_writes: u64,
+    /// SPTEs read by the teardown.
+    pub entry_reads: u64,
+    /// CPU ns in the SPTE walk, per SPTE that was mapped.
+    pub ns_per_spte: f64,
+    /// CPU ns in the SPTE walk, per entry written.
+    pub ns_per_entry: f64,
+}
+
+/// `lock`.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct LockStats {
+    /// Shared holds.
+    pub read_hold_ns: H,
+    /// Exclusive holds.
+    pub write_hold_ns: H,
+    /// Waits for a shared hold.
+    pub reader_wait_ns: H,
+    /// Waits for an exclusive hold.
+    pub writer_wait_ns: H,
+    /// Yields at which somebody waited.
+    pub handoffs: u64,
+    /// Acquisitions that waited.
+    pub contended: u64,
+}
+
+/// `rcu`.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct RcuResult {
+    /// membarrier or fence.
+    pub flavour: String,
+    /// Read sections of tearing-down tasks.
+    pub section_ns: H,
+    /// First callback of a batch queued to first callback run.
+    pub grace_period_ns: H,
+    /// Most pages that waited for a grace period.
+    pub backlog_pages_peak: u64,
+}
+
+/// `refault`: after the zap, until the working set is mapped again.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Refault {
+    /// Faults.
+    pub faults: u64,
+    /// t0 to the last of them.
+    pub wall_ns: u64,
+}
+
+/// One thread's time.
+#[derive(Clone, Debug, Serialize)]
+pub struct Attribution {
+    /// Thread.
+    pub thread: String,
+    /// vcpu, caller, worker or rcu.
+    pub role: &'static str,
+    /// CPU that it ended on.
+    pub cpu: Option<u32>,
+    /// ns by phase; the parts add up to `elapsed_ns`.
+    pub ns: BTreeMap<&'static str, u64>,
+    /// ns between the first and the last look at the clock.
+    pub elapsed_ns: u64,
+    /// Of these, runnable and waiting for a CPU.
+    pub run_delay_ns: Option<u64>,
+}
+
+impl Attribution {
+    /// From a task's measurements.
+    pub fn new(thread: String, role: &'static str, meter: &MeterSnapshot, elapsed_ns: u64) -> Self {
+        let ns = Phase::ALL.iter().map(|&p| (p.name(), meter.phase_ns(p))).collect();
+        Self { thread, role, cpu: None, ns, elapsed_ns, run_delay_ns: None }
+    }
+}
+
+/// `populate`.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct PopulateResult {
+    /// Wall time.
+    pub wall_ns: u64,
+    /// Wall time per SPTE.
+    pub ns_per_spte: f64,
+    /// Touching the pool's pages first, outside of it.
+    pub prefault_ns: u64,
+}
+
+/// `drop_loop`.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct DropLoop {
+    /// SPTEs mapped under each small root.
+    pub root_sptes: u64,
+    /// Drops.
+    pub count: u64,
+    /// The drop of the last reference.
+    pub block_drop_ns: H,
+    /// The same on a root that another vCPU holds.
+    pub block_baseline_ns: H,
+}
+
+/// One design, one repetition.
+#[derive(Clone, Debug, Default, Serialize)]
+#[allow(missing_docs)]
+pub struct Run {
+    pub design: String,
+    pub passes: String,
+    pub ownership: String,
+    pub lock_mode: &'static str,
+    pub preempt: String,
+    pub tick_ns: u64,
+    pub kernel_profile: String,
+    pub rep: u32,
+    pub memory_bytes: u64,
+    pub page: String,
+    pub vcpus: u32,
+    pub overcommit: bool,
+    pub sptes: u64,
+    pub table_pages: u64,
+    pub table_bytes: u64,
+    pub ad_mix: String,
+    pub writeback: String,
+    pub written_back_frames: u64,
+    pub populated_by: String,
+    pub extrapolated: bool,
+    pub populate: PopulateResult,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub update_ns: Option<UpdateNs>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub block_drop_ns: Option<H>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub block_baseline_ns: Option<H>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub retained_table_pages: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub drop_loop: Option<DropLoop>,
+    pub block_update_ns: H,
+    pub visible_ns: H,
+    pub visible_last_ns: Option<u64>,
+    pub access_ns: H,
+    pub access_ns_by_outcome: BTreeMap<&'static str, H>,
+    pub arrival_ns: u64,
+    pub step_units: H,
+    pub step_ns: H,
+    pub step_ns_dropped: u64,
+    pub teardown: Option<Teardown>,
+    pub lock: LockStats,
+    pub rcu: RcuResult,
+    pub queue_ns: H,
+    pub refault: Refault,
+    pub attribution: Vec<Attribution>,
+    pub fit: Option<Value>,
+    pub yields: u64,
+    pub retries: u64,
+    pub kicks: u64,
+    pub flushes: u64,
+    pub table_pages_freed: u64,
+    pub table_pages_leaked: u64,
+    pub pool_peak_pages: u64,
+    pub pool_cap_hits: u64,
+    pub overhead_bytes_per_table: f64,
+    pub violations: Option<u64>,
+    pub violation_list: Vec<String>,
+    pub violations_checked_memory_bytes: Option<u64>,
+}

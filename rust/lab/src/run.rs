@@ -1,0 +1,647 @@
+//! The runner: a scenario on the real platform.
+//!
+//! **Guarantee.** Every operation really happens, on real threads. Measuring costs the measured threads nothing but clock reads at the ends of an operation. Whatever happens, also
+//! cancellation and errors, every thread is joined and the VM closed, and what it left behind is part of the outcome.
+//!
+//! **Mechanism.** Threads are scoped; each runs its ops in order. Flags are counters under futexes in spirit: spun on with sleeps of 50 us, outside all measured
+//! stretches. The first error raises the abort flag, which every wait and every guest loop tests.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::Duration;
+
+use tdpmmu_mmu::Counts;
+use tdpmmu_platform::{
+    Histogram, MeterSnapshot, Observer, Phase, Platform, Preempt, RcuConfig, RcuDomain, RcuStats, Real,
+    Role as TaskRole, Task, TaskConfig,
+};
+use tdpmmu_spte::geometry::{max_gfn, page_bytes, span};
+use tdpmmu_spte::{KernelProfile, Ownership, Passes};
+use tdpmmu_vm::slots::Region;
+use tdpmmu_vm::{
+    AdMix, BulkOptions, CloseReport, FastZapTimes, GuestAccess, Progress, SlotFlags, Vcpu, Vm, VmConfig,
+    VmError,
+};
+
+use crate::guest::{self, Felt, GuestPlan, Window, WorkingSet};
+use crate::scenario::{Ad, By, FLAGS, Flag, Mark, Op, Populate, Scenario, VmSpec, Who};
+use crate::{Control, LabError};
+
+type P = Real;
+
+/// What one thread did and what it cost.
+#[derive(Clone, Debug)]
+pub struct ThreadReport {
+    /// Its name.
+    pub name: String,
+    /// Who it was.
+    pub who: Who,
+    /// Its measurements since t0 (or since its start, if there was none).
+    pub meter: MeterSnapshot,
+    /// CPU time of its timed operations.
+    pub op_cpu_ns: u64,
+    /// What its guest felt.
+    pub felt: Felt,
+    /// CPU that it ended on.
+    pub cpu: Option<u32>,
+    /// Runnable, but waiting for a CPU, since its start.
+    pub run_delay_ns: Option<u64>,
+}
+
+/// What a scenario came to.
+pub struct Outcome {
+    /// What the tree held at t0, counted.
+    pub at_t0: Counts,
+    /// Tables in use at t0 (all roots).
+    pub tables_at_t0: u64,
+    /// Population.
+    pub populate_ns: u64,
+    /// Touching the pool before it.
+    pub prefault_ns: u64,
+    /// Leaves made by the population.
+    pub populated: u64,
+    /// The memslot update, if there was one.
+    pub update: Option<FastZapTimes>,
+    /// Timed operations, in ns.
+    pub marks: BTreeMap<Mark, Histogram>,
+    /// t0 to the end of the last root zap; `None`: none ended after t0.
+    pub last_zap_end_ns: Option<u64>,
+    /// t0 to the last table back in the pool.
+    pub last_free_ns: Option<u64>,
+    /// Tables that stay after the teardown, without caches: retained by the MMU's references, and live ones.
+    pub tables_after: u64,
+    /// ... of them, tables of roots that no vCPU holds.
+    pub retained: u64,
+    /// Threads.
+    pub threads: Vec<ThreadReport>,
+    /// Workers, one report an item.
+    pub workers: Vec<(MeterSnapshot, u64)>,
+    /// Queue delays.
+    pub queue: Option<Histogram>,
+    /// RCU since the start.
+    pub rcu: RcuStats,
+    /// RCU thread's CPU time since t0.
+    pub rcu_cpu_ns: u64,
+    /// Flushes and kicks since t0.
+    pub flushes: u64,
+    /// Kicks since t0.
+    pub kicks: u64,
+    /// Refaults: how many, and from t0 to the last.
+    pub refaults: (u64, u64),
+    /// Most table pages that existed.
+    pub pool_peak: u64,
+    /// Refusals of the pool.
+    pub pool_cap_hits: u64,
+    /// Tables freed since t0.
+    pub freed: u64,
+    /// Frames that a write-back reached.
+    pub written_back: u64,
+    /// The end of the VM.
+    pub close: CloseReport,
+}
+
+struct Shared<'a> {
+    scenario: &'a Scenario,
+    vm: &'a Vm<P>,
+    control: &'a Control,
+    abort: AtomicBool,
+    flags: [AtomicU32; FLAGS],
+    window: Arc<Window>,
+    guests: usize,
+    tables: u64,
+    collected: std::sync::Mutex<Collected>,
+}
+
+#[derive(Default)]
+struct Collected {
+    at_t0: Counts,
+    tables_at_t0: u64,
+    populate_ns: u64,
+    prefault_ns: u64,
+    populated: u64,
+    update: Option<FastZapTimes>,
+    marks: BTreeMap<Mark, Histogram>,
+    base: Base,
+    last_zap_end_ns: Option<u64>,
+    last_free_ns: Option<u64>,
+    tables_after: u64,
+    retained: u64,
+    refaults: (u64, u64),
+    freed: u64,
+    rcu_cpu_ns: u64,
+    flushes: u64,
+    kicks: u64,
+    threads: Vec<ThreadReport>,
+}
+
+/// Counters at t0.
+#[derive(Clone, Copy, Default)]
+struct Base {
+    rcu_cpu_ns: u64,
+    flushes: u64,
+    kicks: u64,
+    frees: u64,
+}
+
+/// The extra slot that a memslot update deletes: far from the guest's memory.
+const EXTRA_SLOT: u16 = 500;
+const EXTRA_PAGES: u64 = 64;
+
+fn internal(what: &str) -> impl Fn(VmError) -> LabError + '_ {
+    move |error| match error {
+        VmError::Cancelled => LabError::Cancelled,
+        error => LabError::Internal(format!("{what}: {error}")),
+    }
+}
+
+fn lock<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// Settings of tasks in a scenario.
+fn task_config(spec: &VmSpec) -> TaskConfig {
+    let preempt = match spec.preempt.as_str() {
+        "none" => Preempt::None,
+        "voluntary" => Preempt::Voluntary,
+        _ => Preempt::Full,
+    };
+    TaskConfig {
+        preempt,
+        tick_ns: spec.tick_ns,
+        measure: true,
+        attribute: true,
+        step_ns: spec.step_ns,
+        force_yield: spec.force_yield,
+    }
+}
+
+/// The VM's configuration from its spec.
+///
+/// # Errors
+/// [`LabError::Usage`] for names that do not parse.
+pub fn vm_config(spec: &VmSpec, observer: Option<Arc<dyn Observer>>) -> Result<VmConfig, LabError> {
+    let bad = |e: String| LabError::Usage(e);
+    let profile = KernelProfile::named(&spec.profile).map_err(|e| bad(e.to_string()))?;
+    let mut config = VmConfig::new(profile);
+    config.root_level = spec.levels;
+    config.maxphyaddr = if spec.levels == 5 { 52 } else { 48 };
+    config.design = Some(spec.design.clone());
+    config.passes = Some(Passes::parse(&spec.passes).map_err(|e| bad(e.to_string()))?);
+    config.ownership = Some(match spec.ownership.as_str() {
+        "vcpu" => Ownership::Vcpu,
+        "mmu" => Ownership::Mmu,
+        other => return Err(bad(format!("ownership={other:?}: expected vcpu or mmu"))),
+    });
+    config.workers = spec.workers;
+    config.vcpus = spec.vcpus;
+    config.max_tables = spec.max_tables;
+    config.max_level = spec.level;
+    config.host_pages = (spec.memory_bytes / page_bytes(1) + EXTRA_PAGES).next_power_of_two().max(1 << 20);
+    config.write_back = spec.write_back;
+    config.task = task_config(spec);
+    config.rcu = RcuConfig::default();
+    config.observer = observer;
+    Ok(config)
+}
+
+/// Runs `scenario`; `tables`: page-table pages that the guest will need, touched before the clock runs.
+///
+/// # Errors
+/// [`LabError`]; the VM is closed and all threads joined in any case.
+pub fn run(
+    scenario: &Scenario,
+    tables: u64,
+    control: &Control,
+    observer: Option<Arc<dyn Observer>>,
+) -> Result<Outcome, LabError> {
+    let vm = Vm::<P>::new(vm_config(&scenario.vm, observer)?).map_err(internal("the VM"))?;
+    let guests =
+        scenario.threads.iter().filter(|t| t.ops.iter().any(|o| matches!(o, Op::Guest { .. }))).count();
+    let shared = Shared {
+        scenario,
+        vm: &vm,
+        control,
+        abort: AtomicBool::new(false),
+        flags: Default::default(),
+        window: Arc::default(),
+        guests: guests.max(1),
+        tables,
+        collected: std::sync::Mutex::default(),
+    };
+    let result = shared.prepare().and_then(|()| shared.all_threads());
+    let mut collected = std::mem::take(&mut *lock(&shared.collected));
+    let workers =
+        vm.mmu().design().take_worker_reports().into_iter().map(|r| (r.meter, r.cpu_ns)).collect::<Vec<_>>();
+    let queue = vm.mmu().design().queue_ns();
+    let close = vm.close().map_err(internal("closing the VM"))?;
+    result?;
+    let pool = vm.mmu().pool().stats();
+    collected.threads.sort_by_key(|t| match t.who {
+        Who::Caller => 0,
+        Who::Vcpu(id) => id + 1,
+    });
+    Ok(Outcome {
+        at_t0: collected.at_t0,
+        tables_at_t0: collected.tables_at_t0,
+        populate_ns: collected.populate_ns,
+        prefault_ns: collected.prefault_ns,
+        populated: collected.populated,
+        update: collected.update,
+        marks: collected.marks,
+        last_zap_end_ns: collected.last_zap_end_ns,
+        last_free_ns: collected.last_free_ns,
+        tables_after: collected.tables_after,
+        retained: collected.retained,
+        threads: collected.threads,
+        workers,
+        queue,
+        rcu: vm.mmu().rcu().stats(),
+        rcu_cpu_ns: collected.rcu_cpu_ns,
+        flushes: collected.flushes,
+        kicks: collected.kicks,
+        refaults: collected.refaults,
+        pool_peak: pool.peak,
+        pool_cap_hits: pool.cap_hits,
+        freed: collected.freed,
+        written_back: close.frames.dirtied,
+        close,
+    })
+}
+
+impl Shared<'_> {
+    fn stopped(&self) -> bool {
+        self.abort.load(Ordering::Relaxed) || self.control.cancelled()
+    }
+
+    fn raise(&self, flag: Flag) {
+        self.flags[flag as usize].fetch_add(1, Ordering::Release);
+    }
+
+    fn raised(&self, flag: Flag) -> u32 {
+        self.flags[flag as usize].load(Ordering::Acquire)
+    }
+
+    fn wait_for(&self, flag: Flag, count: u32, mut idle: impl FnMut()) -> Result<(), LabError> {
+        while self.raised(flag) < count {
+            if self.stopped() {
+                return Err(LabError::Cancelled);
+            }
+            idle();
+            std::thread::sleep(Duration::from_micros(50));
+        }
+        Ok(())
+    }
+
+    /// Memory and memslots, and the pool's pages touched.
+    fn prepare(&self) -> Result<(), LabError> {
+        let spec = &self.scenario.vm;
+        let task = self.vm.task("setup", TaskRole::Caller);
+        let pages = spec.memory_bytes / page_bytes(1);
+        self.vm.add_memory(&task, 0, pages, spec.level).map_err(internal("memslots"))?;
+        let extra = max_gfn(4, 48) / 2;
+        let base = if pages <= extra { extra } else { max_gfn(spec.levels, 52) - EXTRA_PAGES };
+        let hva =
+            self.vm.side().primary.region(EXTRA_PAGES, base, 1, true).map_err(internal("host memory"))?;
+        let region =
+            Region { id: EXTRA_SLOT, as_id: 0, base, pages: EXTRA_PAGES, hva, flags: SlotFlags::default() };
+        self.vm.set_memslot(&task, &region).map_err(internal("the extra memslot"))?;
+        self.control.report("touching page-table memory", 0.0);
+        let begin = P::ticks();
+        // In steps, so that an interrupt is heeded while gigabytes are touched.
+        for step in 1..=16 {
+            self.control.check()?;
+            self.vm
+                .mmu()
+                .pool()
+                .prefault(self.tables * step / 16)
+                .map_err(|e| LabError::Internal(e.to_string()))?;
+        }
+        lock(&self.collected).prefault_ns = P::ticks_to_ns(P::ticks() - begin);
+        self.scenario.populate.as_ref().map_or(Ok(()), |how| self.populate(how))
+    }
+
+    fn all_threads(&self) -> Result<(), LabError> {
+        let results: Vec<Result<(), LabError>> = std::thread::scope(|scope| {
+            let handles: Vec<_> = self
+                .scenario
+                .threads
+                .iter()
+                .map(|thread| {
+                    let name = match thread.who {
+                        Who::Vcpu(id) => format!("vcpu-{id}"),
+                        Who::Caller => "vmm".to_owned(),
+                    };
+                    let handle =
+                        std::thread::Builder::new().name(name.clone()).spawn_scoped(scope, move || {
+                            let done = match thread.who {
+                                Who::Vcpu(id) => self.vcpu_thread(&name, id, &thread.ops),
+                                Who::Caller => self.caller_thread(&name, &thread.ops),
+                            };
+                            if done.is_err() {
+                                self.abort.store(true, Ordering::Relaxed);
+                            }
+                            done
+                        });
+                    if handle.is_err() {
+                        self.abort.store(true, Ordering::Relaxed);
+                    }
+                    handle
+                })
+                .collect();
+            handles
+                .into_iter()
+                .map(|handle| match handle {
+                    Ok(handle) => {
+                        handle.join().unwrap_or_else(|_| Err(LabError::Internal("a thread panicked".into())))
+                    }
+                    Err(error) => Err(LabError::Internal(format!("the host refused a thread: {error}"))),
+                })
+                .collect()
+        });
+        // An error explains more than the cancellations that it caused elsewhere.
+        let mut cancelled = None;
+        for result in results {
+            match result {
+                Ok(()) => {}
+                Err(LabError::Cancelled) => cancelled = Some(LabError::Cancelled),
+                Err(error) => return Err(error),
+            }
+        }
+        cancelled.map_or(Ok(()), Err)
+    }
+
+    fn vcpu_thread(&self, name: &str, id: usize, ops: &[Op]) -> Result<(), LabError> {
+        let mut vcpu = self.vm.vcpu_with(id, task_config(&self.scenario.vm)).map_err(internal("a vCPU"))?;
+        let mut felt = Felt::default();
+        let mut cpu_ns = 0;
+        for op in ops {
+            self.vcpu_op(&mut vcpu, id, op, &mut felt, &mut cpu_ns)?;
+        }
+        vcpu.leave();
+        self.report(name, Who::Vcpu(id), vcpu.task(), cpu_ns, felt);
+        Ok(())
+    }
+
+    fn report(&self, name: &str, who: Who, task: &Task<P>, op_cpu_ns: u64, felt: Felt) {
+        let report = ThreadReport {
+            name: name.to_owned(),
+            who,
+            meter: task.meter().take(),
+            op_cpu_ns,
+            felt,
+            cpu: current_cpu(),
+            run_delay_ns: P::run_delay_ns(),
+        };
+        lock(&self.collected).threads.push(report);
+    }
+
+    fn working_set(&self, id: usize, pages: u64) -> WorkingSet {
+        let spec = &self.scenario.vm;
+        let gfns = spec.memory_bytes / page_bytes(1);
+        WorkingSet::new(id, self.guests, pages, span(spec.level), gfns)
+    }
+
+    fn vcpu_op(
+        &self,
+        vcpu: &mut Vcpu<'_, P>,
+        id: usize,
+        op: &Op,
+        felt: &mut Felt,
+        cpu_ns: &mut u64,
+    ) -> Result<(), LabError> {
+        match *op {
+            Op::SwitchRole => {
+                let layout = self.vm.mmu().profile().role_layout;
+                let mut fields = layout.unpack(vcpu.role());
+                fields.cr0_wp = !fields.cr0_wp;
+                vcpu.switch_role(layout.pack(&fields));
+            }
+            Op::Load => {
+                vcpu.root().map_err(internal("a root"))?;
+            }
+            Op::Unload => vcpu.unload(),
+            Op::DropRoot { mark, times, sptes } => self.drop_root(vcpu, mark, times, sptes, cpu_ns)?,
+            Op::Guest { pages, arrival_ns, write_percent, until } => {
+                let plan = GuestPlan {
+                    set: self.working_set(id, pages),
+                    arrival_ns,
+                    write_percent,
+                    seed: self.scenario.seed ^ (id as u64) << 32,
+                };
+                // Everything mapped and most of it cached, before anybody measures.
+                guest::touch(vcpu, &plan.set)?;
+                self.raise(Flag::WarmedUp);
+                let _ = vcpu.task().meter().take();
+                let got = guest::run(vcpu, &plan, &self.window, || self.raised(until) > 0 || self.stopped())?;
+                if self.stopped() {
+                    return Err(LabError::Cancelled);
+                }
+                *felt = got;
+            }
+            Op::Touch { pages } => {
+                let set = self.working_set(id, pages);
+                let faults = guest::touch(vcpu, &set)?;
+                let since = self.since_t0();
+                let mut all = lock(&self.collected);
+                all.refaults.0 += faults + felt.faults_after;
+                all.refaults.1 = all.refaults.1.max(since);
+            }
+            Op::SleepMs(ms) => std::thread::sleep(Duration::from_millis(ms)),
+            Op::Raise(flag) => self.raise(flag),
+            Op::Await { flag, count } => self.wait_for(flag, count, || {})?,
+            Op::DeleteMemslot | Op::AwaitTeardown => {
+                return Err(LabError::Usage("memslot updates are made by the caller's thread".into()));
+            }
+        }
+        Ok(())
+    }
+
+    fn since_t0(&self) -> u64 {
+        P::ticks_to_ns(P::ticks().saturating_sub(self.window.t0.load(Ordering::Acquire)))
+    }
+
+    fn populate(&self, how: &Populate) -> Result<(), LabError> {
+        let spec = &self.scenario.vm;
+        let pages = spec.memory_bytes / page_bytes(1);
+        let progress = Progress::default();
+        let begin = P::ticks();
+        let done = AtomicBool::new(false);
+        let made = std::thread::scope(|scope| {
+            // Progress and cancellation are watched from beside, not from inside the measured loop.
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    if self.stopped() {
+                        progress.cancel.store(true, Ordering::Relaxed);
+                    }
+                    let fraction = progress.done.load(Ordering::Relaxed) as f64 / pages as f64;
+                    self.control.report("populating", fraction);
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+            });
+            let made = match how.by {
+                By::Bulk => self.vm.vcpu(0).and_then(|mut vcpu| {
+                    let ad = match how.ad {
+                        Ad::Clean => AdMix::Untouched,
+                        Ad::Accessed => AdMix::Clean,
+                        Ad::Dirty => AdMix::Dirty,
+                    };
+                    let options = BulkOptions { level: spec.level, ad, threads: 0 };
+                    self.vm.populate_bulk(&mut vcpu, 0..pages, &options, &progress)
+                }),
+                By::Faults => {
+                    let write = how.ad == Ad::Dirty;
+                    self.vm
+                        .populate_by_faults(0..self.guests, 0..pages, write, &progress)
+                        .map(|(made, _)| made)
+                }
+            };
+            done.store(true, Ordering::Relaxed);
+            made
+        })
+        .map_err(internal("populating"))?;
+        let mut all = lock(&self.collected);
+        all.populate_ns = P::ticks_to_ns(P::ticks() - begin);
+        all.populated = made;
+        Ok(())
+    }
+
+    fn drop_root(
+        &self,
+        vcpu: &mut Vcpu<'_, P>,
+        mark: Mark,
+        times: u64,
+        sptes: u64,
+        cpu_ns: &mut u64,
+    ) -> Result<(), LabError> {
+        let fail = internal("dropping a root");
+        let mut histogram = Histogram::new();
+        let big = mark == Mark::Drop && times == 1;
+        for n in 0..times {
+            if n % 256 == 0 {
+                if self.stopped() {
+                    return Err(LabError::Cancelled);
+                }
+                self.control.report("dropping roots", n as f64 / times as f64);
+            }
+            for gfn in 0..sptes {
+                let access =
+                    GuestAccess { gfn: gfn * span(self.scenario.vm.level), write: true, exec: false };
+                vcpu.access(access).map_err(&fail)?;
+            }
+            if !vcpu.enter().map_err(&fail)? {
+                return Err(LabError::Cancelled);
+            }
+            if big {
+                vcpu.leave();
+                self.open_window(vcpu.task(), vcpu.current_root());
+                let _ = vcpu.task().meter().take();
+                vcpu.enter().map_err(&fail)?;
+                self.window.t0.store(P::ticks(), Ordering::Release);
+            }
+            let cpu = if big { P::thread_cpu_ns() } else { 0 };
+            let begin = P::ticks();
+            vcpu.drop_root().map_err(&fail)?;
+            let end = P::ticks();
+            if big {
+                *cpu_ns += P::thread_cpu_ns() - cpu;
+            }
+            histogram.record(P::ticks_to_ns(end - begin));
+        }
+        lock(&self.collected).marks.entry(mark).or_default().merge(&histogram);
+        Ok(())
+    }
+
+    /// Counts everything and notes the counters: just before t0.
+    fn open_window(&self, task: &Task<P>, root: Option<u32>) {
+        let mmu = self.vm.mmu();
+        let counts = match root {
+            Some(root) => mmu.count(task, root),
+            None => mmu.count_all(task),
+        };
+        let mut all = lock(&self.collected);
+        all.at_t0 = counts;
+        all.tables_at_t0 = counts.all_tables();
+        all.base = Base {
+            rcu_cpu_ns: mmu.rcu().stats().thread_cpu_ns,
+            flushes: mmu.flushes(),
+            kicks: self.vm.side().kicks(),
+            frees: mmu.pool().stats().frees,
+        };
+    }
+
+    fn caller_thread(&self, name: &str, ops: &[Op]) -> Result<(), LabError> {
+        let task = self.vm.task_with(name, TaskRole::Caller, task_config(&self.scenario.vm));
+        let mut cpu_ns = 0;
+        for op in ops {
+            match *op {
+                Op::DeleteMemslot => {
+                    self.open_window(&task, None);
+                    self.control.report("zapping", 0.0);
+                    let _ = task.meter().take();
+                    let cpu = P::thread_cpu_ns();
+                    self.window.t0.store(P::ticks(), Ordering::Release);
+                    let times = self
+                        .vm
+                        .delete_memslot(&task, 0, EXTRA_SLOT)
+                        .map_err(internal("the memslot update"))?;
+                    cpu_ns += P::thread_cpu_ns() - cpu;
+                    // t0 is the entry of the fast-zap call; before it the ioctl swapped the slot arrays.
+                    self.window.t0.store(times.t0, Ordering::Release);
+                    lock(&self.collected).update = Some(times);
+                }
+                Op::AwaitTeardown => self.await_teardown(&task),
+                Op::SleepMs(ms) => std::thread::sleep(Duration::from_millis(ms)),
+                Op::Raise(flag) => self.raise(flag),
+                Op::Await { flag, count } => self.wait_for(flag, count, || {})?,
+                _ => return Err(LabError::Usage(format!("{op:?} is for a vCPU's thread"))),
+            }
+        }
+        self.report(name, Who::Caller, &task, cpu_ns, Felt::default());
+        Ok(())
+    }
+
+    /// Waits for workers and grace periods, and stamps the end of the window.
+    fn await_teardown(&self, task: &Task<P>) {
+        let mmu = self.vm.mmu();
+        mmu.design().finish(mmu, task);
+        {
+            let _waiting = task.phase(Phase::GracePeriod);
+            mmu.rcu().barrier();
+        }
+        let now = P::ticks();
+        let t0 = self.window.t0.load(Ordering::Acquire);
+        self.window.end.store(now, Ordering::Release);
+        let mut all = lock(&self.collected);
+        let freed = mmu.pool().stats().frees - all.base.frees;
+        let zap_end = mmu.last_zap_end();
+        all.last_zap_end_ns = (zap_end >= t0).then(|| P::ticks_to_ns(zap_end - t0));
+        all.last_free_ns = (freed > 0).then(|| P::ticks_to_ns(now.saturating_sub(t0)));
+        all.freed = freed;
+        all.tables_after = mmu.linked_tables().max(0) as u64 + mmu.listed_roots().count() as u64;
+        all.rcu_cpu_ns = mmu.rcu().stats().thread_cpu_ns.saturating_sub(all.base.rcu_cpu_ns);
+        all.flushes = mmu.flushes() - all.base.flushes;
+        all.kicks = self.vm.side().kicks() - all.base.kicks;
+        all.retained = retained(mmu, task);
+        self.control.report("torn down", 1.0);
+    }
+}
+
+/// Table pages under valid roots that only the MMU holds.
+fn retained(mmu: &tdpmmu_mmu::TdpMmu<P>, task: &Task<P>) -> u64 {
+    if mmu.ownership() == Ownership::Vcpu {
+        return 0;
+    }
+    let roots: Vec<u32> = mmu.listed_roots().collect();
+    roots
+        .into_iter()
+        .filter(|&root| !mmu.is_obsolete(root))
+        .map(|root| mmu.count(task, root).all_tables())
+        .sum()
+}
+
+fn current_cpu() -> Option<u32> {
+    // SAFETY: no arguments, no memory touched.
+    let cpu = unsafe { libc::sched_getcpu() };
+    u32::try_from(cpu).ok()
+}
