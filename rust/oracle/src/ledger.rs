@@ -1,0 +1,350 @@
+//! The ledger of root references: who holds each root, and what was promised to it.
+//!
+//! **Guarantee.** For every root, from allocation to free: the count is the sum of its owners (I4); a reference is put by a class of owner that
+//! holds one; zero is final, but for the re-arm of 5.18 (I2); valid -> invalid happens once, and creates one obligation (I3, P-1); the root is
+//! freed unreferenced, invalid and zapped. When a fast zap ends, every obligation on the roots that it met has been discharged.
+//!
+//! **Mechanism.** Two books per root. *By owner*: a class's own get is always told before the put that it pays for (the same task does
+//! both, or the reference was handed over through a lock or a queue), so a class that would go below zero is a fault at once. *By count*: each
+//! report carries the count after it, an edge `before -> after` of a [`Chain`]; these may arrive in any order, even the last-but-one put after
+//! the free. A freed root whose count is not whole yet waits among the `late` for its missing reports.
+//!
+//! The 5.18 re-arm (0 -> 1, for the worker) is legal for [`Owner::Work`] on an invalid root only: whoever put the last reference of a valid
+//! root made the transition, and passes that reference on (zap-designs D4).
+//!
+//! **I5, and why it needs no allowance.** A fault tests for staleness after it took mmu_lock shared. A root turns invalid either under the
+//! exclusive lock, which no fault shares, or in the last put, when no vCPU holds the root and none can get it, the count being zero. Both sides tell
+//! inside their hold. So in order of arrival too, a creation after the invalidation is a creation under an invalid root. The reference
+//! itself may be taken later: a vCPU that found the root valid, lost the race and got an invalid one will see that and reload.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use tdpmmu_platform::{Event, Owner};
+use tdpmmu_spte::{Role, Spte};
+
+use crate::chain::{Chain, Edge};
+use crate::model::ReferenceModel;
+use crate::rule::{OWNERS, Rule, Rules, Verdict, slot};
+
+#[derive(Clone, Debug)]
+struct Root {
+    as_id: u8,
+    count: Chain,
+    owners: [i64; OWNERS.len()],
+    valid: bool,
+    scheduled: u32,
+    zapping: u32,
+    zapped: u32,
+    /// Which allocation of this page: pages are recycled.
+    birth: u64,
+}
+
+impl Root {
+    fn step(&mut self, before: u64, after: u64) {
+        self.count.push(Edge { from: before, to: after, shared: true });
+        while self.count.step(|v| v).is_some() {}
+    }
+
+    fn holds(&self) -> i64 {
+        self.owners.iter().sum()
+    }
+
+    fn owners_text(&self) -> String {
+        let text = |owner: &Owner| {
+            let n = self.owners[slot(*owner)];
+            (n != 0).then(|| format!("{owner:?} {n}"))
+        };
+        let held: Vec<String> = OWNERS.iter().filter_map(text).collect();
+        if held.is_empty() { "nobody".to_owned() } else { held.join(", ") }
+    }
+}
+
+/// See the module text.
+pub struct RootLedger {
+    rules: Rules,
+    live: BTreeMap<u32, Root>,
+    late: HashMap<u32, Vec<Root>>,
+    births: u64,
+    /// The roots, by page and birth, that the open fast zap must leave empty.
+    fast_zap: Option<BTreeSet<(u32, u64)>>,
+}
+
+impl RootLedger {
+    /// An empty ledger.
+    pub fn new(rules: Rules) -> Self {
+        Self { rules, live: BTreeMap::new(), late: HashMap::new(), births: 0, fast_zap: None }
+    }
+
+    /// Takes an event in. `model` must not have seen it yet when it frees a root, and says what is present.
+    pub fn event(&mut self, event: &Event, model: &ReferenceModel, verdict: &mut Verdict) {
+        match *event {
+            Event::RootAlloc { root, role, refs } => self.alloc(root, Role(role).as_id(), refs, verdict),
+            Event::RootGet { root, refs, owner } => self.get(root, refs, owner, verdict),
+            Event::RootPut { root, refs, owner } => self.put(root, refs, owner, verdict),
+            Event::RootPass { root, from, to } => self.pass(root, from, to, verdict),
+            Event::RootInvalidate { root } => {
+                let Some(r) = self.known(root, verdict) else { return };
+                if !std::mem::replace(&mut r.valid, false) {
+                    verdict.broken(Rule::InvalidatedTwice, Some(root), None, "invalidated again".to_owned());
+                }
+            }
+            Event::RootSchedule { root } => {
+                let Some(r) = self.known(root, verdict) else { return };
+                r.scheduled += 1;
+                if r.scheduled > 1 {
+                    let what = format!("scheduled {} times in one life", r.scheduled);
+                    verdict.broken(Rule::ScheduledTwice, Some(root), None, what);
+                }
+            }
+            Event::RootZapBegin { root } => {
+                let unlisted_is_fine = self.rules.valid_may_die;
+                let Some(r) = self.known(root, verdict) else { return };
+                r.zapping += 1;
+                if r.holds() <= 0 && !unlisted_is_fine {
+                    let what = "a zap that may yield began on a root that nobody holds".to_owned();
+                    verdict.broken(Rule::ZapUnreferenced, Some(root), None, what);
+                }
+            }
+            Event::RootZapEnd { root } => {
+                let Some(r) = self.known(root, verdict) else { return };
+                r.zapping = r.zapping.saturating_sub(1);
+                r.zapped += 1;
+            }
+            Event::RootFree { root } => self.free(root, verdict),
+            Event::SpteChanged { root, gfn, level, old, new, .. } => {
+                let created = !Spte(old).is_present() && Spte(new).is_present();
+                if created && self.live.get(&root).is_some_and(|r| !r.valid) {
+                    verdict.broken(
+                        Rule::CreatedUnderInvalid,
+                        Some(root),
+                        Some(gfn),
+                        format!("{new:#x} was created at level {level} under an invalid root"),
+                    );
+                }
+            }
+            Event::FastZapBegin => {
+                // Under the exclusive lock: no report is missing. All roots, not only the valid ones: those that were invalid
+                // before have an obligation open that this fast zap must wait for (D4), or are empty.
+                let met = self.live.iter().map(|(&root, r)| (root, r.birth)).collect();
+                if self.fast_zap.replace(met).is_some() {
+                    let what = "a fast zap began inside another: slots_lock is not held".to_owned();
+                    verdict.broken(Rule::FastZapOverlap, None, None, what);
+                }
+            }
+            Event::FastZapEnd => self.fast_zap_end(model, verdict),
+            _ => {}
+        }
+    }
+
+    fn known(&mut self, root: u32, verdict: &mut Verdict) -> Option<&mut Root> {
+        let found = self.live.get_mut(&root);
+        if found.is_none() {
+            verdict.broken(Rule::UnknownRoot, Some(root), None, format!("{root} is no live root"));
+        }
+        found
+    }
+
+    fn alloc(&mut self, root: u32, as_id: u8, refs: u32, verdict: &mut Verdict) {
+        let mut owners = [0; OWNERS.len()];
+        owners[slot(Owner::Vcpu)] = 1;
+        owners[slot(Owner::Mmu)] = i64::from(refs) - 1;
+        self.births += 1;
+        let new = Root {
+            as_id,
+            count: Chain::new(u64::from(refs)),
+            owners,
+            valid: true,
+            scheduled: 0,
+            zapping: 0,
+            zapped: 0,
+            birth: self.births,
+        };
+        if !(1..=2).contains(&refs) {
+            let what = format!("a new root has {refs} references, one vCPU's and perhaps the MMU's are owed");
+            verdict.broken(Rule::RefsDiffer, Some(root), None, what);
+        }
+        if self.live.insert(root, new).is_some() {
+            verdict.broken(Rule::HandedOutTwice, Some(root), None, "a live root was allocated".to_owned());
+        }
+    }
+
+    fn get(&mut self, root: u32, refs: u32, owner: Owner, verdict: &mut Verdict) {
+        let Some(r) = self.known(root, verdict) else { return };
+        let refs = u64::from(refs);
+        if refs <= 1 && (r.valid || owner != Owner::Work) {
+            let what = format!("{owner:?} took the count from zero to {refs}");
+            verdict.broken(Rule::Resurrected, Some(root), None, what);
+        }
+        r.owners[slot(owner)] += 1;
+        r.step(refs.wrapping_sub(1), refs);
+    }
+
+    fn put(&mut self, root: u32, refs: u32, owner: Owner, verdict: &mut Verdict) {
+        let (before, after) = (u64::from(refs.wrapping_add(1)), u64::from(refs));
+        // A put that was told late belongs to the root that was freed meanwhile.
+        if let Some(late) = self.late.get_mut(&root)
+            && let Some(i) = late.iter().position(|r| r.count.at() == before && r.owners[slot(owner)] > 0)
+        {
+            late[i].owners[slot(owner)] -= 1;
+            late[i].step(before, after);
+            if late[i].count.is_whole() {
+                late.swap_remove(i);
+            }
+            if late.is_empty() {
+                self.late.remove(&root);
+            }
+            return;
+        }
+        let Some(r) = self.known(root, verdict) else { return };
+        if r.owners[slot(owner)] <= 0 {
+            let what =
+                format!("{owner:?} put a reference that it does not hold; held by {}", r.owners_text());
+            verdict.broken(Rule::PutByNonOwner, Some(root), None, what);
+        }
+        r.owners[slot(owner)] -= 1;
+        r.step(before, after);
+    }
+
+    fn pass(&mut self, root: u32, from: Owner, to: Owner, verdict: &mut Verdict) {
+        let Some(r) = self.known(root, verdict) else { return };
+        if r.owners[slot(from)] <= 0 {
+            let what = format!("{from:?} passed a reference that it does not hold");
+            verdict.broken(Rule::PutByNonOwner, Some(root), None, what);
+        }
+        r.owners[slot(from)] -= 1;
+        r.owners[slot(to)] += 1;
+    }
+
+    fn free(&mut self, root: u32, verdict: &mut Verdict) {
+        let Some(r) = self.live.remove(&root) else {
+            verdict.broken(Rule::UnknownRoot, Some(root), None, "freed, but no live root".to_owned());
+            return;
+        };
+        if r.valid && !self.rules.valid_may_die {
+            verdict.broken(
+                Rule::FreedValid,
+                Some(root),
+                None,
+                "freed without having been invalid".to_owned(),
+            );
+        }
+        if !r.valid && r.scheduled == 0 && self.rules.schedules {
+            let what = "invalidated, never scheduled to be zapped, and freed".to_owned();
+            verdict.broken(Rule::NeverScheduled, Some(root), None, what);
+        }
+        if r.zapped == 0 || r.zapping != 0 {
+            let what = format!("freed after {} whole zaps, {} still going on", r.zapped, r.zapping);
+            verdict.broken(Rule::FreedUnzapped, Some(root), None, what);
+        }
+        let done = r.count.is_whole();
+        let awaited = r.count.early().iter().any(|e| e.to == 0);
+        if (done && r.count.at() != 0) || (!done && !awaited) {
+            let what = format!("freed at count {}, held by {}", r.count.at(), r.owners_text());
+            verdict.broken(Rule::FreedReferenced, Some(root), None, what);
+        } else if !done {
+            self.late.entry(root).or_default().push(r);
+        }
+    }
+
+    fn fast_zap_end(&mut self, model: &ReferenceModel, verdict: &mut Verdict) {
+        let Some(met) = self.fast_zap.take() else {
+            let what = "a fast zap ended that had not begun".to_owned();
+            verdict.broken(Rule::FastZapOverlap, None, None, what);
+            return;
+        };
+        for (root, birth) in met {
+            let Some(r) = self.live.get(&root).filter(|r| r.birth == birth) else { continue };
+            let left = model.present_under(root);
+            if left != 0 {
+                let example = model.example_under(root);
+                let text = example.map_or(String::new(), |(key, spte)| {
+                    format!(", among them {:#x} at level {}", spte.raw(), key.level)
+                });
+                verdict.broken(
+                    Rule::FastZapLeft,
+                    Some(root),
+                    example.map(|(key, _)| key.gfn),
+                    format!("the fast zap returned with {left} present entries{text}"),
+                );
+            }
+            if r.valid {
+                let what = "the fast zap returned and the root is still valid".to_owned();
+                verdict.broken(Rule::FastZapLeft, Some(root), None, what);
+            } else if [Owner::Gift, Owner::Work, Owner::Mmu].iter().any(|&o| r.owners[slot(o)] > 0) {
+                let what = format!("the fast zap returned and the root is still held by {}", r.owners_text());
+                verdict.broken(Rule::GiftKept, Some(root), None, what);
+            }
+            if self.rules.schedules && r.scheduled == 0 {
+                let what = "invalidated by a fast zap and not scheduled".to_owned();
+                verdict.broken(Rule::NeverScheduled, Some(root), None, what);
+            }
+        }
+    }
+
+    /// Live roots: (page, address space, valid).
+    pub fn roots(&self) -> impl Iterator<Item = (u32, u8, bool)> {
+        self.live.iter().map(|(&root, r)| (root, r.as_id, r.valid))
+    }
+
+    /// Is a fast zap open?
+    pub fn in_fast_zap(&self) -> bool {
+        self.fast_zap.is_some()
+    }
+
+    /// mmu_lock is held exclusively: `listed` are the roots on the list with their counts and invalid bits. `quiet`: nobody walks the list.
+    pub fn check(&mut self, listed: &BTreeMap<u32, (u32, bool)>, quiet: bool, verdict: &mut Verdict) {
+        for (&root, r) in &mut self.live {
+            let left = r.count.quiet(|v| v);
+            if let Some(edge) = left.first() {
+                let what =
+                    format!("the count is {}, a report says {} -> {}", r.count.at(), edge.from, edge.to);
+                verdict.broken(Rule::BrokenHistory, Some(root), None, what);
+            }
+            let Some(&(refs, invalid)) = listed.get(&root) else {
+                verdict.broken(Rule::ListDiffers, Some(root), None, "a live root is not listed".to_owned());
+                continue;
+            };
+            if r.count.at() != u64::from(refs) || r.holds() != i64::from(refs) {
+                let what =
+                    format!("the count is {refs}, the reports say {}: {}", r.count.at(), r.owners_text());
+                verdict.broken(Rule::RefsDiffer, Some(root), None, what);
+            }
+            if r.valid == invalid {
+                let what = format!("invalid is {invalid}, the reports say {}", !r.valid);
+                verdict.broken(Rule::RefsDiffer, Some(root), None, what);
+            }
+            let walking = r.owners[slot(Owner::Iterator)];
+            if quiet && walking != 0 {
+                let what = format!("{walking} references of walks over the root list, and nobody walks");
+                verdict.broken(Rule::RefsDiffer, Some(root), None, what);
+            }
+        }
+        for &root in listed.keys() {
+            if !self.live.contains_key(&root) {
+                verdict.broken(Rule::ListDiffers, Some(root), None, "listed, but no live root".to_owned());
+            }
+        }
+        for (root, late) in self.late.drain() {
+            for r in late {
+                let what = format!("freed while the count was {}, held by {}", r.count.at(), r.owners_text());
+                verdict.broken(Rule::FreedReferenced, Some(root), None, what);
+            }
+        }
+    }
+
+    /// The end: no root should be left.
+    pub fn finish(&self, verdict: &mut Verdict) {
+        for (&root, r) in &self.live {
+            let validity = if r.valid { "valid" } else { "invalid" };
+            let what = format!(
+                "a {validity} root of address space {} is left, held by {}",
+                r.as_id,
+                r.owners_text()
+            );
+            verdict.broken(Rule::RootLeaked, Some(root), None, what);
+        }
+        if self.fast_zap.is_some() {
+            verdict.broken(Rule::FastZapOverlap, None, None, "a fast zap never ended".to_owned());
+        }
+    }
+}

@@ -1,0 +1,343 @@
+//! The reference model: what every entry of every tree should hold, from the reports alone.
+//!
+//! **Guarantee.** At a point where mmu_lock is held exclusively, the model holds exactly the entries that the reported changes leave, and
+//! [`ReferenceModel::compare`] finds every entry of the tree that differs, both ways. Present entries are counted by root at any time.
+//!
+//! **Mechanism.** A `BTreeMap` by (address space, root, gfn, level), each entry a [`Chain`](crate::chain) of reports. Four things the
+//! engine does without a report, as the kernel does (semantics 24.3), and the model knows them:
+//!
+//! * frozen -> empty, when an atomic zap publishes. The two count as one value, *absent*. A table that was torn down all frozen and another
+//!   one, fresh and empty, that takes its place are then one history too, and need no table in the key.
+//! * the 512 leaves that a split makes: derived from the huge leaf whose replacement *is* reported.
+//! * W set by the fast page fault, A and D set by hardware: tolerated as additions, never as losses; W only on an MMU-writable leaf.
+//! * MMIO entries in a table torn down exclusively: they vanish with the report of their table.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use tdpmmu_platform::Event;
+use tdpmmu_spte::geometry::{ENTRIES, MAX_LEVEL, round_down, span};
+use tdpmmu_spte::{Format, Spte};
+
+use crate::chain::{Chain, Edge};
+use crate::rule::{Rule, Rules, Verdict};
+
+/// Where an entry is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Key {
+    /// Address space: 1 is SMM.
+    pub as_id: u8,
+    /// Pool index of the root.
+    pub root: u32,
+    /// First gfn of the entry.
+    pub gfn: u64,
+    /// Level of the entry, 1..=5.
+    pub level: u8,
+}
+
+/// Empty and frozen alike.
+const ABSENT: u64 = 0;
+
+/// See the module text.
+pub struct ReferenceModel {
+    rules: Rules,
+    cells: BTreeMap<Key, Chain>,
+    /// Entries with reports that wait.
+    waiting: BTreeSet<Key>,
+    /// Present entries by root.
+    present: HashMap<u32, i64>,
+}
+
+fn is_present(raw: u64) -> bool {
+    Spte(raw).is_present()
+}
+
+/// The bits of a present leaf that may change without a report.
+fn silent_bits(format: &Format) -> u64 {
+    format.accessed | format.dirty | format.write
+}
+
+/// What cannot change without a report.
+fn core(format: &Format, level: u8, raw: u64) -> u64 {
+    let spte = Spte(raw);
+    if spte.is_leaf(level) {
+        let spte = if format.is_access_tracked(spte) { format.restore_access_track(spte) } else { spte };
+        spte.raw() & !silent_bits(format)
+    } else if spte.is_present() {
+        raw & !format.accessed
+    } else {
+        raw
+    }
+}
+
+impl ReferenceModel {
+    /// An empty model.
+    pub fn new(rules: Rules) -> Self {
+        Self { rules, cells: BTreeMap::new(), waiting: BTreeSet::new(), present: HashMap::new() }
+    }
+
+    fn normal(&self, raw: u64) -> u64 {
+        let spte = Spte(raw);
+        if self.rules.format.is_empty(spte) || self.rules.format.is_frozen(spte) { ABSENT } else { raw }
+    }
+
+    /// Takes an event in; those that are not about entries are ignored.
+    pub fn event(&mut self, event: &Event, verdict: &mut Verdict) {
+        match *event {
+            Event::SpteChanged { as_id, root, gfn, level, old, new, shared } => {
+                let key = Key { as_id, root, gfn, level };
+                self.judge_change(key, Spte(old), Spte(new), verdict);
+                self.push(key, Edge { from: self.normal(old), to: self.normal(new), shared });
+            }
+            // Every change below a root is told before its reporter gives its own reference up, so all are here.
+            Event::RootFree { root } => self.forget(root, verdict),
+            _ => {}
+        }
+    }
+
+    /// Is the change legal, whatever was there before?
+    fn judge_change(&self, key: Key, old: Spte, new: Spte, verdict: &mut Verdict) {
+        let format = &self.rules.format;
+        let mut broken = |rule, what: String| verdict.broken(rule, Some(key.root), Some(key.gfn), what);
+        if !(1..=MAX_LEVEL).contains(&key.level) || round_down(key.gfn, key.level) != key.gfn {
+            broken(Rule::MalformedSpte, format!("gfn {:#x} is not aligned to level {}", key.gfn, key.level));
+            return;
+        }
+        if format.is_frozen(old) {
+            broken(Rule::FrozenChanged, format!("a frozen entry became {:#x}", new.raw()));
+        }
+        let (was_leaf, is_leaf) = (old.is_leaf(key.level), new.is_leaf(key.level));
+        if was_leaf && is_leaf && old.pfn() != new.pfn() {
+            broken(
+                Rule::LeafMoved,
+                format!("a present leaf went from frame {:#x} to {:#x}", old.pfn(), new.pfn()),
+            );
+        }
+        if is_leaf && let Err(state) = format.write_state(new) {
+            broken(Rule::MalformedSpte, format!("{:#x}: {state:?}", new.raw()));
+        }
+        if is_leaf && !new.pfn().is_multiple_of(span(key.level)) {
+            broken(
+                Rule::MalformedSpte,
+                format!("frame {:#x} is not aligned to level {}", new.pfn(), key.level),
+            );
+        }
+        let reason = format.is_mmio(old) || format.is_mmio(new) || format.is_frozen(new);
+        if !old.is_present() && !new.is_present() && !reason {
+            broken(Rule::IdleChange, format!("{:#x} became {:#x}", old.raw(), new.raw()));
+        }
+    }
+
+    fn push(&mut self, key: Key, edge: Edge) {
+        if edge.from == edge.to {
+            return;
+        }
+        let mut work = vec![(key, edge)];
+        while let Some((key, edge)) = work.pop() {
+            self.cells.entry(key).or_insert_with(|| Chain::new(ABSENT)).push(edge);
+            self.advance(key, &mut work);
+        }
+    }
+
+    /// Takes every report at `key` that fits by now; what follows from them goes to `work`.
+    fn advance(&mut self, key: Key, work: &mut Vec<(Key, Edge)>) {
+        let format = self.rules.format;
+        let Some(chain) = self.cells.get_mut(&key) else { return };
+        let mut vanished = false;
+        let mut delta = 0;
+        loop {
+            let before = chain.at();
+            let Some(edge) = chain.step(|v| core(&format, key.level, v)) else { break };
+            delta += i64::from(is_present(edge.to)) - i64::from(is_present(before));
+            let (was, is) = (Spte(edge.from), Spte(edge.to));
+            if self.rules.split_in_fault && was.is_leaf(key.level) && is.is_table(key.level) {
+                let level = key.level - 1;
+                for index in 0..ENTRIES {
+                    let child = format.split_child(was, key.level, index, false);
+                    let gfn = key.gfn + index as u64 * span(level);
+                    let edge = Edge { from: ABSENT, to: child.raw(), shared: true };
+                    work.push((Key { gfn, level, ..key }, edge));
+                }
+            }
+            vanished |= was.is_table(key.level) && !is.is_table(key.level) && !edge.shared;
+        }
+        let (gone, whole) = (chain.at() == ABSENT && chain.is_whole(), chain.is_whole());
+        *self.present.entry(key.root).or_default() += delta;
+        if whole {
+            self.waiting.remove(&key);
+        } else {
+            self.waiting.insert(key);
+        }
+        if gone {
+            self.cells.remove(&key);
+        }
+        if vanished {
+            let to = Key { gfn: key.gfn + span(key.level), level: 0, ..key };
+            let mmio: Vec<Key> = self
+                .cells
+                .range(Key { level: 0, ..key }..to)
+                .filter(|(k, c)| k.level < key.level && c.is_whole() && !is_present(c.at()))
+                .map(|(k, _)| *k)
+                .collect();
+            for key in mmio {
+                self.cells.remove(&key);
+            }
+        }
+    }
+
+    /// Present entries under `root`, tables included, as far as reports could be ordered.
+    pub fn present_under(&self, root: u32) -> u64 {
+        self.present.get(&root).copied().unwrap_or(0).max(0) as u64
+    }
+
+    /// One of the present entries under `root`, for a report.
+    pub fn example_under(&self, root: u32) -> Option<(Key, Spte)> {
+        (0..=1).find_map(|as_id| {
+            self.under(as_id, root).find(|(_, c)| is_present(c.at())).map(|(k, c)| (*k, Spte(c.at())))
+        })
+    }
+
+    fn under(&self, as_id: u8, root: u32) -> impl Iterator<Item = (&Key, &Chain)> {
+        self.cells
+            .range(Key { as_id, root, gfn: 0, level: 0 }..)
+            .take_while(move |(k, _)| k.as_id == as_id && k.root == root)
+    }
+
+    fn forget(&mut self, root: u32, verdict: &mut Verdict) {
+        let mut keys = Vec::new();
+        for as_id in 0..=1 {
+            keys.extend(self.under(as_id, root).map(|(k, _)| *k));
+        }
+        let mut present = 0;
+        let mut first = None;
+        for key in keys {
+            self.settle(key, verdict);
+            if let Some(chain) = self.cells.remove(&key)
+                && is_present(chain.at())
+            {
+                present += 1;
+                first.get_or_insert((key, chain.at()));
+            }
+        }
+        self.present.remove(&root);
+        if let Some((key, raw)) = first {
+            verdict.broken(
+                Rule::FreedUnzapped,
+                Some(root),
+                Some(key.gfn),
+                format!("freed with {present} present entries, among them {raw:#x} at level {}", key.level),
+            );
+        }
+    }
+
+    /// All reports about `key` are in.
+    fn settle(&mut self, key: Key, verdict: &mut Verdict) {
+        if !self.waiting.remove(&key) {
+            return;
+        }
+        let format = self.rules.format;
+        if let Some(chain) = self.cells.get_mut(&key) {
+            let at = chain.at();
+            let left = chain.quiet(|v| core(&format, key.level, v));
+            if let Some(edge) = left.first() {
+                verdict.broken(
+                    Rule::BrokenHistory,
+                    Some(key.root),
+                    Some(key.gfn),
+                    format!(
+                        "at level {} the entry holds {at:#x}, but {} reports do not follow, as {:#x} -> {:#x}",
+                        key.level,
+                        left.len(),
+                        edge.from,
+                        edge.to
+                    ),
+                );
+            }
+            if chain.at() == ABSENT {
+                self.cells.remove(&key);
+            }
+        }
+    }
+
+    /// All reports are in (mmu_lock is held exclusively): puts the rest in order.
+    pub fn settle_all(&mut self, verdict: &mut Verdict) {
+        for key in std::mem::take(&mut self.waiting) {
+            self.waiting.insert(key);
+            self.settle(key, verdict);
+        }
+    }
+
+    /// The entries that should be there, in order.
+    pub fn entries(&self) -> impl Iterator<Item = (Key, Spte)> {
+        self.cells.iter().filter(|(_, c)| c.at() != ABSENT).map(|(k, c)| (*k, Spte(c.at())))
+    }
+
+    /// Compares with the entries that are there (neither empty nor frozen ones), after [`ReferenceModel::settle_all`].
+    /// What differs is reported, then believed, so that one fault is reported once.
+    pub fn compare(&mut self, found: &BTreeMap<Key, Spte>, verdict: &mut Verdict) {
+        let missing: Vec<(Key, u64)> = self
+            .cells
+            .iter()
+            .filter(|(k, c)| c.at() != ABSENT && !found.contains_key(k))
+            .map(|(k, c)| (*k, c.at()))
+            .collect();
+        for (key, raw) in missing {
+            verdict.broken(
+                Rule::TreeDiffers,
+                Some(key.root),
+                Some(key.gfn),
+                format!("the entry at level {} should hold {raw:#x} and is empty", key.level),
+            );
+            self.believe(key, ABSENT);
+        }
+        for (&key, &seen) in found {
+            let (at, fuzzy) = self.cells.get(&key).map_or((ABSENT, false), |c| (c.at(), c.reordered));
+            if let Some(why) = self.differs(key.level, Spte(at), seen, fuzzy) {
+                verdict.broken(
+                    Rule::TreeDiffers,
+                    Some(key.root),
+                    Some(key.gfn),
+                    format!(
+                        "the entry at level {} holds {:#x}, the reports say {at:#x}: {why}",
+                        key.level,
+                        seen.raw()
+                    ),
+                );
+            }
+            if at != seen.raw() {
+                self.believe(key, seen.raw());
+            }
+        }
+    }
+
+    fn believe(&mut self, key: Key, raw: u64) {
+        let was = self.cells.get(&key).map_or(ABSENT, Chain::at);
+        *self.present.entry(key.root).or_default() += i64::from(is_present(raw)) - i64::from(is_present(was));
+        if raw == ABSENT {
+            self.cells.remove(&key);
+        } else {
+            self.cells.insert(key, Chain::new(raw));
+        }
+    }
+
+    /// Why `seen` cannot be what the reports left as `at`.
+    fn differs(&self, level: u8, at: Spte, seen: Spte, fuzzy: bool) -> Option<&'static str> {
+        let format = &self.rules.format;
+        if core(format, level, at.raw()) != core(format, level, seen.raw()) {
+            return Some("another entry");
+        }
+        if !at.is_leaf(level) {
+            return None;
+        }
+        let restored =
+            if format.is_access_tracked(at) { format.restore_access_track(at).raw() } else { at.raw() };
+        let added = seen.raw() & !restored & silent_bits(format);
+        let lost = at.raw() & !seen.raw() & silent_bits(format);
+        if lost != 0 && !fuzzy {
+            return Some("bits were lost without a report");
+        }
+        if added & format.write != 0 && !format.is_mmu_writable(at) {
+            return Some("W appeared on a leaf that is not MMU-writable");
+        }
+        None
+    }
+}
