@@ -224,3 +224,44 @@ impl<P: Platform, T: Send + 'static> Drop for WorkQueue<P, T> {
         self.shutdown();
     }
 }
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use std::sync::atomic::{AtomicBool, AtomicU64};
+
+    use super::*;
+    use crate::real::Real;
+
+    #[test]
+    fn a_flush_waits_for_what_was_queued_before_and_for_nothing_else() {
+        // Item n runs until gate n opens.
+        let gates: Arc<[AtomicBool; 2]> = Arc::default();
+        let ran = Arc::new(AtomicU64::new(0));
+        let (gate, count) = (gates.clone(), ran.clone());
+        let queue = WorkQueue::<Real, usize>::new("flush", 2, move |n| {
+            while !gate[*n].load(Ordering::SeqCst) {
+                thread::yield_now();
+            }
+            count.fetch_add(1, Ordering::SeqCst);
+        })
+        .unwrap();
+        queue.queue(0);
+        thread::scope(|s| {
+            let flusher = s.spawn(|| {
+                queue.flush();
+                ran.load(Ordering::SeqCst)
+            });
+            while queue.shared.state.lock().flushers == 0 {
+                thread::yield_now();
+            }
+            // Queued after the flush began: it may run for ever and does not matter.
+            queue.queue(1);
+            assert!(!flusher.is_finished());
+            gates[0].store(true, Ordering::SeqCst);
+            assert_eq!(flusher.join().unwrap(), 1);
+        });
+        gates[1].store(true, Ordering::SeqCst);
+        queue.flush();
+        assert_eq!(ran.load(Ordering::SeqCst), 2);
+    }
+}

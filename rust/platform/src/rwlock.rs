@@ -115,6 +115,11 @@ pub struct QueuedLock<const MUTANT: u8> {
 }
 
 impl<const MUTANT: u8> QueuedLock<MUTANT> {
+    /// How many wait, as of now.
+    pub fn waiters(&self) -> u32 {
+        ((self.state.load(Ordering::Relaxed) & WAITERS) / WAITER) as u32
+    }
+
     /// Serves `ticket`: its owner becomes the head.
     #[cold]
     fn serve(&self, ticket: u32) {

@@ -40,19 +40,16 @@ fn waiters_are_served_in_the_order_of_their_arrival() {
     lock.lock_exclusive();
     let mut threads = Vec::new();
     for i in 0..20u32 {
-        let (lock, order, inside, started) =
-            (lock.clone(), order.clone(), inside.clone(), Arc::new(AtomicBool::new(false)));
-        let begun = started.clone();
+        let (lock, order, inside) = (lock.clone(), order.clone(), inside.clone());
+        let waiting = lock.clone();
         threads.push(thread::spawn(move || {
-            lock.lock_exclusive_or(|| begun.store(true, Ordering::SeqCst));
+            lock.lock_exclusive();
             assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0);
             order.lock().unwrap().push(i);
             inside.fetch_sub(1, Ordering::SeqCst);
             lock.unlock_exclusive();
         }));
-        // The callback runs before the ticket is drawn; a pause long enough for everyone but a starved thread.
-        eventually("the waiter queues", || started.load(Ordering::SeqCst));
-        thread::sleep(std::time::Duration::from_millis(5));
+        eventually("the waiter queues", || waiting.waiters() == i + 1);
     }
     assert!(lock.is_contended());
     lock.unlock_exclusive();

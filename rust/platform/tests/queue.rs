@@ -5,10 +5,10 @@ mod common;
 use std::{
     sync::{
         Arc, Mutex as StdMutex,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
     thread,
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use common::{eventually, stress_time};
@@ -26,45 +26,6 @@ fn one_worker_runs_items_in_the_order_queued() {
     assert_eq!(*order.lock().unwrap(), (0..1_000).collect::<Vec<_>>());
     assert_eq!(queue.queue_ns().count(), 1_000);
     assert!(queue.is_empty());
-}
-
-#[test]
-fn a_flush_waits_for_what_was_queued_before_and_for_nothing_else() {
-    let release = Arc::new(AtomicBool::new(false));
-    let ran = Arc::new(AtomicU64::new(0));
-    let (gate, count) = (release.clone(), ran.clone());
-    let queue = Arc::new(
-        WorkQueue::<Real, bool>::new("flush", 2, move |blocks| {
-            if *blocks {
-                eventually("the gate opens", || gate.load(Ordering::SeqCst));
-            } else {
-                thread::sleep(Duration::from_millis(2));
-            }
-            count.fetch_add(1, Ordering::SeqCst);
-        })
-        .unwrap(),
-    );
-    for _ in 0..4 {
-        queue.queue(false);
-    }
-    let flushed = Arc::new(AtomicU64::new(u64::MAX));
-    let flusher = {
-        let (queue, flushed, ran) = (queue.clone(), flushed.clone(), ran.clone());
-        thread::spawn(move || {
-            queue.flush();
-            flushed.store(ran.load(Ordering::SeqCst), Ordering::SeqCst);
-        })
-    };
-    thread::sleep(Duration::from_millis(1));
-    // An item that never ends while the flush lasts: queued after it, it must not matter.
-    queue.flush();
-    assert!(ran.load(Ordering::SeqCst) >= 4);
-    queue.queue(true);
-    flusher.join().unwrap();
-    assert!(flushed.load(Ordering::SeqCst) >= 4);
-    release.store(true, Ordering::SeqCst);
-    queue.flush();
-    assert_eq!(ran.load(Ordering::SeqCst), 5);
 }
 
 #[test]

@@ -70,12 +70,13 @@ fn nothing_is_reclaimed_while_a_reader_is_inside() {
 #[test]
 fn a_section_that_began_later_is_not_waited_for() {
     let pool = Pool::new(1);
-    let domain = pool.domain(RcuConfig { batch_delay_ns: 0, ..RcuConfig::default() });
+    let config = RcuConfig { batch_delay_ns: 0, stall_ns: 1, ..RcuConfig::default() };
+    let domain = pool.domain(config);
     let early = domain.register("early");
     early.enter();
     pool.defer(&domain, &[0]);
-    // The grace period has begun once it shows as waiting; then another section begins, and stays.
-    thread::sleep(Duration::from_millis(20));
+    // A reported stall says that the grace period has begun and waits. Then another section begins, and stays.
+    eventually("the grace period waits", || domain.stats().stall_count > 0);
     let late = domain.register("late");
     late.enter();
     early.leave();
