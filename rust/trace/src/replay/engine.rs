@@ -230,8 +230,12 @@ impl Engine {
     fn place(&mut self, c: &Change) -> Option<(RootId, Found)> {
         while let Some(&top) = self.threads[c.thread].removal.last() {
             let table = self.forest.table(top);
-            if table.level == c.level && table.covers(c.gfn) {
-                return Some((table.root, Found::Entry(top, index(c.gfn, c.level))));
+            let (root, i) = (table.root, index(c.gfn, c.level));
+            let fits = table.level == c.level && table.covers(c.gfn) && self.forest.roots[root as usize].as_id == c.as_id;
+            // Where roots are not told apart, the next zap of another root can look like this removal's next entry.
+            let ambiguous = !self.seen.iter_start && fits && self.explain(c, top, i).is_none();
+            if fits && !(ambiguous && self.explained_elsewhere(c)) {
+                return Some((root, Found::Entry(top, i)));
             }
             self.threads[c.thread].removal.pop();
             self.finish_removal(top, c);
@@ -242,6 +246,14 @@ impl Engine {
             }
         }
         self.choose_root(c).map(|root| (root, self.forest.find(root, c.level, c.gfn)))
+    }
+
+    fn explained_elsewhere(&self, c: &Change) -> bool {
+        (0..self.forest.roots.len() as RootId).any(|r| {
+            let root = &self.forest.roots[r as usize];
+            let there = root.live && root.as_id == c.as_id && self.forest.holds(root.table);
+            there && matches!(self.forest.walk(root.table, c.level, c.gfn), Found::Entry(t, i) if self.explain(c, t, i).is_some())
+        })
     }
 
     /// Without `iter_start`: the tree whose entry has the old value; the thread's last one first, then the newest.
@@ -341,6 +353,7 @@ impl Engine {
         !self.profile.children_before_parent_events
             && !self.seen.lost
             && self.forest.table(t).life == Life::Linked
+            && !self.forest.table(t).adopted
             && c.new == self.format.frozen
             && !Spte(c.old).is_present()
     }
@@ -545,6 +558,7 @@ impl Engine {
             let (root, above) = (self.forest.table(t).root, self.forest.table(t).level);
             let base = gfn & !(table_span(above - 1) - 1);
             let child = self.forest.new_table(root, above - 1, base, 0, 0, Known::Unknown);
+            self.forest.table_mut(child).adopted = true;
             self.forest.hang(t, i, child);
             (t, i) = (child, index(gfn, above - 1));
         }
@@ -559,6 +573,7 @@ impl Engine {
             // Its removal will be told entry by entry, so it needs a place.
             let root = self.forest.table(t).root;
             child = self.forest.new_table(root, c.level - 1, c.gfn, old.pfn() << 12, 0, Known::Unknown);
+            self.forest.table_mut(child).adopted = true;
         }
         self.forest.unhang(t, i);
         let parent_shared = c.shared;
@@ -584,7 +599,7 @@ impl Engine {
         let table = self.forest.table(id);
         let (level, gfn, pa, prepared, shared) = (table.level, table.gfn, table.pa, table.prepared, table.shared_removal);
         let frozen = self.format.frozen;
-        let unknown = table.known.contains(&Known::Unknown);
+        let unknown = table.adopted || table.known.contains(&Known::Unknown);
         let present = table.entries.iter().position(|&e| Spte(e).is_present());
         let open = if shared { table.first_open(frozen) } else { None };
         let at = Change { gfn, level, ..*c };

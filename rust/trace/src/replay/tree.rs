@@ -47,6 +47,8 @@ pub(crate) struct Table {
     parent: Option<(TableId, usize)>,
     /// `kvm_mmu_prepare_zap_page` was seen for it.
     pub(crate) prepared: bool,
+    /// Not seen from its birth on.
+    pub(crate) adopted: bool,
     /// Removed under the shared lock, which freezes every entry.
     pub(crate) shared_removal: bool,
 }
@@ -122,6 +124,7 @@ impl Forest {
             children,
             parent: None,
             prepared: false,
+            adopted: false,
             shared_removal: false,
         };
         self.live_tables += 1;
