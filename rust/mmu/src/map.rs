@@ -101,7 +101,7 @@ impl<P: Platform> TdpMmu<P> {
         cache.top_up(self.pool(), self.fault_tables(), |page| self.fill_empty(page))
     }
 
-    fn fill_empty(&self, table: u32) {
+    pub(crate) fn fill_empty(&self, table: u32) {
         let empty = self.format().empty().raw();
         for entry in self.pool().entries(table) {
             entry.store(empty, Ordering::Relaxed);

@@ -186,7 +186,10 @@ impl<P: Platform> TdpMmu<P> {
             if seen != self.format().empty() {
                 return Err(BulkError::Range(gfn..gfn + span(at), at));
             }
-            self.top_up(task, cache)?;
+            // A topped-up cache lasts for the path and the two ends, unless zaps undo it meanwhile. No sleeping here: mmu_lock is held.
+            if cache.is_empty() {
+                cache.top_up(self.pool(), 1, |page| self.fill_empty(page))?;
+            }
             let role = Role(self.pool().meta(table).role()).child().raw();
             let base = round_down(gfn, at);
             let child = self.pop_table(task, cache, role, base, at - 1, Some((table, slot as u16)))?;

@@ -60,6 +60,11 @@ impl Sequential {
         }
     }
 
+    /// The roots that exist.
+    pub fn roots(&self) -> impl Iterator<Item = u32> {
+        self.roots.keys().copied()
+    }
+
     /// The entries of `root`, empty ones left out.
     pub fn entries(&self, root: u32) -> impl Iterator<Item = (&(u64, u8), &Node)> {
         self.roots.get(&root).into_iter().flat_map(|r| &r.entries)
