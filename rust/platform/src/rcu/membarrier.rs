@@ -129,3 +129,91 @@ impl Barrier for Asymmetric {
         }
     }
 }
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use std::sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64},
+    };
+
+    use super::*;
+    use crate::rcu::epoch::Epoch;
+
+    /// The light side without a heavy one.
+    struct LightOnly;
+
+    impl Barrier for LightOnly {
+        fn light(&self) {
+            compiler_fence(Ordering::SeqCst);
+        }
+        fn heavy(&self) {}
+        fn is_quick(&self) -> bool {
+            true
+        }
+        fn light_if_quick(&self) {
+            compiler_fence(Ordering::SeqCst);
+        }
+    }
+
+    /// Store buffering on the real CPU: how often a reader inside a section saw the link while the scan that followed
+    /// the cut did not see the section.
+    fn forbidden_outcomes<B: Barrier + 'static>(barrier: B, rounds: u64) -> u64 {
+        let epoch = Arc::new(Epoch::new(barrier));
+        let handle = Epoch::register(&epoch, "reader");
+        let (go, polled, left) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
+        let (link, saw) = (AtomicU64::new(1), AtomicBool::new(false));
+        let await_round = |word: &AtomicU64, round: u64| {
+            let mut spins = 0u32;
+            while word.load(Ordering::Acquire) < round {
+                spins += 1;
+                if spins.is_multiple_of(1_000) { std::thread::yield_now() } else { std::hint::spin_loop() }
+            }
+        };
+        let mut forbidden = 0;
+        std::thread::scope(|s| {
+            let (go, polled, left, link, saw) = (&go, &polled, &left, &link, &saw);
+            s.spawn(move || {
+                for round in 1..=rounds {
+                    await_round(go, round);
+                    let section = handle.try_enter();
+                    if section.is_none() {
+                        handle.enter();
+                    }
+                    saw.store(link.load(Ordering::Relaxed) == 1, Ordering::Relaxed);
+                    await_round(polled, round);
+                    if !section.is_some_and(|q| q.try_leave()) {
+                        handle.leave();
+                    }
+                    left.store(round, Ordering::Release);
+                }
+            });
+            for round in 1..=rounds {
+                link.store(1, Ordering::Relaxed);
+                go.store(round, Ordering::Release);
+                for _ in 0..round % 64 {
+                    std::hint::spin_loop();
+                }
+                link.store(0, Ordering::Release);
+                let over = epoch.is_over(epoch.begin(), |_| ());
+                polled.store(round, Ordering::Release);
+                await_round(left, round);
+                forbidden += u64::from(over && saw.load(Ordering::Relaxed));
+            }
+        });
+        forbidden
+    }
+
+    #[test]
+    fn a_scan_never_misses_a_section_that_saw_the_link() {
+        for flavour in [Flavour::Membarrier, Flavour::Fence] {
+            assert_eq!(forbidden_outcomes(Asymmetric::new(Some(flavour)), 20_000), 0, "{flavour:?}");
+        }
+    }
+
+    #[test]
+    #[ignore = "canary: needs two free CPUs to show the reordering"]
+    fn canary_without_membarrier_the_hardware_shows_the_reordering() {
+        assert_ne!(forbidden_outcomes(LightOnly, 2_000_000), 0);
+    }
+}
