@@ -248,6 +248,12 @@ impl Engine {
         self.choose_root(c).map(|root| (root, self.forest.find(root, c.level, c.gfn)))
     }
 
+    /// Could these two be one VM? A thread that no mark has placed yet may belong to any of its process.
+    fn same_vm(&self, a: usize, b: usize) -> bool {
+        let (a, b) = (&self.vms[a], &self.vms[b]);
+        a.tgid == b.tgid && (a.script == b.script || a.script.is_none() || b.script.is_none())
+    }
+
     fn explained_elsewhere(&self, c: &Change) -> bool {
         (0..self.forest.roots.len() as RootId).any(|r| {
             let root = &self.forest.roots[r as usize];
@@ -264,7 +270,7 @@ impl Engine {
             .rev()
             .filter(|&r| {
                 let root = &self.forest.roots[r as usize];
-                root.live && root.as_id == c.as_id && vm.is_none_or(|vm| root.vm == vm)
+                root.live && root.as_id == c.as_id && vm.is_none_or(|vm| self.same_vm(root.vm, vm))
             })
             .collect();
         let ordered = last.into_iter().filter(|l| candidates.contains(l)).chain(candidates.iter().copied());
@@ -284,7 +290,7 @@ impl Engine {
             }
         }
         let fresh = c.level >= 4 && self.format.is_empty(Spte(c.old)) && Spte(c.new).is_present();
-        let begins = candidates.is_empty() || (fresh && (self.invalidated_since_root || self.unclaimed_root_births > 0));
+        let begins = candidates.is_empty() || (fresh && (self.invalidated_since_root || self.unclaimed_root_births > 0 || !self.seen.birth));
         if begins && !self.seen.iter_start {
             let known = (self.seen.create_vm || self.unclaimed_root_births > 0) && !self.seen.lost;
             let vm = self.threads[c.thread].vm;
@@ -404,6 +410,7 @@ impl Engine {
     fn apply(&mut self, c: Change, t: TableId, i: usize) {
         let (old, new) = (Spte(c.old), Spte(c.new));
         let root = self.forest.table(t).root;
+        let first = self.forest.table(t).known[i] == Known::Unknown;
         let before = Spte(self.forest.table(t).entries[i]);
         let was_known = self.forest.table(t).known[i] != Known::Unknown;
         let counted = if was_known { before.is_leaf(c.level) } else { false };
@@ -414,7 +421,7 @@ impl Engine {
             self.leaf_moved(root, c.level, 1);
         }
         let table = self.forest.table_mut(t);
-        (table.entries[i], table.known[i]) = (c.new, Known::Traced);
+        (table.entries[i], table.known[i]) = (c.new, if first { Known::Blind } else { Known::Traced });
         if c.new == self.format.frozen {
             let unfreezes = self.profile.atomic_zap_order == AtomicZapOrder::BookkeepingBeforeFlush;
             if table.life == Life::Linked && unfreezes && !self.profile.children_before_parent_events {
@@ -786,6 +793,13 @@ impl Engine {
                     self.accept(c, t, i, why);
                 } else {
                     let expected = self.forest.table(t).entries[i];
+                    if self.forest.table(t).known[i] == Known::Blind {
+                        // It may be the line that belongs before the first one seen of this entry.
+                        self.checked.unknown += u64::from(!c.fast);
+                        let table = self.forest.table_mut(t);
+                        table.known[i] = Known::Unknown;
+                        return;
+                    }
                     if c.fast {
                         self.complain(&c, "old_value", expected, c.old, "the fast page fault found another value");
                         return;
@@ -994,6 +1008,7 @@ impl Engine {
             thread.removal.clear();
             thread.announced.clear();
             thread.birth = None;
+            thread.fault = None;
         }
         for root in 0..self.forest.roots.len() {
             for dying in std::mem::take(&mut self.forest.roots[root].dying) {

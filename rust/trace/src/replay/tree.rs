@@ -22,6 +22,8 @@ pub(crate) enum Known {
     Split,
     /// Frozen in a linked table: its owner empties it without an event (atomic zap up to 6.9).
     Frozen,
+    /// By its first event after a time it was not known: the line before that one may stand after it.
+    Blind,
     /// Not at all: before the recording, or after a loss.
     Unknown,
 }
