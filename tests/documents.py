@@ -59,7 +59,8 @@ def bench(kind: str = "drop") -> Raw:
     drop = kind == "drop"
     blocked = {"inline": 2_400_000, "async-worker": 11_000, "sync": 10_000}
     return {
-        "schema": f"tdpmmu.bench.{kind}/1",
+        "schema": "tdpmmu.bench.zap/1",
+        "experiment": kind,
         "seed": 7,
         "host": {"cpus": 2},
         "build": {"profile": "release"},
@@ -71,8 +72,8 @@ def bench(kind: str = "drop") -> Raw:
 
 def micro() -> Raw:
     rows = [
-        {"name": "enter and leave", "ns": 0.42, "ratio": None, "of": None},
-        {"name": "populate, bulk", "ns": 1.05, "ratio": 1.19, "of": "write_ns"},
+        {"name": "enter and leave", "ns": 0.42, "ratio": None, "of": None, "goal": 0.5},
+        {"name": "populate, bulk", "ns": 1.05, "ratio": 1.19, "of": "write_ns", "goal": 1.2},
     ]
     return {"schema": "tdpmmu.micro/1", "seed": 7, "limits": {"write_ns": 0.88}, "rows": rows}
 
@@ -83,11 +84,11 @@ def replay(mismatches: int = 0) -> Raw:
             "cause": "memslot",
             "t0_ns": 10,
             "duration_ns": 1_000,
-            "entries": {"4K": 5, "2M": 1},
-            "tables_freed": 2,
+            "entries": {"1": 5, "2": 1},
+            "tables": 2,
         },
-        {"cause": "memslot", "t0_ns": 90, "duration_ns": 3_000, "entries": {"4K": 1}, "tables_freed": 1},
-        {"cause": "notifier", "t0_ns": 50, "duration_ns": 500, "entries": {}, "tables_freed": 0},
+        {"cause": "memslot", "t0_ns": 90, "duration_ns": 3_000, "entries": {"1": 1}, "tables": 1},
+        {"cause": "notifier", "t0_ns": 50, "duration_ns": 500, "entries": {}, "tables": 0},
     ]
     wrong = [
         {"line": 12 + n, "gfn": "1f", "level": 1, "expected": "0", "got": "5a0"} for n in range(mismatches)

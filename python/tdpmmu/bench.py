@@ -41,16 +41,18 @@ def config(
     working_set: Size | None = None,
     arrival_ns: int | None = None,
     populate: str = "bulk",
-    writeback: str = "none",
+    writeback: str | None = None,
     ad_mix: str | None = None,
     check: bool = True,
     drop_loop: int | None = None,
+    workers: int | None = None,
     max_memory: Size | None = None,
 ) -> dict[str, Any]:
     """Return the configuration object that the native side takes, after checking every value.
 
     Sizes are in bytes or text with a binary suffix, `tick` in ns or text with a unit. None leaves the choice
-    to the design's historic default and then the profile. A seed is drawn where none is given.
+    to the design's historic default, then the profile, or takes the experiment's default. A seed is
+    drawn where none is given.
 
     Raises:
         InvalidArgument: a value breaks a rule; the message names it.
@@ -79,7 +81,6 @@ def config(
         "reps": between(reps, 1, 1_000_000, "reps"),
         "seed": secrets.randbits(63) if seed is None else between(seed, 0, (1 << 64) - 1, "seed"),
         "populate": _names.one_of(populate, _names.POPULATE, "populate"),
-        "writeback": _names.one_of(writeback, _names.WRITEBACK, "writeback"),
         "check": bool(check),
     }
     if out["tick_ns"] == 0:
@@ -92,8 +93,12 @@ def config(
         out["working_set_bytes"] = units.parse_size(working_set, "working_set")
     if arrival_ns is not None:
         out["arrival_ns"] = between(arrival_ns, 1, 10**12, "arrival_ns")
+    if writeback is not None:
+        out["writeback"] = _names.one_of(writeback, _names.WRITEBACK, "writeback")
     if ad_mix is not None:
         out["ad_mix"] = _names.one_of(ad_mix, AD_MIX, "ad_mix")
+    if workers is not None:
+        out["workers"] = between(workers, 1, 1024, "workers")
     if drop_loop is not None:
         out["drop_loop"] = between(drop_loop, 0, 10**9, "drop_loop")
     if max_memory is not None:

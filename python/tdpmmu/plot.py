@@ -57,7 +57,7 @@ def draw(result: object, kind: str = "svg") -> bytes:
 
 
 def _bench(axes: Axes, result: BenchResult) -> None:
-    if ".drop/" in result.schema:
+    if result.experiment == "drop":
         title = "A vCPU drops the last reference to its root"
         bars: list[tuple[str, Take]] = [
             ("vCPU blocked", lambda r: r.block_drop_ns and r.block_drop_ns.max),

@@ -171,13 +171,15 @@ class BenchResult(_Document):
     """What `bench zap` or `bench drop` measured.
 
     Attributes:
-        schema: `tdpmmu.bench.zap/1` or `tdpmmu.bench.drop/1`.
+        schema: `tdpmmu.bench.zap/1`.
+        experiment: `zap` or `drop`.
         limits: ns per 8-byte entry that this host's memory allows, measured in the same run.
         runs: one per design and repetition, in the order run.
         raw: the whole JSON object.
     """
 
     schema: str
+    experiment: str
     seed: int | None
     host: Raw
     build: Raw
@@ -191,6 +193,7 @@ class BenchResult(_Document):
         """Return the typed view of a result object."""
         return cls(
             schema=str(raw.get("schema", "")),
+            experiment=str(raw.get("experiment", "zap")),
             seed=raw.get("seed"),
             host=raw.get("host") or {},
             build=raw.get("build") or {},
@@ -206,12 +209,16 @@ class BenchResult(_Document):
 
 @dataclass(frozen=True, slots=True)
 class MicroRow:
-    """One measured operation: `ns` each, and its ratio to the limit named `of` (None where there is none)."""
+    """One measured operation: `ns` each, and its ratio to the limit named `of` (None where there is none).
+
+    `goal` is what the design asks for, in the unit of `ratio` where there is one, else in ns.
+    """
 
     name: str
     ns: float | None
     ratio: float | None
     of: str | None
+    goal: float | None
     raw: Raw = field(repr=False)
 
 
@@ -235,7 +242,14 @@ class MicroResult(_Document):
     def from_raw(cls, raw: Raw) -> MicroResult:
         """Return the typed view of a result object."""
         rows = tuple(
-            MicroRow(str(row.get("name", "?")), row.get("ns"), row.get("ratio"), row.get("of"), row)
+            MicroRow(
+                str(row.get("name", "?")),
+                row.get("ns"),
+                row.get("ratio"),
+                row.get("of"),
+                row.get("goal"),
+                row,
+            )
             for row in raw.get("rows", ())
         )
         return cls(str(raw.get("schema", "")), raw.get("seed"), raw.get("limits") or {}, rows, raw)

@@ -77,7 +77,7 @@ def render_bench(result: BenchResult) -> str:
     """Return one row a design: what a KVM engineer compares. Medians over repetitions; times scaled."""
     if not result.runs:
         return "no runs\n"
-    columns = (_DROP if ".drop/" in result.schema else _ZAP) + _COMMON_TAIL
+    columns = (_DROP if result.experiment == "drop" else _ZAP) + _COMMON_TAIL
     groups: dict[tuple[str, str, str], list[BenchRun]] = {}
     for run in result.runs:
         groups.setdefault((run.design, run.passes, run.ownership), []).append(run)
@@ -108,10 +108,11 @@ def render_micro(result: MicroResult) -> str:
             "-" if row.ns is None else f"{row.ns:.3g}" if row.ns < 100 else f"{row.ns:,.0f}",
             "-" if row.ratio is None else f"{row.ratio:.2f}",
             row.of or "-",
+            "-" if row.goal is None else f"{row.goal:g}" + ("" if row.of else " ns"),
         ]
         for row in result.rows
     ]
-    return render(["operation", "ns", "ratio", "of"], rows) if rows else "no rows\n"
+    return render(["operation", "ns", "ratio", "of", "goal"], rows) if rows else "no rows\n"
 
 
 def render_replay(result: Replay) -> str:
@@ -143,7 +144,7 @@ def render_replay(result: Replay) -> str:
                     format_ns(statistics.median(times)),
                     format_ns(times[-1]),
                     format_count(sum(_entries(zap) for zap in zaps)),
-                    format_count(sum(int(zap.get("tables_freed") or 0) for zap in zaps)),
+                    format_count(sum(int(zap.get("tables") or 0) for zap in zaps)),
                 ]
             )
         lines += [

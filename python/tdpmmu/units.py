@@ -161,7 +161,7 @@ def table_bytes(memory: str | SupportsIndex, page: str | SupportsIndex = "4K", l
 
 
 def max_gfn(levels: int) -> int:
-    """Return the end of the guest-physical space in 4 KiB pages, exclusive: 2^36 with 4 levels, 2^40 with 5."""
+    """Return the end of the guest-physical space in 4 KiB pages, exclusive: 2^36, or 2^40 with 5 levels."""
     return 1 << min(9 * levels, MAXPHYADDR - 12)
 
 

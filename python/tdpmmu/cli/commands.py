@@ -185,17 +185,18 @@ def zap_options(body: Command) -> Command:
             metavar="TIME",
             help="CPU time until need_resched.",
         ),
-        size_option("--working-set", None, "What the vCPUs touch while they run."),
-        click.option("--arrival-ns", type=int, metavar="NS", help="Interval of a vCPU's accesses."),
+        size_option("--working-set", None, "What each vCPU touches [64M]."),
+        click.option("--arrival-ns", type=int, metavar="NS", help="Interval of a vCPU's accesses [20000]."),
         click.option("--populate", default="bulk", show_default=True, metavar="HOW", help="bulk or fault."),
-        click.option("--writeback", default="none", show_default=True, metavar="HOW", help="none or bitmap."),
+        click.option("--writeback", metavar="HOW", help="A/D of removed leafs: none or bitmap [bitmap]."),
         click.option(
-            "--ad-mix", metavar="MIX", help="A/D bits of the leaves at t0: clean, accessed or dirty."
+            "--ad-mix", metavar="MIX", help="A/D of the leafs at t0: clean, accessed or dirty [dirty]."
         ),
         click.option(
             "--check/--no-check", default=True, show_default=True, help="Verify in an untimed repetition."
         ),
-        click.option("--drop-loop", type=int, metavar="N", help="Drops of small roots (bench drop)."),
+        click.option("--drop-loop", type=int, metavar="N", help="Drops of small roots, bench drop [10000]."),
+        click.option("--workers", type=int, metavar="N", help="Workers of designs with a queue [1]."),
     ]
     for decorate in reversed(options):
         body = decorate(body)

@@ -5,7 +5,8 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use serde_json::json;
+use serde_json::{Value, json};
+use tdpmmu_lab::LabError;
 use tdpmmu_spte::{KernelProfile, Passes};
 use tdpmmu_trace::{Input, ReplayError, ReplayOptions, TraceError};
 
@@ -21,7 +22,7 @@ pub struct ReplayRequest {
     pub vm_of: Option<u32>,
 }
 
-pub fn build_info() -> String {
+fn build() -> Value {
     json!({
         "version": env!("CARGO_PKG_VERSION"),
         "profile": env!("TDPMMU_PROFILE"),
@@ -29,11 +30,14 @@ pub fn build_info() -> String {
         "target": env!("TDPMMU_TARGET"),
         "debug_assertions": cfg!(debug_assertions),
     })
-    .to_string()
+}
+
+pub fn build_info() -> String {
+    build().to_string()
 }
 
 pub fn info() -> Result<String, Fault> {
-    Err(Fault::Unsupported("this build has no lab".into()))
+    Ok(tdpmmu_lab::bench::info(&build()))
 }
 
 pub fn catalogue() -> String {
@@ -56,8 +60,20 @@ pub fn passes(text: &str) -> Result<String, Fault> {
     Passes::parse(text).map(|p| p.to_string()).map_err(|e| Fault::Invalid(e.to_string()))
 }
 
-pub fn bench(kind: &str, _config: &str, _control: &Control) -> Result<String, Fault> {
-    Err(Fault::Unsupported(format!("this build has no experiment {kind:?}")))
+/// The result as JSON text.
+pub fn bench(kind: &str, config: &str, control: &Control) -> Result<String, Fault> {
+    let told = control.clone();
+    let report = move |phase: &str, fraction: f64| told.report(phase, fraction);
+    let watched = tdpmmu_lab::Control::new(control.cancel_flag(), report);
+    tdpmmu_lab::bench::run(kind, config, &build(), &watched).map_err(|error| match error {
+        LabError::Usage(message) => Fault::Invalid(message),
+        LabError::Memory { needed_bytes, available_bytes, message } => {
+            Fault::Memory { message, needed_bytes, available_bytes }
+        }
+        LabError::Check { message, partial } => Fault::Violation { message, partial },
+        LabError::Cancelled => Fault::Cancelled,
+        LabError::Internal(message) => Fault::Internal(message),
+    })
 }
 
 /// The report as JSON text.
@@ -108,13 +124,6 @@ fn unreadable(error: ReplayError, path: &Path) -> Fault {
         ReplayError::Cancelled { .. } => Fault::Cancelled,
         _ => Fault::Invalid(message),
     }
-}
-
-/// Memory that may be used now without swapping, in bytes.
-pub fn available_bytes() -> u64 {
-    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:")).unwrap_or("");
-    line.split_whitespace().next().and_then(|kib| kib.parse::<u64>().ok()).map_or(u64::MAX, |kib| kib << 10)
 }
 
 /// Sleeps in short steps, so that it ends soon after it is cancelled. Returns the milliseconds idled.

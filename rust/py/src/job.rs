@@ -21,11 +21,11 @@ use crate::error::Fault;
 /// How long the calling thread sleeps between two looks at Python.
 const POLL: Duration = Duration::from_millis(25);
 
-/// What the job shares with the thread that waits for it.
-#[derive(Default)]
+/// What the job shares with the thread that waits for it. Clones share it too.
+#[derive(Clone, Default)]
 pub struct Control {
     cancel: Arc<AtomicBool>,
-    report: Mutex<Option<(String, f64)>>,
+    report: Arc<Mutex<Option<(String, f64)>>>,
 }
 
 impl Control {
@@ -88,9 +88,9 @@ where
     T: Send + 'static,
     F: FnOnce(&Control) -> Result<T, Fault> + Send + 'static,
 {
-    let control = Arc::new(Control::default());
+    let control = Control::default();
     let outcome = Arc::new(Outcome { value: Mutex::new(None), filled: Condvar::new() });
-    let (inside, leave) = (Arc::clone(&control), Arc::clone(&outcome));
+    let (inside, leave) = (control.clone(), Arc::clone(&outcome));
     let body = move || {
         let value = catch_unwind(AssertUnwindSafe(|| work(&inside)));
         leave.fill(value.unwrap_or_else(|panic| Err(Fault::Internal(panic_text(panic.as_ref())))));

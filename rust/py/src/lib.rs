@@ -51,7 +51,7 @@ fn catalogue() -> String {
 /// Memory that may be used now without swapping, in bytes.
 #[pyfunction]
 fn available_bytes() -> u64 {
-    engine::available_bytes()
+    tdpmmu_lab::host::available_bytes()
 }
 
 /// Checks a kernel profile, `NAME[,switch=value]...`, and returns it with the default switches left out.
