@@ -36,7 +36,7 @@ impl FreeMap {
         self.words.iter().map(|w| u64::from(w.load(Ordering::Relaxed).count_ones())).sum()
     }
 
-    /// Takes `pages` neighbours (at most 512, whole words), or `None`. The caller serialises takers.
+    /// Takes `pages` neighbours (at most 512; whole words while there are any), or `None`. The caller serialises takers.
     pub fn take_run(&self, pages: usize) -> Option<u32> {
         let need = pages.div_ceil(WORD_PAGES);
         let n = self.words.len();
@@ -59,6 +59,21 @@ impl FreeMap {
                     }
                     return Some(base);
                 }
+            }
+        }
+        if pages < WORD_PAGES { self.take_within_word(pages) } else { None }
+    }
+
+    /// The last resort of a short run: neighbours within a word that is partly taken. So a single page is found as long as one is free.
+    fn take_within_word(&self, pages: usize) -> Option<u32> {
+        for (w, word) in self.words.iter().enumerate() {
+            let bits = word.load(Ordering::Relaxed);
+            // Bit b survives if the bits b..b + pages are all set.
+            let starts = (1..pages).fold(bits, |m, _| m & (m >> 1));
+            if starts != 0 {
+                let b = starts.trailing_zeros();
+                word.fetch_and(!(((1 << pages) - 1) << b), Ordering::Relaxed);
+                return Some((w * WORD_PAGES) as u32 + b);
             }
         }
         None
@@ -137,6 +152,22 @@ mod tests {
         let before = map.count();
         map.take_run(100).expect("free");
         assert_eq!(map.count(), before - 100);
+    }
+
+    #[test]
+    fn short_runs_are_found_between_taken_pages() {
+        let map = FreeMap::new(0, 128);
+        let mut all = Vec::new();
+        assert_eq!(map.take_some(&mut all, 128), 128);
+        for page in [3, 4, 5, 70, 126, 127] {
+            assert!(map.give(page));
+        }
+        assert_eq!(map.take_run(4), None);
+        assert_eq!(map.take_run(3), Some(3));
+        assert_eq!(map.take_run(2), Some(126));
+        assert_eq!(map.take_run(1), Some(70));
+        assert_eq!(map.take_run(1), None);
+        assert_eq!(map.count(), 0);
     }
 
     #[test]
