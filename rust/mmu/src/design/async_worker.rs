@@ -11,7 +11,8 @@
 //! reference: a work item queued twice runs once, and the second reference leaks (bug-history 23). Roots that are invalid already are skipped, therefore
 //! a fast zap must wait for *all* work, not only its own (P-FZ, bug-history 22): it flushes the queue.
 
-use std::sync::{Arc, Mutex as StdMutex, OnceLock, PoisonError, Weak};
+use std::cell::Cell;
+use std::sync::{Arc, Barrier, Mutex as StdMutex, OnceLock, PoisonError, Weak};
 
 use tdpmmu_platform::{Event, Exclusive, Guard, Histogram, Owner, Phase, Platform, Role, Task, WorkQueue};
 
@@ -19,19 +20,55 @@ use super::{Held, WorkerReport, ZapDesign};
 use crate::TdpMmu;
 use crate::walk::Yield;
 
-type Meters = Arc<StdMutex<Vec<WorkerReport>>>;
+/// What a worker is asked to do.
+enum Work {
+    /// Zap this root and put the gifted reference.
+    Zap(u32),
+    /// Hand over what you measured, once every worker has been asked.
+    Report(Arc<Barrier>),
+}
+
+/// A worker's own state, made and used by its thread.
+struct Worker<P: Platform> {
+    mmu: Weak<TdpMmu<P>>,
+    task: Task<P>,
+    cpu_ns: Cell<u64>,
+    reports: Arc<StdMutex<Vec<WorkerReport>>>,
+}
+
+impl<P: Platform> Worker<P> {
+    fn run(&self, work: &Work) {
+        match work {
+            Work::Zap(root) => {
+                // The MMU drains the queue before it goes away (`drain`): while there is work, it is there.
+                if let Some(mmu) = self.mmu.upgrade() {
+                    let mut guard = mmu.lock.read(&self.task);
+                    mmu.zap_root(&mut guard, *root, Yield::Allowed);
+                    mmu.put_root(&self.task, *root, Owner::Work, Held::Shared(&mut guard));
+                }
+            }
+            Work::Report(all) => {
+                all.wait();
+                let now = P::thread_cpu_ns();
+                let cpu_ns = now.saturating_sub(self.cpu_ns.replace(now));
+                let report = WorkerReport { name: self.task.name().to_owned(), meter: self.task.meter().take(), cpu_ns };
+                self.reports.lock().unwrap_or_else(PoisonError::into_inner).push(report);
+            }
+        }
+    }
+}
 
 /// See the module text.
 pub struct AsyncWorker<P: Platform> {
     workers: usize,
-    queue: OnceLock<WorkQueue<P, u32>>,
-    meters: Meters,
+    queue: OnceLock<WorkQueue<P, Work>>,
+    reports: Arc<StdMutex<Vec<WorkerReport>>>,
 }
 
 impl<P: Platform> AsyncWorker<P> {
     /// A queue of `workers` threads (the kernel's is unbound: as many as there are items and CPUs).
     pub fn new(workers: usize) -> Self {
-        Self { workers: workers.max(1), queue: OnceLock::new(), meters: Meters::default() }
+        Self { workers: workers.max(1), queue: OnceLock::new(), reports: Arc::default() }
     }
 
     fn schedule(&self, mmu: &TdpMmu<P>, task: &Task<P>, root: u32) {
@@ -39,24 +76,8 @@ impl<P: Platform> AsyncWorker<P> {
             observer.event(task.id(), &Event::RootSchedule { root });
         }
         if let Some(queue) = self.queue.get() {
-            queue.queue(root);
+            queue.queue(Work::Zap(root));
         }
-    }
-
-    fn work(mmu: &TdpMmu<P>, root: u32, meters: &Meters) {
-        let cpu = P::thread_cpu_ns();
-        let task = mmu.task("zap-worker", Role::Worker);
-        {
-            let mut guard = mmu.lock.read(&task);
-            mmu.zap_root(&mut guard, root, Yield::Allowed);
-            mmu.put_root(&task, root, Owner::Work, Held::Shared(&mut guard));
-        }
-        let report = WorkerReport {
-            name: task.name().to_owned(),
-            meter: task.meter().take(),
-            cpu_ns: P::thread_cpu_ns().saturating_sub(cpu),
-        };
-        meters.lock().unwrap_or_else(PoisonError::into_inner).push(report);
     }
 }
 
@@ -66,11 +87,15 @@ impl<P: Platform> ZapDesign<P> for AsyncWorker<P> {
     }
 
     fn attach(&self, mmu: Weak<TdpMmu<P>>) -> std::io::Result<()> {
-        let meters = Arc::clone(&self.meters);
-        // The MMU drains the queue before it goes away (`drain`), so the upgrade succeeds whenever work is left.
-        let queue = WorkQueue::new("tdp_mmu_zap_wq", self.workers, move |&root: &u32| {
-            if let Some(mmu) = mmu.upgrade() {
-                Self::work(&mmu, root, &meters);
+        let reports = Arc::clone(&self.reports);
+        let begin = move |_: usize| {
+            let task = mmu.upgrade()?.task("zap-worker", Role::Worker);
+            let cpu_ns = Cell::new(P::thread_cpu_ns());
+            Some(Worker { mmu: mmu.clone(), task, cpu_ns, reports: reports.clone() })
+        };
+        let queue = WorkQueue::with_context("tdp_mmu_zap_wq", self.workers, begin, |worker, work| {
+            if let Some(worker) = worker {
+                worker.run(work);
             }
         })?;
         let _ = self.queue.set(queue);
@@ -114,6 +139,13 @@ impl<P: Platform> ZapDesign<P> for AsyncWorker<P> {
     }
 
     fn take_worker_reports(&self) -> Vec<WorkerReport> {
-        std::mem::take(&mut self.meters.lock().unwrap_or_else(PoisonError::into_inner))
+        if let Some(queue) = self.queue.get() {
+            // One request for each worker; none takes two, since all must have one before any goes on.
+            let all = Arc::new(Barrier::new(self.workers));
+            if (0..self.workers).all(|_| queue.queue(Work::Report(all.clone()))) {
+                queue.flush();
+            }
+        }
+        std::mem::take(&mut self.reports.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }

@@ -87,19 +87,19 @@ pub trait ZapDesign<P: Platform>: Send + std::marker::Sync {
         None
     }
 
-    /// What worker tasks measured since the last call, one report an item of work.
+    /// What each worker has measured since the last call; waits until the queue is empty.
     fn take_worker_reports(&self) -> Vec<WorkerReport> {
         Vec::new()
     }
 }
 
-/// What one item of work cost.
+/// What one worker has done.
 pub struct WorkerReport {
     /// The worker's task.
     pub name: String,
     /// Its measurements.
     pub meter: tdpmmu_platform::MeterSnapshot,
-    /// CPU time of the item in ns.
+    /// CPU time of its thread in ns.
     pub cpu_ns: u64,
 }
 
