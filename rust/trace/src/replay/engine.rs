@@ -36,6 +36,7 @@ pub(crate) struct Change {
     pub(crate) line: u64,
     pub(crate) ns: u64,
     pub(crate) pid: u32,
+    pub(crate) cpu: u32,
     pub(crate) thread: usize,
     pub(crate) as_id: u8,
     pub(crate) gfn: u64,
@@ -75,7 +76,6 @@ pub(crate) struct Seen {
     pub(crate) iter_start: bool,
     pub(crate) iter_restart: bool,
     pub(crate) fast_fault: bool,
-    pub(crate) page_fault: bool,
     pub(crate) birth: bool,
     pub(crate) prepare: bool,
     pub(crate) free: bool,
@@ -113,6 +113,8 @@ pub(crate) struct Engine {
     pub(crate) stats: StatChecks,
     pub(crate) observations: u64,
     pub(crate) fast_unplaced: u64,
+    /// Threads that have served a guest's fault.
+    pub(crate) faulting_threads: u32,
     pub(crate) zaps: Vec<Zap>,
     /// Changes of a leaf count so far: to know that nothing moved between two points.
     pub(crate) leaf_moves: u64,
@@ -148,6 +150,7 @@ impl Engine {
             stats: StatChecks::default(),
             observations: 0,
             fast_unplaced: 0,
+            faulting_threads: 0,
             zaps: Vec::new(),
             leaf_moves: 0,
             freed: Vec::new(),
@@ -329,7 +332,7 @@ impl Engine {
         match self.explain(&c, t, i) {
             Some(why) => {
                 self.accept(c, t, i, why);
-                self.retry(t, i, c.pid);
+                self.retry(t, i, Some(&c));
             }
             None => self.wait(c, Wait::Value(t, i)),
         }
@@ -441,7 +444,9 @@ impl Engine {
         if new.is_table(c.level) && !old.is_table(c.level) && c.level > 1 {
             self.link(&c, t, i);
         }
-        self.threads[c.thread].last = Some((t, i, c.new));
+        if self.forest.holds(t) {
+            self.threads[c.thread].last = Some((t, i, c.new));
+        }
     }
 
     // ---- births ----
@@ -457,6 +462,9 @@ impl Engine {
         }
         if let Some(&other) = self.by_pa.get(&pa) {
             self.retire_recycled(c, pa, other);
+            if !self.forest.holds(t) {
+                return;
+            }
         }
         if self.dead_pa.remove(&pa).is_some() {
             // A kprobe in interrupt context misses some hits, so a missing free_sp proves nothing.
@@ -477,7 +485,7 @@ impl Engine {
         }
         self.by_pa.insert(pa, child);
         self.forest.hang(t, i, child);
-        self.release(root, level, c.gfn, c.pid);
+        self.release(root, level, c.gfn, c);
     }
 
     fn check_birth(&mut self, c: &Change, pa: u64) {
@@ -807,7 +815,7 @@ impl Engine {
                     self.complain(&c, "old_value", expected, c.old, "the old value is not the one that was left here");
                     self.apply(c, t, i);
                 }
-                self.retry(t, i, c.pid);
+                self.retry(t, i, None);
             }
             Wait::Seen(t, i) => {
                 if !self.saw(&c, t, i) {
@@ -858,8 +866,8 @@ impl Engine {
         }
     }
 
-    /// An entry has a new value: what waited for it goes on.
-    fn retry(&mut self, t: TableId, i: usize, by: u32) {
+    /// An entry has a new value: what waited for it goes on. `by` is the change that came late, if one did.
+    fn retry(&mut self, t: TableId, i: usize, by: Option<&Change>) {
         while !self.waiting.is_empty() && self.forest.holds(t) {
             let next = (0..self.waiting.len()).find(|&k| match self.waiting[k].on {
                 Wait::Value(wt, wi) => (wt, wi) == (t, i) && self.explain(&self.waiting[k].change, t, i).is_some(),
@@ -871,13 +879,28 @@ impl Engine {
                 continue;
             }
             let Some(why) = self.explain(&change, t, i) else { return };
-            let why = if change.pid != by { Why::Reordered } else { why };
-            self.accept(change, t, i, why);
+            match by {
+                None => self.accept(change, t, i, why),
+                Some(by) => self.accept_late(change, t, i, why, by),
+            }
+        }
+    }
+
+    /// A change that stood before the line it follows from. Lines of one thread on one CPU are never swapped.
+    fn accept_late(&mut self, c: Change, t: TableId, i: usize, why: Why, by: &Change) {
+        if (c.pid, c.cpu) != (by.pid, by.cpu) {
+            return self.accept(c, t, i, if c.fast { why } else { Why::Reordered });
+        }
+        let rule = format!("the change it follows from stands later, in line {}, of the same thread", by.line);
+        let expected = self.forest.table(t).entries[i];
+        self.complain(&c, "old_value", expected, c.old, rule);
+        if !c.fast {
+            self.apply(c, t, i);
         }
     }
 
     /// A table has come: what waited for it goes on.
-    fn release(&mut self, root: RootId, level: u8, gfn: u64, by: u32) {
+    fn release(&mut self, root: RootId, level: u8, gfn: u64, by: &Change) {
         let covers = |c: &Change| c.level <= level && c.gfn >= gfn && c.gfn - gfn < table_span(level);
         let mut k = 0;
         while k < self.waiting.len() {
@@ -895,9 +918,8 @@ impl Engine {
             self.waiting.remove(k);
             match self.explain(&change, t, i) {
                 Some(why) => {
-                    let why = if change.pid != by && !change.fast { Why::Reordered } else { why };
-                    self.accept(change, t, i, why);
-                    self.retry(t, i, change.pid);
+                    self.accept_late(change, t, i, why, by);
+                    self.retry(t, i, Some(&change));
                     k = 0;
                 }
                 None => self.waiting.push_back(Waiting { change, on: Wait::Value(t, i) }),
@@ -954,6 +976,13 @@ impl Engine {
             return;
         }
         let wrote = self.threads[c.thread].last.filter(|l| (l.0, l.1) == (t, i)).map(|l| l.2);
+        // With one vCPU nobody can have used the entry in between; with several, one may have set A and D already.
+        let alone = self.faulting_threads < 2 && !self.seen.lost;
+        if alone && wrote.is_some_and(|w| w != c.new) {
+            let expected = wrote.unwrap_or_default();
+            self.complain(&c, "observation", expected, c.new, "kvm_mmu_set_spte shows another value than its thread has just written");
+            return;
+        }
         let just_wrote = wrote.is_some_and(|w| drifted(&self.format, c.level, w, c.new).is_some());
         if just_wrote || self.saw(&c, t, i) {
             self.observations += 1;

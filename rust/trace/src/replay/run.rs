@@ -118,6 +118,7 @@ impl<'a> Run<'a> {
             line: head.line,
             ns: head.ns,
             pid: head.pid,
+            cpu: head.cpu,
             thread: t,
             as_id: 0,
             gfn: 0,
@@ -220,7 +221,7 @@ impl<'a> Run<'a> {
             }
             Event::PageFault { address, .. } => {
                 e.end_removals(&c);
-                e.seen.page_fault = true;
+                e.faulting_threads += u32::from(!std::mem::replace(&mut e.threads[t].faults, true));
                 e.threads[t].fault = Some(address >> 12);
                 self.turn(c);
             }

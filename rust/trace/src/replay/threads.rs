@@ -30,6 +30,8 @@ pub(crate) struct Thread {
     pub(crate) last: Option<(TableId, usize, u64)>,
     /// `zap_root_pass` says so until the thread does something else.
     pub(crate) shared: Option<bool>,
+    /// Has served a guest's fault.
+    pub(crate) faults: bool,
     /// gfn of the guest's fault that the thread serves.
     pub(crate) fault: Option<u64>,
     pub(crate) stretch: Option<Stretch>,
@@ -54,6 +56,7 @@ impl Thread {
             announced: Vec::new(),
             last: None,
             shared: None,
+            faults: false,
             fault: None,
             stretch: None,
             ops: Vec::new(),
