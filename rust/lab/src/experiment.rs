@@ -428,7 +428,7 @@ fn attribution(outcome: &Outcome) -> Vec<Attribution> {
         .collect();
     for (n, (meter, _)) in outcome.workers.iter().enumerate() {
         let elapsed = Phase::ALL.iter().map(|&p| meter.phase_ns(p)).sum();
-        rows.push(Attribution::new(format!("worker item {n}"), "worker", meter, elapsed));
+        rows.push(Attribution::new(format!("worker-{n}"), "worker", meter, elapsed));
     }
     rows
 }

@@ -75,7 +75,7 @@ pub struct Outcome {
     pub retained: u64,
     /// Threads.
     pub threads: Vec<ThreadReport>,
-    /// Workers, one report an item.
+    /// Workers: measurements and CPU time since t0.
     pub workers: Vec<(MeterSnapshot, u64)>,
     /// Queue delays.
     pub queue: Option<Histogram>,
@@ -133,6 +133,7 @@ struct Collected {
     flushes: u64,
     kicks: u64,
     threads: Vec<ThreadReport>,
+    workers: Vec<(MeterSnapshot, u64)>,
 }
 
 /// Counters at t0.
@@ -231,8 +232,6 @@ pub fn run(
     };
     let result = shared.prepare().and_then(|()| shared.all_threads());
     let mut collected = std::mem::take(&mut *lock(&shared.collected));
-    let workers =
-        vm.mmu().design().take_worker_reports().into_iter().map(|r| (r.meter, r.cpu_ns)).collect::<Vec<_>>();
     let queue = vm.mmu().design().queue_ns();
     let close = vm.close().map_err(internal("closing the VM"))?;
     result?;
@@ -254,7 +253,7 @@ pub fn run(
         tables_after: collected.tables_after,
         retained: collected.retained,
         threads: collected.threads,
-        workers,
+        workers: collected.workers,
         queue,
         rcu: vm.mmu().rcu().stats(),
         rcu_cpu_ns: collected.rcu_cpu_ns,
@@ -555,6 +554,8 @@ impl Shared<'_> {
     /// Counts everything and notes the counters: just before t0.
     fn open_window(&self, task: &Task<P>, root: Option<u32>) {
         let mmu = self.vm.mmu();
+        // What workers did so far belongs to nobody's window.
+        drop(mmu.design().take_worker_reports());
         let counts = match root {
             Some(root) => mmu.count(task, root),
             None => mmu.count_all(task),
@@ -612,7 +613,9 @@ impl Shared<'_> {
         let now = P::ticks();
         let t0 = self.window.t0.load(Ordering::Acquire);
         self.window.end.store(now, Ordering::Release);
+        let reports = mmu.design().take_worker_reports();
         let mut all = lock(&self.collected);
+        all.workers = reports.into_iter().map(|r| (r.meter, r.cpu_ns)).collect();
         let freed = mmu.pool().stats().frees - all.base.frees;
         let zap_end = mmu.last_zap_end();
         all.last_zap_end_ns = (zap_end >= t0).then(|| P::ticks_to_ns(zap_end - t0));
