@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from tdpmmu.recording import replay
     from tdpmmu.results import BenchResult, BenchRun, MicroResult, MicroRow, Percentiles, Replay, load
     from tdpmmu.vm import VM
+    from tdpmmu.workload import RunReport
 
 __all__ = [
     "MAPPING_DTYPE",
@@ -67,6 +68,7 @@ __all__ = [
     "Percentiles",
     "PopulateStats",
     "Replay",
+    "RunReport",
     "StallError",
     "TdpMmuError",
     "TraceError",
@@ -99,6 +101,7 @@ _LAZY = {
     "VMConfig": "machine",
     "VMStats": "machine",
     "ZapReport": "machine",
+    "RunReport": "workload",
     "VM": "vm",
     "BenchResult": "results",
     "BenchRun": "results",

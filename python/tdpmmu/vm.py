@@ -30,6 +30,7 @@ from tdpmmu.machine import (
     VMStats,
     ZapReport,
 )
+from tdpmmu.workload import RunReport, drive
 
 __all__ = ["VM"]
 
@@ -305,6 +306,58 @@ class VM:
             StallError, Closed, ForkedError: see `populate` and `close`.
         """
         return _zap_report(self._native.drop_root(self._vcpu(vcpu), timeout=check_timeout(timeout)))
+
+    def run(
+        self,
+        *,
+        seconds: float | None = None,
+        accesses: int | None = None,
+        gfns: range | None = None,
+        write: float = 0.3,
+        vcpus: int | None = None,
+        during: Callable[[], object] | None = None,
+        progress: Progress | None = None,
+        timeout: float | None = None,
+    ) -> RunReport:
+        """Let vCPUs access random pages, each on a thread of its own, and count the outcomes.
+
+        Args:
+            seconds: how long; or
+            accesses: how many each vCPU makes. One of the two.
+            gfns: the pages to choose from, in 4 KiB pages; None is the first memslot.
+            write: the fraction of accesses that are writes, 0 to 1.
+            vcpus: how many run; None is all.
+            during: called on the calling thread while they run; what it returns is in the report.
+            progress: called as `progress(phase, fraction)` on the calling thread.
+            timeout: seconds; None is for ever.
+
+        Raises:
+            InvalidArgument: neither or both of `seconds` and `accesses`, or a value out of range.
+            Busy: a vCPU is in use.
+            StallError: not finished within `timeout` seconds.
+            OutOfTableMemory, Closed, ForkedError: see `fault` and `close`.
+        """
+        if (seconds is None) == (accesses is None):
+            raise InvalidArgument("seconds, accesses: give one of the two")
+        if isinstance(write, bool) or not 0 <= write <= 1:
+            raise InvalidArgument(f"write={write!r}: must be a fraction from 0 to 1")
+        slots = self.memslots()
+        if gfns is None and not slots:
+            raise InvalidArgument("gfns: the VM has no memslot to choose pages from")
+        span = slots[0].gfns if gfns is None else self._range(gfns)
+        if len(span) == 0:
+            raise InvalidArgument(f"gfns={gfns!r}: no pages to choose from")
+        return drive(
+            self,
+            gfns=span,
+            vcpus=self._config.vcpus if vcpus is None else between(vcpus, 1, self._config.vcpus, "vcpus"),
+            seconds=check_timeout(seconds),
+            accesses=None if accesses is None else between(accesses, 0, 1 << 62, "accesses"),
+            write=float(write),
+            during=during,
+            progress=progress,
+            timeout=check_timeout(timeout),
+        )
 
     def stats(self) -> VMStats:
         """Return counts of leafs by size, table pages and roots, in one moment.
