@@ -338,7 +338,7 @@ fn faults(
     Ok((P::ticks_to_ns(P::ticks() - begin), count))
 }
 
-fn map_steps(vm: &Vm<P>, pages: u64, level: u8) -> Result<(u64, u64), LabError> {
+fn map_steps(vm: &Vm<P>, pages: u64, level: u8, ranges: bool) -> Result<(u64, u64), LabError> {
     let mmu = vm.mmu();
     let task = vm.task("map", TaskRole::Vcpu);
     let mut cache = TableCache::default();
@@ -349,22 +349,32 @@ fn map_steps(vm: &Vm<P>, pages: u64, level: u8) -> Result<(u64, u64), LabError> 
     for first in (0..pages).step_by(512 * span(level) as usize) {
         mmu.top_up(&task, &mut cache).map_err(pool)?;
         let mut guard = mmu.lock.read(&task);
-        for gfn in (first..(first + 512 * span(level)).min(pages)).step_by(span(level) as usize) {
-            let fault = MapFault {
-                gfn,
-                as_id: 0,
-                frame: Frame::Page { pfn: gfn, writable: true },
-                goal_level: level,
-                write: true,
-                exec: false,
-                prefetch: false,
-                dirty_tracked: false,
-            };
-            if !matches!(mmu.map(&mut guard, &mut cache, root, &fault), MapOutcome::Fixed { .. }) {
+        let end = (first + 512 * span(level)).min(pages);
+        let fault = |gfn| MapFault {
+            gfn,
+            as_id: 0,
+            frame: Frame::Page { pfn: gfn, writable: true },
+            goal_level: level,
+            write: true,
+            exec: false,
+            prefetch: false,
+            dirty_tracked: false,
+        };
+        if ranges {
+            count += mmu
+                .map_range(&mut guard, &mut cache, root, &fault(first), (end - first) / span(level))
+                .map_err(|outcome| LabError::Internal(format!("gfn {first:#x}: {outcome:?}")))?;
+            continue;
+        }
+        for gfn in (first..end).step_by(span(level) as usize) {
+            if !matches!(mmu.map(&mut guard, &mut cache, root, &fault(gfn)), MapOutcome::Fixed { .. }) {
                 return Err(LabError::Internal(format!("gfn {gfn:#x} was not mapped")));
             }
             count += 1;
         }
+    }
+    if count != pages / span(level) {
+        return Err(LabError::Internal(format!("{count} SPTEs mapped of {}", pages / span(level))));
     }
     let took = P::ticks_to_ns(P::ticks() - begin);
     cache.drain(mmu.pool());

@@ -8,7 +8,7 @@
 
 use tdpmmu_platform::{Platform, Site, Task};
 use tdpmmu_spte::Spte;
-use tdpmmu_spte::geometry::{index, round_down};
+use tdpmmu_spte::geometry::{ENTRIES, index, round_down};
 
 use crate::TdpMmu;
 use crate::iter::MAX_LEVEL;
@@ -70,13 +70,18 @@ impl<P: Platform> TdpMmu<P> {
     #[inline]
     pub fn lookup(&self, task: &Task<P>, root: u32, gfn: u64) -> Option<(Spte, u8)> {
         let _rcu = task.rcu_read();
+        let pool = self.pool();
         let (mut table, mut level) = (root, self.root_level());
+        let mut shift = 9 * u32::from(level - 1);
+        // Five reads at most; the shift is carried, not recomputed from the level.
         loop {
-            let entry = Spte(P::load(&self.pool().entries(table)[index(gfn, level)], Site::WalkLockless));
-            if !entry.is_table(level) {
+            let slot = (gfn >> shift) as usize % ENTRIES;
+            let entry = Spte(P::load(&pool.entries(table)[slot], Site::WalkLockless));
+            if shift == 0 || !entry.is_table(level) {
                 return entry.is_leaf(level).then_some((entry, level));
             }
             table = entry.pfn() as u32;
+            shift -= 9;
             level -= 1;
         }
     }

@@ -12,7 +12,7 @@ use std::sync::atomic::Ordering;
 
 use tdpmmu_platform::{Event, Guard, Platform, Shared, Site, Task};
 use tdpmmu_spte::geometry::{ENTRIES, index, round_down, span};
-use tdpmmu_spte::{Access, AdMode, MakeLeaf, ReplaceFlushSpan, Role, SplitInFault, Spte};
+use tdpmmu_spte::{Access, AdMode, MadeLeaf, MakeLeaf, ReplaceFlushSpan, Role, SplitInFault, Spte};
 use tdpmmu_table::{PoolError, TableCache};
 
 use crate::TdpMmu;
@@ -139,29 +139,122 @@ impl<P: Platform> TdpMmu<P> {
     ) -> MapOutcome {
         let task = guard.task();
         let _rcu = task.rcu_read();
+        match self.descend(task, cache, root, fault) {
+            Ok((table, old)) => {
+                let cell = &self.pool().entries(table)[index(fault.gfn, fault.goal_level)];
+                self.map_leaf(task, cell, self.goal(root, fault), old, fault)
+            }
+            Err(outcome) => outcome,
+        }
+    }
+
+    /// Maps `count` gfns from `first.gfn` on to consecutive frames, as many faults would, but with one descent and one
+    /// booking: up to the end of the table that holds the first leaf. Returns how many are mapped now (new or found so);
+    /// fewer than asked and room for mean that the next one must go through [`TdpMmu::map`].
+    pub fn map_range(
+        &self,
+        guard: &mut Guard<'_, P, Shared>,
+        cache: &mut TableCache,
+        root: u32,
+        first: &MapFault,
+        count: u64,
+    ) -> Result<u64, MapOutcome> {
+        let Frame::Page { pfn, writable } = first.frame else { return Err(MapOutcome::Emulate) };
+        let task = guard.task();
+        let _rcu = task.rcu_read();
+        let (table, _) = self.descend(task, cache, root, first)?;
+        let (slot, unit) = (index(first.gfn, first.goal_level), span(first.goal_level));
+        let cells = &self.pool().entries(table)[slot..];
+        let room = count.min(cells.len() as u64);
+        let goal = self.goal(root, first);
+        let empty = self.format().empty();
+        let template = self.leaf_for(first, pfn & !(unit - 1), writable, empty);
+        let (mut new, mut done) = (0, 0);
+        for (i, cell) in (0..room).zip(cells) {
+            let leaf = Spte(template.spte.raw() + ((i * unit) << 12));
+            if P::cmpxchg(cell, empty.raw(), leaf.raw(), Site::SpteInstall).is_err() {
+                // Something is there: the single step knows all the cases.
+                let fault = MapFault {
+                    gfn: first.gfn + i * unit,
+                    frame: Frame::Page { pfn: pfn + i * unit, writable },
+                    ..*first
+                };
+                let old = Spte(P::load(cell, Site::SpteRead));
+                let frozen = self.format().is_frozen(old);
+                let at = At { gfn: goal.gfn + i * unit, ..goal };
+                if frozen || self.map_leaf(task, cell, at, old, &fault) == MapOutcome::Retry {
+                    break;
+                }
+                done += 1;
+                continue;
+            }
+            new += 1;
+            done += 1;
+            if template.mark_dirty {
+                self.host().gfn_dirty(first.as_id, first.gfn + i * unit);
+            }
+            if self.observer().is_some() {
+                let at = At { gfn: goal.gfn + i * unit, ..goal };
+                change::tell::<P, Shared>(self, task, at, empty, leaf);
+            }
+        }
+        task.count(0, new);
+        self.add_leaves(first.goal_level, new as i64);
+        Ok(done)
+    }
+
+    fn goal(&self, root: u32, fault: &MapFault) -> At {
+        let level = fault.goal_level;
+        At { as_id: fault.as_id, root, gfn: round_down(fault.gfn, level), level }
+    }
+
+    /// Walks from `root` to the table of the goal level, linking what is missing. Returns that table and the entry found in it.
+    #[inline]
+    fn descend(
+        &self,
+        task: &Task<P>,
+        cache: &mut TableCache,
+        root: u32,
+        fault: &MapFault,
+    ) -> Result<(u32, Spte), MapOutcome> {
         let (mut table, mut level) = (root, self.root_level());
         loop {
             let slot = index(fault.gfn, level);
-            let cell = &self.pool().entries(table)[slot];
-            let old = Spte(P::load(cell, Site::SpteRead));
+            let old = Spte(P::load(&self.pool().entries(table)[slot], Site::SpteRead));
             task.count(1, 0);
             if self.format().is_frozen(old) {
-                return MapOutcome::Retry;
+                return Err(MapOutcome::Retry);
             }
-            let at = At { as_id: fault.as_id, root, gfn: round_down(fault.gfn, level), level };
             if level == fault.goal_level {
-                return self.map_leaf(task, cell, at, old, fault);
+                return Ok((table, old));
             }
             table = if old.is_table(level) {
                 old.pfn() as u32
             } else {
-                match self.link_below(task, cache, table, at, old) {
-                    Some(child) => child,
-                    None => return MapOutcome::Retry,
-                }
+                let at = At { as_id: fault.as_id, root, gfn: round_down(fault.gfn, level), level };
+                self.link_below(task, cache, table, at, old).ok_or(MapOutcome::Retry)?
             };
             level -= 1;
         }
+    }
+
+    /// The leaf that a fault wants at its goal level, over `old`.
+    #[inline]
+    fn leaf_for(&self, fault: &MapFault, pfn: u64, writable: bool, old: Spte) -> MadeLeaf {
+        let format = self.format();
+        format.make_leaf(&MakeLeaf {
+            pfn,
+            level: fault.goal_level,
+            access: Access::ALL,
+            prefetch: fault.prefetch,
+            host_writable: writable,
+            write_protected: false,
+            old,
+            dirty_tracked: fault.dirty_tracked,
+            ad_mode: if format.ad_bits { AdMode::Enabled } else { AdMode::Disabled },
+            nx_mitigation: false,
+            remake: self.profile().remake_dirty,
+        })
     }
 
     #[inline]
@@ -190,19 +283,7 @@ impl<P: Platform> TdpMmu<P> {
                     self.violation("a fault found another frame behind a present leaf (rule R5)");
                     return MapOutcome::Retry;
                 }
-                let made = format.make_leaf(&MakeLeaf {
-                    pfn,
-                    level: at.level,
-                    access: Access::ALL,
-                    prefetch: fault.prefetch,
-                    host_writable: writable,
-                    write_protected: false,
-                    old,
-                    dirty_tracked: fault.dirty_tracked,
-                    ad_mode: AdMode::Enabled,
-                    nx_mitigation: false,
-                    remake: self.profile().remake_dirty,
-                });
+                let made = self.leaf_for(fault, pfn, writable, old);
                 if made.mark_dirty {
                     self.host().gfn_dirty(fault.as_id, fault.gfn);
                 }

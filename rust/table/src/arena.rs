@@ -31,6 +31,13 @@ unsafe impl<T: ZeroAtomic> Sync for Arena<T> {}
 
 const HUGE: usize = 2 << 20;
 
+/// By value and out of line: a formatted assertion would force the index to memory on every walk step.
+#[cold]
+#[inline(never)]
+fn outside(index: u32) -> ! {
+    panic!("table index {index} is outside the pool");
+}
+
 impl<T: ZeroAtomic> Arena<T> {
     /// Reserves room for `len` elements. No memory is committed.
     pub(crate) fn reserve(len: usize, huge: bool) -> io::Result<Self> {
@@ -70,7 +77,9 @@ impl<T: ZeroAtomic> Arena<T> {
     /// The element at `index`; panics beyond the end (an index never comes from user input unchecked).
     #[inline(always)]
     pub(crate) fn get(&self, index: u32) -> &T {
-        assert!((index as usize) < self.len, "table index {index} is outside the pool");
+        if index as usize >= self.len {
+            outside(index);
+        }
         // SAFETY: in bounds by the line above; the mapping lives as long as `self`; zero bytes are a valid T.
         unsafe { self.base.add(index as usize).as_ref() }
     }

@@ -51,7 +51,11 @@ impl<P: Platform> Worker<P> {
                 all.wait();
                 let now = P::thread_cpu_ns();
                 let cpu_ns = now.saturating_sub(self.cpu_ns.replace(now));
-                let report = WorkerReport { name: self.task.name().to_owned(), meter: self.task.meter().take(), cpu_ns };
+                let report = WorkerReport {
+                    name: self.task.name().to_owned(),
+                    meter: self.task.meter().take(),
+                    cpu_ns,
+                };
                 self.reports.lock().unwrap_or_else(PoisonError::into_inner).push(report);
             }
         }
