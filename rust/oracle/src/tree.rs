@@ -100,8 +100,8 @@ impl Tree {
                 continue;
             }
             let child = spte.pfn();
-            // Index 0 is never a table; beyond the cap and its slack lies no memory of the pool.
-            if child == 0 || child > pool.cap() + 64 || !seen.insert(child as u32) {
+            // Index 0 is never a table; beyond the cap and its slack (two words of the free map) lies no memory of the pool.
+            if child == 0 || child >= pool.cap() + 128 || !seen.insert(child as u32) {
                 let what =
                     format!("entry {spte:?} at level {level} names page {child}, no table or linked already");
                 verdict.broken(Rule::TreeDiffers, Some(root), Some(gfn), what);

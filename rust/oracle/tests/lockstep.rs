@@ -262,7 +262,7 @@ fn random_operations_leave_what_they_mean_and_what_was_reported() {
     let mut config =
         Config { rng_seed: RngSeed::Fixed(seed), failure_persistence: None, ..Config::default() };
     if std::env::var_os("PROPTEST_CASES").is_none() {
-        config.cases = 96;
+        config.cases = 256;
     }
     TestRunner::new(config)
         .run(&(setup(), prop::collection::vec(op(), 1..120)), |(setup, ops)| {
