@@ -15,14 +15,19 @@ fn main() {
     let path = PathBuf::from(file);
     let kernel = kernel(&path);
     let original = lines(&path);
-    let places: Vec<usize> = (0..original.len()).filter(|&i| original[i].contains("kvm_tdp_mmu_spte_changed")).collect();
+    let places: Vec<usize> =
+        (0..original.len()).filter(|&i| original[i].contains("kvm_tdp_mmu_spte_changed")).collect();
     let mut random = Random(seed.parse().expect("a number"));
     let mut tally = std::collections::BTreeMap::<&str, (u64, u64)>::new();
     for _ in 0..count.parse::<u64>().expect("a number") {
         let at = places[random.below(places.len())];
         let mut edited = original.clone();
         // The bits that an explanation could swallow, as often as all others.
-        let bit = if random.below(2) == 0 { [1, 5, 6, 7, 9, 10, 11, 63][random.below(8)] } else { random.below(64) };
+        let bit = if random.below(2) == 0 {
+            [1, 5, 6, 7, 9, 10, 11, 63][random.below(8)]
+        } else {
+            random.below(64)
+        };
         let what = match random.below(3) {
             0 => {
                 let (_, _, value) = field(&original[at], "old_spte");

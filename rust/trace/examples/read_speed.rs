@@ -16,7 +16,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let stats = reader.finish()?;
         let seconds = start.elapsed().as_secs_f64();
         let rate = stats.bytes as f64 / 1e6 / seconds;
-        println!("{events} events, {} lines, {} bad, {} bytes, {rate:.0} MB/s", stats.lines, stats.bad_lines, stats.bytes);
+        println!(
+            "{events} events, {} lines, {} bad, {} bytes, {rate:.0} MB/s",
+            stats.lines, stats.bad_lines, stats.bytes
+        );
         for (name, count) in &stats.foreign {
             println!("  foreign: {name} {count}");
         }

@@ -14,8 +14,19 @@ fn main() {
                 let rate = r.bytes as f64 / 1e6 / start.elapsed().as_secs_f64();
                 println!(
                     "{name}: {} {} transitions {:?} {:?} roots {:?} peak {} end {} {:?} {:?} {:?} obs {} zaps {} {rate:.0} MB/s {:?}",
-                    r.kernel, r.transitions, r.checked, r.mismatch_kinds, r.roots, r.tables_peak, r.tables_at_end, r.births,
-                    r.deaths, r.stat_checks, r.observations, r.zaps.len(), r.notes
+                    r.kernel,
+                    r.transitions,
+                    r.checked,
+                    r.mismatch_kinds,
+                    r.roots,
+                    r.tables_peak,
+                    r.tables_at_end,
+                    r.births,
+                    r.deaths,
+                    r.stat_checks,
+                    r.observations,
+                    r.zaps.len(),
+                    r.notes
                 );
                 for m in r.mismatches.iter().take(if verbose { 100 } else { 5 }) {
                     println!("    {m:?}");

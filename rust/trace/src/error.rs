@@ -25,7 +25,9 @@ pub enum TraceError {
         hint: &'static str,
     },
     /// A compressed stream ended early or is damaged.
-    #[error("{path}: the gzip stream is truncated or damaged after {offset} bytes of text (line {line}): {reason}")]
+    #[error(
+        "{path}: the gzip stream is truncated or damaged after {offset} bytes of text (line {line}): {reason}"
+    )]
     Gzip {
         /// The recording.
         path: PathBuf,
@@ -95,7 +97,9 @@ pub enum ReplayError {
         known: String,
     },
     /// No profile was given, and the recording does not tell.
-    #[error("{path}: cannot tell the kernel from this recording ({evidence}); name it with --profile ({known})")]
+    #[error(
+        "{path}: cannot tell the kernel from this recording ({evidence}); name it with --profile ({known})"
+    )]
     CannotInfer {
         /// The recording.
         path: PathBuf,

@@ -104,49 +104,189 @@ pub enum Probe {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub enum Event<'a> {
-    SpteChanged { as_id: u8, gfn: u64, level: u8, old: u64, new: u64 },
+    SpteChanged {
+        as_id: u8,
+        gfn: u64,
+        level: u8,
+        old: u64,
+        new: u64,
+    },
     PrepareZapPage(PageArg),
-    GetPage { page: PageArg, created: bool },
+    GetPage {
+        page: PageArg,
+        created: bool,
+    },
     SyncPage(PageArg),
     UnsyncPage(PageArg),
-    SetSpte { gfn: u64, spte: u64, level: u8, at: u64 },
-    SpteRequested { gfn: u64, pfn: u64, level: u8, access: Option<u8> },
-    PageFault { vcpu: Option<u32>, rip: Option<u64>, address: u64, error_code: u64 },
-    FastPageFault { vcpu: u32, gpa: u64, error_code: &'a [u8], old: u64, new: u64, spurious: bool, fixed: bool },
-    SplitHugePage { gfn: u64, spte: u64, level: u8, errno: i64 },
-    ZapAllFast { valid_gen: u8, used_pages: u64 },
-    MarkMmio { gfn: u64, access: u64, generation: u64 },
-    CheckMmio { spte: u64, kvm_generation: u64, spte_generation: u64, valid: bool },
-    HandleMmio { address: u64, gfn: u64, access: u64 },
-    UnmapHva { start: u64, end: u64 },
-    AgeHva { start: u64, end: u64 },
-    TestAgeHva { hva: u64 },
-    SetSpteHva { hva: u64 },
-    UserspaceExit { reason: &'a [u8] },
-    SmmTransition { vcpu: u32, entering: bool, smbase: u64 },
-    DirtyRingPush { ring: u64, dirty: u64, reset: u64, slot: u64, offset: u64, used: u64 },
-    DirtyRingReset { ring: u64, dirty: u64, reset: u64, used: u64 },
-    DirtyRingExit { vcpu: u32 },
-    PagetableWalk { address: u64, error: u64 },
-    PagingElement { pte: u64, level: u8 },
-    SetAccessedBit { gpa: u64 },
-    SetDirtyBit { gpa: u64 },
-    WalkerError { error: u64 },
-    Mmio { len: u64, gpa: u64 },
+    SetSpte {
+        gfn: u64,
+        spte: u64,
+        level: u8,
+        at: u64,
+    },
+    SpteRequested {
+        gfn: u64,
+        pfn: u64,
+        level: u8,
+        access: Option<u8>,
+    },
+    PageFault {
+        vcpu: Option<u32>,
+        rip: Option<u64>,
+        address: u64,
+        error_code: u64,
+    },
+    FastPageFault {
+        vcpu: u32,
+        gpa: u64,
+        error_code: &'a [u8],
+        old: u64,
+        new: u64,
+        spurious: bool,
+        fixed: bool,
+    },
+    SplitHugePage {
+        gfn: u64,
+        spte: u64,
+        level: u8,
+        errno: i64,
+    },
+    ZapAllFast {
+        valid_gen: u8,
+        used_pages: u64,
+    },
+    MarkMmio {
+        gfn: u64,
+        access: u64,
+        generation: u64,
+    },
+    CheckMmio {
+        spte: u64,
+        kvm_generation: u64,
+        spte_generation: u64,
+        valid: bool,
+    },
+    HandleMmio {
+        address: u64,
+        gfn: u64,
+        access: u64,
+    },
+    UnmapHva {
+        start: u64,
+        end: u64,
+    },
+    AgeHva {
+        start: u64,
+        end: u64,
+    },
+    TestAgeHva {
+        hva: u64,
+    },
+    SetSpteHva {
+        hva: u64,
+    },
+    UserspaceExit {
+        reason: &'a [u8],
+    },
+    SmmTransition {
+        vcpu: u32,
+        entering: bool,
+        smbase: u64,
+    },
+    DirtyRingPush {
+        ring: u64,
+        dirty: u64,
+        reset: u64,
+        slot: u64,
+        offset: u64,
+        used: u64,
+    },
+    DirtyRingReset {
+        ring: u64,
+        dirty: u64,
+        reset: u64,
+        used: u64,
+    },
+    DirtyRingExit {
+        vcpu: u32,
+    },
+    PagetableWalk {
+        address: u64,
+        error: u64,
+    },
+    PagingElement {
+        pte: u64,
+        level: u8,
+    },
+    SetAccessedBit {
+        gpa: u64,
+    },
+    SetDirtyBit {
+        gpa: u64,
+    },
+    WalkerError {
+        error: u64,
+    },
+    Mmio {
+        len: u64,
+        gpa: u64,
+    },
     Mark(Mark<'a>),
-    IterStart { root: RootArg, min_level: u8, gfn: u64 },
-    InitSp { sp: u64, spt: u64, sptep: u64, gfn: u64, role: u32 },
-    FreeSp { spt: u64 },
-    RootHpa { hpa: u64 },
+    IterStart {
+        root: RootArg,
+        min_level: u8,
+        gfn: u64,
+    },
+    InitSp {
+        sp: u64,
+        spt: u64,
+        sptep: u64,
+        gfn: u64,
+        role: u32,
+    },
+    FreeSp {
+        spt: u64,
+    },
+    RootHpa {
+        hpa: u64,
+    },
     PutRoot(RootArg),
     ScheduleZapRoot(RootArg),
-    ZapRoot { root: RootArg, shared: bool },
-    ZapRootPass { root: RootArg, shared: bool, zap_level: u8 },
-    ZapLeafs { root: RootArg, start: u64, end: u64 },
-    SplitRoot { root: RootArg, start: u64, end: u64, target_level: u8 },
-    ZapSp { sp: u64, spt: u64, role: u32, gfn: u64 },
-    FlushRange { start: u64, pages: u64 },
-    ChangedEntry { gfn: u64, level: u8, shared: bool },
+    ZapRoot {
+        root: RootArg,
+        shared: bool,
+    },
+    ZapRootPass {
+        root: RootArg,
+        shared: bool,
+        zap_level: u8,
+    },
+    ZapLeafs {
+        root: RootArg,
+        start: u64,
+        end: u64,
+    },
+    SplitRoot {
+        root: RootArg,
+        start: u64,
+        end: u64,
+        target_level: u8,
+    },
+    ZapSp {
+        sp: u64,
+        spt: u64,
+        role: u32,
+        gfn: u64,
+    },
+    FlushRange {
+        start: u64,
+        pages: u64,
+    },
+    ChangedEntry {
+        gfn: u64,
+        level: u8,
+        shared: bool,
+    },
     Probe(Probe),
     Other,
 }
@@ -162,11 +302,14 @@ impl Event<'_> {
 #[inline]
 pub fn parse_event<'a>(name: &[u8], text: &'a [u8]) -> Result<Event<'a>, &'static str> {
     if name == b"kvm_tdp_mmu_spte_changed" {
-        return spte_changed(text).ok_or("kvm_tdp_mmu_spte_changed must be `as id N gfn X level N old_spte X new_spte X`");
+        return spte_changed(text)
+            .ok_or("kvm_tdp_mmu_spte_changed must be `as id N gfn X level N old_spte X new_spte X`");
     }
     match name {
         b"hcs" => changed_entry(text).ok_or("hcs must carry gfn=, level= and shared="),
-        b"iter_start" => iter_start(text).ok_or("iter_start must carry root=, spt=, role=, min_level= and gfn="),
+        b"iter_start" => {
+            iter_start(text).ok_or("iter_start must carry root=, spt=, role=, min_level= and gfn=")
+        }
         _ if name.starts_with(b"kvm_") => kvm_event(name, text),
         _ => other_event(name, text),
     }
@@ -174,8 +317,12 @@ pub fn parse_event<'a>(name: &[u8], text: &'a [u8]) -> Result<Event<'a>, &'stati
 
 fn kvm_event<'a>(name: &[u8], text: &'a [u8]) -> Result<Event<'a>, &'static str> {
     match name {
-        b"kvm_mmu_set_spte" => set_spte(text).ok_or("kvm_mmu_set_spte must be `gfn X spte X (rwxu) level N at X`"),
-        b"kvm_mmu_spte_requested" => requested(text).ok_or("kvm_mmu_spte_requested must be `gfn X pfn X level N`"),
+        b"kvm_mmu_set_spte" => {
+            set_spte(text).ok_or("kvm_mmu_set_spte must be `gfn X spte X (rwxu) level N at X`")
+        }
+        b"kvm_mmu_spte_requested" => {
+            requested(text).ok_or("kvm_mmu_spte_requested must be `gfn X pfn X level N`")
+        }
         b"kvm_page_fault" => page_fault(text).ok_or("kvm_page_fault must give address and error_code"),
         b"kvm_mmu_get_page" => page(text)
             .map(|(page, rest)| Event::GetPage { page, created: rest.ends_with(b" new") })
@@ -183,9 +330,9 @@ fn kvm_event<'a>(name: &[u8], text: &'a [u8]) -> Result<Event<'a>, &'static str>
         b"kvm_mmu_prepare_zap_page" => page(text)
             .map(|(page, _)| Event::PrepareZapPage(page))
             .ok_or("kvm_mmu_prepare_zap_page must be `sp gen N gfn X lN ...`"),
-        b"kvm_mmu_sync_page" => {
-            page(text).map(|(page, _)| Event::SyncPage(page)).ok_or("kvm_mmu_sync_page must be `sp gen N gfn X lN ...`")
-        }
+        b"kvm_mmu_sync_page" => page(text)
+            .map(|(page, _)| Event::SyncPage(page))
+            .ok_or("kvm_mmu_sync_page must be `sp gen N gfn X lN ...`"),
         b"kvm_mmu_unsync_page" => page(text)
             .map(|(page, _)| Event::UnsyncPage(page))
             .ok_or("kvm_mmu_unsync_page must be `sp gen N gfn X lN ...`"),
@@ -211,14 +358,22 @@ fn kvm_event<'a>(name: &[u8], text: &'a [u8]) -> Result<Event<'a>, &'static str>
             .strip_prefix(b"reason ")
             .map(|reason| Event::UserspaceExit { reason })
             .ok_or("kvm_userspace_exit must be `reason ...`"),
-        b"kvm_smm_transition" => smm(text).ok_or("kvm_smm_transition must be `vcpu N: entering|leaving SMM, smbase X`"),
-        b"kvm_dirty_ring_push" => ring_push(text).ok_or("kvm_dirty_ring_push must be `ring N: dirty X reset X slot N ...`"),
-        b"kvm_dirty_ring_reset" => ring_reset(text).ok_or("kvm_dirty_ring_reset must be `ring N: dirty X reset X (used N)`"),
+        b"kvm_smm_transition" => {
+            smm(text).ok_or("kvm_smm_transition must be `vcpu N: entering|leaving SMM, smbase X`")
+        }
+        b"kvm_dirty_ring_push" => {
+            ring_push(text).ok_or("kvm_dirty_ring_push must be `ring N: dirty X reset X slot N ...`")
+        }
+        b"kvm_dirty_ring_reset" => {
+            ring_reset(text).ok_or("kvm_dirty_ring_reset must be `ring N: dirty X reset X (used N)`")
+        }
         b"kvm_dirty_ring_exit" => after(text, b"vcpu ")
             .and_then(|mut c| Some(Event::DirtyRingExit { vcpu: u32::try_from(c.dec()?).ok()? }))
             .ok_or("kvm_dirty_ring_exit must be `vcpu N`"),
         b"kvm_mmu_pagetable_walk" => walk(text).ok_or("kvm_mmu_pagetable_walk must be `addr X pferr X`"),
-        b"kvm_mmu_paging_element" => paging_element(text).ok_or("kvm_mmu_paging_element must be `pte X level N`"),
+        b"kvm_mmu_paging_element" => {
+            paging_element(text).ok_or("kvm_mmu_paging_element must be `pte X level N`")
+        }
         b"kvm_mmu_set_accessed_bit" => after(text, b"gpa ")
             .and_then(|mut c| c.hex_any())
             .map(|gpa| Event::SetAccessedBit { gpa })
@@ -239,13 +394,19 @@ fn kvm_event<'a>(name: &[u8], text: &'a [u8]) -> Result<Event<'a>, &'static str>
 fn other_event<'a>(name: &[u8], text: &'a [u8]) -> Result<Event<'a>, &'static str> {
     let probe = |p| Ok(Event::Probe(p));
     match name {
-        b"fast_page_fault" => {
-            fast_page_fault(text).ok_or("fast_page_fault must be `vcpu N gva X error_code F sptep P old X new X spurious N fixed N`")
-        }
+        b"fast_page_fault" => fast_page_fault(text).ok_or(
+            "fast_page_fault must be `vcpu N gva X error_code F sptep P old X new X spurious N fixed N`",
+        ),
         b"mark_mmio_spte" => mark_mmio(text).ok_or("mark_mmio_spte must be `sptep:P gfn X access X gen X`"),
-        b"check_mmio_spte" => check_mmio(text).ok_or("check_mmio_spte must be `spte X kvm_gen X spte-gen X valid N`"),
-        b"handle_mmio_page_fault" => handle_mmio(text).ok_or("handle_mmio_page_fault must be `addr:X gfn X access X`"),
-        b"tracing_mark_write" => mark(text).map(Event::Mark).ok_or("a mark must be `OP n begin|end ...` or `STAT n {...}`"),
+        b"check_mmio_spte" => {
+            check_mmio(text).ok_or("check_mmio_spte must be `spte X kvm_gen X spte-gen X valid N`")
+        }
+        b"handle_mmio_page_fault" => {
+            handle_mmio(text).ok_or("handle_mmio_page_fault must be `addr:X gfn X access X`")
+        }
+        b"tracing_mark_write" => {
+            mark(text).map(Event::Mark).ok_or("a mark must be `OP n begin|end ...` or `STAT n {...}`")
+        }
         // `print: tracing_mark_write: text` is trace-cmd's spelling.
         b"print" | b"bprint" => match text.strip_prefix(b"tracing_mark_write:") {
             Some(rest) => mark(rest.trim_ascii_start())
@@ -262,13 +423,21 @@ fn other_event<'a>(name: &[u8], text: &'a [u8]) -> Result<Event<'a>, &'static st
             .ok_or("zap_root must carry root=, spt= and role="),
         b"zap_root_pass" => (|| {
             let zap_level = u8::try_from(keyed(text, b"zap_level")?).ok()?;
-            Some(Event::ZapRootPass { root: root(text)?, shared: keyed(text, b"shared") == Some(1), zap_level })
+            Some(Event::ZapRootPass {
+                root: root(text)?,
+                shared: keyed(text, b"shared") == Some(1),
+                zap_level,
+            })
         })()
         .ok_or("zap_root_pass must carry root=, spt=, role= and zap_level="),
-        b"zap_leafs" => {
-            (|| Some(Event::ZapLeafs { root: root(text)?, start: keyed(text, b"start")?, end: keyed(text, b"end")? }))()
-                .ok_or("zap_leafs must carry root=, spt=, role=, start= and end=")
-        }
+        b"zap_leafs" => (|| {
+            Some(Event::ZapLeafs {
+                root: root(text)?,
+                start: keyed(text, b"start")?,
+                end: keyed(text, b"end")?,
+            })
+        })()
+        .ok_or("zap_leafs must carry root=, spt=, role=, start= and end="),
         b"split_root" => (|| {
             Some(Event::SplitRoot {
                 root: root(text)?,
@@ -298,9 +467,9 @@ fn other_event<'a>(name: &[u8], text: &'a [u8]) -> Result<Event<'a>, &'static st
         })()
         .ok_or("init_sp must carry sp=, spt=, sptep=, gfn= and role="),
         b"free_sp" => keyed(text, b"spt").map(|spt| Event::FreeSp { spt }).ok_or("free_sp must carry spt="),
-        b"get_vcpu_root_hpa_ret" => {
-            keyed(text, b"hpa").map(|hpa| Event::RootHpa { hpa }).ok_or("get_vcpu_root_hpa_ret must carry hpa=")
-        }
+        b"get_vcpu_root_hpa_ret" => keyed(text, b"hpa")
+            .map(|hpa| Event::RootHpa { hpa })
+            .ok_or("get_vcpu_root_hpa_ret must carry hpa="),
         b"flush_remote_tlbs_range" => {
             (|| Some(Event::FlushRange { start: keyed(text, b"start")?, pages: keyed(text, b"n")? }))()
                 .ok_or("flush_remote_tlbs_range must carry start= and n=")
@@ -415,7 +584,8 @@ fn page(text: &[u8]) -> Option<(PageArg, &[u8])> {
     let level = level(c.dec()?)?;
     c.lit(b" ")?;
     let rest = c.rest();
-    let wide_access = rest.split(|&b| b == b' ').any(|w| w.len() == 4 && w.ends_with(b"x") && matches!(w[0], b'r' | b'-'));
+    let wide_access =
+        rest.split(|&b| b == b' ').any(|w| w.len() == 4 && w.ends_with(b"x") && matches!(w[0], b'r' | b'-'));
     c.past(b"root ")?;
     let root_count = c.dec()?;
     Some((PageArg { valid_gen, gfn, level, wide_access, root_count }, text))
@@ -618,7 +788,11 @@ fn mark(text: &[u8]) -> Option<Mark<'_>> {
         };
         let kind = c.word();
         let json = c.rest();
-        return Some(if begin { Mark::Begin { number, kind, json } } else { Mark::End { number, kind, json } });
+        return Some(if begin {
+            Mark::Begin { number, kind, json }
+        } else {
+            Mark::End { number, kind, json }
+        });
     }
     if c.eat(b"STAT ") {
         let Some(number) = c.dec() else { return Some(Mark::Text(text)) };

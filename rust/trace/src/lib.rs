@@ -19,6 +19,7 @@ pub use event::{Event, Mark, PageArg, Probe, RootArg, parse_event};
 pub use line::Head;
 pub use reader::{BadLine, Item, ReadStats, TraceReader};
 pub use replay::{
-    Births, Checked, Deaths, LISTED_MISMATCHES, Mismatch, Progress, Replay, ReplayOptions, StatChecks, Zap, profile_named, replay,
+    Births, Checked, Deaths, LISTED_MISMATCHES, Mismatch, Progress, Replay, ReplayOptions, StatChecks, Zap,
+    profile_named, replay,
 };
 pub use source::{Input, MAX_LINE};

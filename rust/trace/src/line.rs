@@ -42,7 +42,10 @@ pub(crate) enum Parsed<'a> {
     Lost(Option<u64>),
     /// A comment, a header or a blank line.
     Nothing,
-    Bad { rule: &'static str, column: Option<u64> },
+    Bad {
+        rule: &'static str,
+        column: Option<u64>,
+    },
 }
 
 pub(crate) fn parse(line: &[u8]) -> Parsed<'_> {
@@ -58,11 +61,17 @@ pub(crate) fn parse(line: &[u8]) -> Parsed<'_> {
     if let Some(lost) = lost(trimmed) {
         return lost;
     }
-    if trimmed.starts_with(b"cpus=") || trimmed.starts_with(b"version = ") || trimmed.starts_with(b"trace.dat") {
+    if trimmed.starts_with(b"cpus=")
+        || trimmed.starts_with(b"version = ")
+        || trimmed.starts_with(b"trace.dat")
+    {
         return Parsed::Nothing;
     }
     if memchr::memchr(0, line).is_some() {
-        return Parsed::Bad { rule: "a line must be text, without NUL bytes", column: memchr::memchr(0, line).map(|at| at as u64) };
+        return Parsed::Bad {
+            rule: "a line must be text, without NUL bytes",
+            column: memchr::memchr(0, line).map(|at| at as u64),
+        };
     }
     Parsed::Bad { rule: "a line must be `comm-pid [cpu] time: event: text`", column: None }
 }
@@ -83,7 +92,11 @@ fn comment(line: &[u8]) -> Parsed<'_> {
 /// `CPU:3 [LOST 12 EVENTS]`, `CPU 3 is empty`, `LOST 12 events`, trace-cmd's `CPU:0 [12 EVENTS DROPPED]`.
 fn lost(line: &[u8]) -> Option<Parsed<'_>> {
     let find = |needle: &[u8]| memchr::memmem::find(line, needle);
-    if line.starts_with(b"CPU") || line.starts_with(b"LOST ") || line.starts_with(b"[LOST ") || line.starts_with(b"Processed ") {
+    if line.starts_with(b"CPU")
+        || line.starts_with(b"LOST ")
+        || line.starts_with(b"[LOST ")
+        || line.starts_with(b"Processed ")
+    {
         if let Some(at) = find(b"LOST ") {
             return Some(Parsed::Lost(Cursor::new(&line[at + 5..]).dec()));
         }
@@ -159,7 +172,9 @@ fn stamp(c: &mut Cursor<'_>) -> Option<u64> {
 fn task(head: &[u8]) -> Option<(&[u8], u32, Option<u32>)> {
     let mut head = head.trim_ascii_end();
     let mut tgid = None;
-    if let Some(open) = head.strip_suffix(b")").and_then(|h| h.iter().rposition(|&b| b == b'(').map(|at| (h, at))) {
+    if let Some(open) =
+        head.strip_suffix(b")").and_then(|h| h.iter().rposition(|&b| b == b'(').map(|at| (h, at)))
+    {
         let inner = open.0[open.1 + 1..].trim_ascii();
         if inner.iter().all(|&b| b == b'-') && !inner.is_empty() {
             head = head[..open.1].trim_ascii_end();

@@ -174,7 +174,14 @@ impl TraceReader {
         let text = String::from_utf8_lossy(&bytes[..bytes.len().min(160)]).into_owned();
         let (line, offset) = (self.lines.line(), self.lines.line_offset());
         if self.strict {
-            return Err(TraceError::Malformed { path: self.lines.path().to_path_buf(), line, offset, column, text, rule });
+            return Err(TraceError::Malformed {
+                path: self.lines.path().to_path_buf(),
+                line,
+                offset,
+                column,
+                text,
+                rule,
+            });
         }
         self.stats.bad_lines += 1;
         if self.stats.bad.len() < REPORTED_BAD_LINES {

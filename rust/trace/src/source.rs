@@ -240,7 +240,11 @@ fn read_full(source: &mut dyn Read, buf: &mut [u8]) -> std::io::Result<usize> {
 fn refuse_binary(path: &Path, head: &[u8]) -> Result<(), TraceError> {
     let known: [(&[u8], &str, &str); 7] = [
         (b"\x17\x08\x44tracing", "a binary trace.dat", "run `trace-cmd report FILE` and give its output"),
-        (b"PERFILE2", "a binary perf.data", "run `perf script -F comm,pid,tid,cpu,time,event,trace --ns` and give its output"),
+        (
+            b"PERFILE2",
+            "a binary perf.data",
+            "run `perf script -F comm,pid,tid,cpu,time,event,trace --ns` and give its output",
+        ),
         (b"\xff\xfe", "UTF-16 text", "convert it with `iconv -f UTF-16 -t UTF-8`"),
         (b"\xfe\xff", "UTF-16 text", "convert it with `iconv -f UTF-16 -t UTF-8`"),
         (b"\x28\xb5\x2f\xfd", "zstd-compressed", "decompress it with `zstd -dc FILE` and give the output"),

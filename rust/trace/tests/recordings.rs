@@ -73,7 +73,11 @@ fn leaf_counts_equal_kvms_own_at_every_quiet_point() {
 fn zaps_are_listed_by_cause() {
     let causes = |r: &Replay| r.zaps.iter().map(|z| z.cause).collect::<std::collections::BTreeSet<_>>();
     let nx = one("6.1/k_nx");
-    assert!(causes(&nx).is_superset(&["nx_recovery", "fast_zap", "replace", "teardown"].into()), "{:?}", causes(&nx));
+    assert!(
+        causes(&nx).is_superset(&["nx_recovery", "fast_zap", "replace", "teardown"].into()),
+        "{:?}",
+        causes(&nx)
+    );
     let recovered: u64 = nx.zaps.iter().filter(|z| z.cause == "nx_recovery").map(|z| z.tables).sum();
     assert_eq!(recovered, 2);
     let worker = one("6.1-async/i2_teardown_small");
@@ -88,7 +92,8 @@ fn roots_are_told_apart_by_address_and_generation() {
 }
 
 fn is_kernels_own(line: &str) -> bool {
-    line.starts_with('#') || ["kvm_", "fast_page_fault:", "mark_mmio", "check_mmio"].iter().any(|e| line.contains(e))
+    line.starts_with('#')
+        || ["kvm_", "fast_page_fault:", "mark_mmio", "check_mmio"].iter().any(|e| line.contains(e))
 }
 
 fn event(line: &str) -> &str {
@@ -98,7 +103,8 @@ fn event(line: &str) -> &str {
 #[test]
 fn a_recording_without_kprobes_and_marks_replays_without_roots() {
     for path in shipped() {
-        let own: Vec<String> = lines(&path).into_iter().filter(|l| is_kernels_own(event(l)) || l.starts_with('#')).collect();
+        let own: Vec<String> =
+            lines(&path).into_iter().filter(|l| is_kernels_own(event(l)) || l.starts_with('#')).collect();
         let r = check(&kernel(&path), &own).expect("replays");
         clean(&path.display().to_string(), &r);
         assert_eq!(r.roots, None, "{}", path.display());
@@ -108,7 +114,8 @@ fn a_recording_without_kprobes_and_marks_replays_without_roots() {
 #[test]
 fn a_recording_of_nothing_but_spte_changes_replays() {
     for path in shipped() {
-        let own: Vec<String> = lines(&path).into_iter().filter(|l| event(l) == "kvm_tdp_mmu_spte_changed").collect();
+        let own: Vec<String> =
+            lines(&path).into_iter().filter(|l| event(l) == "kvm_tdp_mmu_spte_changed").collect();
         let r = check(&kernel(&path), &own).expect("replays");
         clean(&path.display().to_string(), &r);
         assert_eq!((r.roots, r.births.traced), (None, 0), "{}", path.display());
@@ -145,9 +152,16 @@ fn after_a_loss_what_is_unknown_is_counted_and_no_mismatch_is_claimed() {
 fn the_kernel_is_told_from_the_recording_when_no_folder_names_it() {
     for path in shipped() {
         let mut gzip = Vec::new();
-        std::fs::File::open(&path).and_then(|mut f| f.read_to_end(&mut gzip)).expect("the recording is readable");
+        std::fs::File::open(&path)
+            .and_then(|mut f| f.read_to_end(&mut gzip))
+            .expect("the recording is readable");
         let r = check_bytes(None, gzip).expect("replays");
-        assert_eq!((r.kernel.as_str(), r.profile_from), (kernel(&path).as_str(), "inferred"), "{}", path.display());
+        assert_eq!(
+            (r.kernel.as_str(), r.profile_from),
+            (kernel(&path).as_str(), "inferred"),
+            "{}",
+            path.display()
+        );
         assert_eq!(r.checked.mismatch, 0);
     }
 }

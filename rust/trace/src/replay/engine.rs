@@ -182,7 +182,14 @@ impl Engine {
         }
     }
 
-    pub(crate) fn complain(&mut self, c: &Change, kind: &'static str, expected: u64, got: u64, rule: impl Into<String>) {
+    pub(crate) fn complain(
+        &mut self,
+        c: &Change,
+        kind: &'static str,
+        expected: u64,
+        got: u64,
+        rule: impl Into<String>,
+    ) {
         self.report(Self::describe(c, kind, expected, got, rule.into()));
     }
 
@@ -197,7 +204,13 @@ impl Engine {
         }
         self.take_announcement(&mut c);
         if c.gfn & (span(c.level) - 1) != 0 {
-            self.complain(&c, "transition", c.gfn & !(span(c.level) - 1), c.gfn, "the gfn of an entry must be aligned to its level");
+            self.complain(
+                &c,
+                "transition",
+                c.gfn & !(span(c.level) - 1),
+                c.gfn,
+                "the gfn of an entry must be aligned to its level",
+            );
             return;
         }
         let Some((root, found)) = self.place(&c) else {
@@ -234,7 +247,9 @@ impl Engine {
         while let Some(&top) = self.threads[c.thread].removal.last() {
             let table = self.forest.table(top);
             let (root, i) = (table.root, index(c.gfn, c.level));
-            let fits = table.level == c.level && table.covers(c.gfn) && self.forest.roots[root as usize].as_id == c.as_id;
+            let fits = table.level == c.level
+                && table.covers(c.gfn)
+                && self.forest.roots[root as usize].as_id == c.as_id;
             // Where roots are not told apart, the next zap of another root can look like this removal's next entry.
             let ambiguous = !self.seen.iter_start && fits && self.explain(c, top, i).is_none();
             if fits && !(ambiguous && self.explained_elsewhere(c)) {
@@ -293,7 +308,8 @@ impl Engine {
             }
         }
         let fresh = c.level >= 4 && self.format.is_empty(Spte(c.old)) && Spte(c.new).is_present();
-        let begins = candidates.is_empty() || (fresh && (self.invalidated_since_root || self.unclaimed_root_births > 0 || !self.seen.birth));
+        let begins = candidates.is_empty()
+            || (fresh && (self.invalidated_since_root || self.unclaimed_root_births > 0 || !self.seen.birth));
         if begins && !self.seen.iter_start {
             let known = (self.seen.create_vm || self.unclaimed_root_births > 0) && !self.seen.lost;
             let vm = self.threads[c.thread].vm;
@@ -319,10 +335,13 @@ impl Engine {
                 _ => Why::Same,
             }),
             Some(Drift::Hardware) => Some(Why::Hardware),
-            Some(Drift::FastFault) if self.profile.fast_page_fault && !self.seen.fast_fault => Some(Why::Tentative),
+            Some(Drift::FastFault) if self.profile.fast_page_fault && !self.seen.fast_fault => {
+                Some(Why::Tentative)
+            }
             Some(Drift::FastFault) => None,
             None => {
-                let silent = known == Known::Frozen && value == self.format.frozen && c.old == self.format.nonpresent;
+                let silent =
+                    known == Known::Frozen && value == self.format.frozen && c.old == self.format.nonpresent;
                 silent.then_some(Why::Unfreeze)
             }
         }
@@ -431,9 +450,11 @@ impl Engine {
                 table.known[i] = Known::Frozen;
             }
             // An exclusive removal leaves empty entries alone.
-            table.shared_removal |= !old.is_present() || (c.shared == Some(true) && table.life == Life::Dying);
+            table.shared_removal |=
+                !old.is_present() || (c.shared == Some(true) && table.life == Life::Dying);
         }
-        let removes = old.is_present() && (!new.is_present() || (old.is_table(c.level) && new.is_leaf(c.level)));
+        let removes =
+            old.is_present() && (!new.is_present() || (old.is_table(c.level) && new.is_leaf(c.level)));
         if removes {
             let thread = &mut self.threads[c.thread];
             thread.zap_entry(c.level, c.ns, old.is_table(c.level) && new.is_leaf(c.level));
@@ -503,13 +524,25 @@ impl Engine {
             return;
         };
         if (gfn, level) != (c.gfn, c.level - 1) {
-            self.complain(c, "birth", gfn, c.gfn, format!("the table was allocated for gfn {gfn:#x} level {level}"));
+            self.complain(
+                c,
+                "birth",
+                gfn,
+                c.gfn,
+                format!("the table was allocated for gfn {gfn:#x} level {level}"),
+            );
             return;
         }
         if let Some(spt) = spt {
             let base = *self.direct_map.get_or_insert(spt.wrapping_sub(pa));
             if spt.wrapping_sub(base) != pa {
-                self.complain(c, "birth", spt.wrapping_sub(base), pa, "the table linked is not the one its thread allocated");
+                self.complain(
+                    c,
+                    "birth",
+                    spt.wrapping_sub(base),
+                    pa,
+                    "the table linked is not the one its thread allocated",
+                );
                 return;
             }
         }
@@ -612,7 +645,8 @@ impl Engine {
             return;
         }
         let table = self.forest.table(id);
-        let (level, gfn, pa, prepared, shared) = (table.level, table.gfn, table.pa, table.prepared, table.shared_removal);
+        let (level, gfn, pa, prepared, shared) =
+            (table.level, table.gfn, table.pa, table.prepared, table.shared_removal);
         let frozen = self.format.frozen;
         let unknown = table.adopted || table.known.contains(&Known::Unknown);
         let present = table.entries.iter().position(|&e| Spte(e).is_present());
@@ -621,11 +655,13 @@ impl Engine {
         if !unknown && !self.seen.lost {
             if let Some(k) = present {
                 let value = self.forest.table(id).entries[k];
-                let rule = format!("the table at gfn {gfn:#x} was removed, but its entry {k} is still present");
+                let rule =
+                    format!("the table at gfn {gfn:#x} was removed, but its entry {k} is still present");
                 self.complain(&at, "removal", self.format.frozen, value, rule);
             } else if let Some(k) = open {
                 let value = self.forest.table(id).entries[k];
-                let rule = format!("removal under the shared lock freezes every entry, but entry {k} was not");
+                let rule =
+                    format!("removal under the shared lock freezes every entry, but entry {k} was not");
                 self.complain(&at, "removal", self.format.frozen, value, rule);
             }
             if self.seen.prepare && !prepared {
@@ -666,7 +702,13 @@ impl Engine {
             }
             let Some(Waiting { change, on }) = self.waiting.remove(k) else { continue };
             if matches!(on, Wait::Value(..)) && !change.fast {
-                self.complain(&change, "old_value", 0, change.old, "the entry's table was removed before its value came");
+                self.complain(
+                    &change,
+                    "old_value",
+                    0,
+                    change.old,
+                    "the entry's table was removed before its value came",
+                );
             }
         }
         for thread in &mut self.threads {
@@ -745,7 +787,13 @@ impl Engine {
         if let Some(k) = (0..table.entries.len()).find(|&k| known(k) && Spte(table.entries[k]).is_present()) {
             let (value, level) = (table.entries[k], table.level);
             let at = Change { gfn: k as u64 * span(level), level, ..*c };
-            self.complain(&at, "death", self.format.nonpresent, value, "a root was freed with a present entry");
+            self.complain(
+                &at,
+                "death",
+                self.format.nonpresent,
+                value,
+                "a root was freed with a present entry",
+            );
         }
     }
 
@@ -809,10 +857,22 @@ impl Engine {
                         return;
                     }
                     if c.fast {
-                        self.complain(&c, "old_value", expected, c.old, "the fast page fault found another value");
+                        self.complain(
+                            &c,
+                            "old_value",
+                            expected,
+                            c.old,
+                            "the fast page fault found another value",
+                        );
                         return;
                     }
-                    self.complain(&c, "old_value", expected, c.old, "the old value is not the one that was left here");
+                    self.complain(
+                        &c,
+                        "old_value",
+                        expected,
+                        c.old,
+                        "the old value is not the one that was left here",
+                    );
                     self.apply(c, t, i);
                 }
                 self.retry(t, i, None);
@@ -870,7 +930,9 @@ impl Engine {
     fn retry(&mut self, t: TableId, i: usize, by: Option<&Change>) {
         while !self.waiting.is_empty() && self.forest.holds(t) {
             let next = (0..self.waiting.len()).find(|&k| match self.waiting[k].on {
-                Wait::Value(wt, wi) => (wt, wi) == (t, i) && self.explain(&self.waiting[k].change, t, i).is_some(),
+                Wait::Value(wt, wi) => {
+                    (wt, wi) == (t, i) && self.explain(&self.waiting[k].change, t, i).is_some()
+                }
                 Wait::Seen(wt, wi) => (wt, wi) == (t, i) && self.saw(&self.waiting[k].change, t, i),
                 Wait::Table(_) => false,
             });
@@ -891,7 +953,8 @@ impl Engine {
         if (c.pid, c.cpu) != (by.pid, by.cpu) {
             return self.accept(c, t, i, if c.fast { why } else { Why::Reordered });
         }
-        let rule = format!("the change it follows from stands later, in line {}, of the same thread", by.line);
+        let rule =
+            format!("the change it follows from stands later, in line {}, of the same thread", by.line);
         let expected = self.forest.table(t).entries[i];
         self.complain(&c, "old_value", expected, c.old, rule);
         if !c.fast {
@@ -904,13 +967,18 @@ impl Engine {
         let covers = |c: &Change| c.level <= level && c.gfn >= gfn && c.gfn - gfn < table_span(level);
         let mut k = 0;
         while k < self.waiting.len() {
-            let ours = matches!(self.waiting[k].on, Wait::Table(r) if r == root) && covers(&self.waiting[k].change);
+            let ours =
+                matches!(self.waiting[k].on, Wait::Table(r) if r == root) && covers(&self.waiting[k].change);
             if !ours {
                 k += 1;
                 continue;
             }
             let change = self.waiting[k].change;
-            let place = if change.fast { self.fast_place(&change, root) } else { self.forest.find(root, change.level, change.gfn) };
+            let place = if change.fast {
+                self.fast_place(&change, root)
+            } else {
+                self.forest.find(root, change.level, change.gfn)
+            };
             let Found::Entry(t, i) = place else {
                 k += 1;
                 continue;
@@ -934,7 +1002,11 @@ impl Engine {
             Some((t, i)) => {
                 let table = self.forest.table(t);
                 let value = Spte(table.entries[i]);
-                if value.is_leaf(table.level) && value.pfn() == Spte(c.old).pfn() { Found::Entry(t, i) } else { Found::Missing }
+                if value.is_leaf(table.level) && value.pfn() == Spte(c.old).pfn() {
+                    Found::Entry(t, i)
+                } else {
+                    Found::Missing
+                }
             }
             None => Found::Missing,
         }
@@ -969,9 +1041,18 @@ impl Engine {
         let gfn = c.gfn & !(span(c.level) - 1);
         let Found::Entry(t, i) = self.forest.find(root, c.level, gfn) else { return };
         let pa = self.forest.table(t).pa;
-        if pa != 0 && self.forest.table(t).life == Life::Linked && (pa != at & !0xfff || i as u64 != (at & 0xfff) / 8) {
+        if pa != 0
+            && self.forest.table(t).life == Life::Linked
+            && (pa != at & !0xfff || i as u64 != (at & 0xfff) / 8)
+        {
             if !self.seen.lost {
-                self.complain(&c, "observation", pa + i as u64 * 8, at, "kvm_mmu_set_spte names another entry");
+                self.complain(
+                    &c,
+                    "observation",
+                    pa + i as u64 * 8,
+                    at,
+                    "kvm_mmu_set_spte names another entry",
+                );
             }
             return;
         }
@@ -980,7 +1061,13 @@ impl Engine {
         let alone = self.faulting_threads < 2 && !self.seen.lost;
         if alone && wrote.is_some_and(|w| w != c.new) {
             let expected = wrote.unwrap_or_default();
-            self.complain(&c, "observation", expected, c.new, "kvm_mmu_set_spte shows another value than its thread has just written");
+            self.complain(
+                &c,
+                "observation",
+                expected,
+                c.new,
+                "kvm_mmu_set_spte shows another value than its thread has just written",
+            );
             return;
         }
         let just_wrote = wrote.is_some_and(|w| drifted(&self.format, c.level, w, c.new).is_some());
@@ -993,7 +1080,8 @@ impl Engine {
 
     fn saw(&self, c: &Change, t: TableId, i: usize) -> bool {
         let table = self.forest.table(t);
-        table.known[i] == Known::Unknown || drifted(&self.format, table.level, table.entries[i], c.new).is_some()
+        table.known[i] == Known::Unknown
+            || drifted(&self.format, table.level, table.entries[i], c.new).is_some()
     }
 
     // ---- announcements ----
@@ -1006,7 +1094,13 @@ impl Engine {
                 self.threads[c.thread].announced.clear();
                 let at = Change { gfn, level, ..*c };
                 if !self.seen.lost {
-                    self.complain(&at, "announced", 0, 0, "a change of this entry was announced and has no event");
+                    self.complain(
+                        &at,
+                        "announced",
+                        0,
+                        0,
+                        "a change of this entry was announced and has no event",
+                    );
                 }
             }
         }
@@ -1018,7 +1112,13 @@ impl Engine {
         if (gfn, level) != (c.gfn, c.level) {
             self.threads[c.thread].announced.clear();
             if !self.seen.lost {
-                self.complain(c, "announced", gfn, c.gfn, format!("the change announced was of gfn {gfn:#x} level {level}"));
+                self.complain(
+                    c,
+                    "announced",
+                    gfn,
+                    c.gfn,
+                    format!("the change announced was of gfn {gfn:#x} level {level}"),
+                );
             }
             return;
         }

@@ -119,7 +119,9 @@ impl Evidence {
                 }
             }
             Event::Probe(Probe::ZapRootWork) | Event::ScheduleZapRoot(_) => self.worker = true,
-            Event::GetPage { page, .. } | Event::PrepareZapPage(page) => self.wide_access = Some(page.wide_access),
+            Event::GetPage { page, .. } | Event::PrepareZapPage(page) => {
+                self.wide_access = Some(page.wide_access)
+            }
             Event::SpteRequested { access, .. } => _ = self.wide_access.get_or_insert(access.is_some()),
             _ => {}
         }
@@ -127,7 +129,8 @@ impl Evidence {
 
     /// The worker shows itself only at a zap, so an old kernel's recording is read on.
     fn complete(&self) -> bool {
-        self.nonpresent == Some(Format::BIT63) && self.frozen.is_some() || self.worker && self.frozen.is_some()
+        self.nonpresent == Some(Format::BIT63) && self.frozen.is_some()
+            || self.worker && self.frozen.is_some()
     }
 
     fn verdict(&self) -> Option<KernelProfile> {

@@ -108,7 +108,15 @@ fn shape_of_leaf(f: &Format, leaf: Spte, level: u8) -> Result<(), &'static str> 
     if f.kind == FormatKind::Npt {
         let must = Spte::PRESENT | f.present | f.user;
         let page_size = if level > 1 { Spte::PAGE_SIZE } else { 0 };
-        let may = must | page_size | f.write | f.accessed | f.dirty | f.host_writable | f.mmu_writable | f.nx | Spte::PFN_MASK;
+        let may = must
+            | page_size
+            | f.write
+            | f.accessed
+            | f.dirty
+            | f.host_writable
+            | f.mmu_writable
+            | f.nx
+            | Spte::PFN_MASK;
         if leaf.0 & must != must || leaf.0 & !may != 0 {
             return Err("the leaf has a bit too many or too few");
         }
@@ -124,7 +132,9 @@ fn shape_of_table(f: &Format, table: Spte, level: u8) -> Result<(), &'static str
     let ok = match f.kind {
         FormatKind::Npt => plain.contains(&table),
         // Without exec-only support bit 0 comes from elsewhere; R, W and X are set in any case.
-        FormatKind::Ept => plain.iter().any(|p| (p.0 | f.accessed | 7) & 0xfff == (table.0 | f.accessed) & 0xfff),
+        FormatKind::Ept => {
+            plain.iter().any(|p| (p.0 | f.accessed | 7) & 0xfff == (table.0 | f.accessed) & 0xfff)
+        }
     };
     if ok { Ok(()) } else { Err("the table entry has a bit too many or too few") }
 }
@@ -170,7 +180,9 @@ fn leaf_to_leaf(p: &KernelProfile, f: &Format, old: Spte, new: Spte) -> Result<(
         (true, false) => Err("write protection takes W, or W and MMU-writable, and nothing else"),
         (true, true) if changed & !(a | d) != 0 => Err("the writable marks of a writable leaf must stay"),
         (true, true) if skips && new.0 & !old.0 & d != 0 => Err("re-making a writable leaf does not set D"),
-        (true, true) if !skips && old.0 & !new.0 & d != 0 => Err("re-making a writable leaf does not clear D"),
+        (true, true) if !skips && old.0 & !new.0 & d != 0 => {
+            Err("re-making a writable leaf does not clear D")
+        }
         (true, true) => Ok(()),
         (false, false) if changed == a => Ok(()),
         (false, false) if changed == m && old.0 & m != 0 => Ok(()),

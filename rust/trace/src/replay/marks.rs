@@ -76,7 +76,13 @@ impl Marks {
                 let left = e.vms[index].leafs[level as usize];
                 if left != 0 && e.checked.mismatch == 0 {
                     let at = Change { level, gfn: 0, ..*c };
-                    e.complain(&at, "statistics", 0, left as u64, "the VM was destroyed with leafs still mapped");
+                    e.complain(
+                        &at,
+                        "statistics",
+                        0,
+                        left as u64,
+                        "the VM was destroyed with leafs still mapped",
+                    );
                 }
             }
             e.vms[index].leafs = [0; 4];
@@ -96,7 +102,8 @@ impl Marks {
             let get = |key: &str| v.get(key).and_then(Value::as_i64);
             Some([0, get("pages_4k")?, get("pages_2m")?, get("pages_1g")?])
         });
-        let (Some(recorded), Some(vm), false) = (counts, vm, busy || removing || e.seen.lost || e.seen.blind) else {
+        let (Some(recorded), Some(vm), false) = (counts, vm, busy || removing || e.seen.lost || e.seen.blind)
+        else {
             e.stats.skipped += 1;
             return;
         };
@@ -118,7 +125,9 @@ impl Marks {
                     e.stats.mismatched += 1;
                     let at = Change { level: l as u8, gfn: 0, ..*c };
                     let (want, got) = (rebuilt[l] + self.offset[l], recorded[l]);
-                    let rule = format!("KVM counts {got} leafs of level {l} after operation {number}, rebuilt are {want}");
+                    let rule = format!(
+                        "KVM counts {got} leafs of level {l} after operation {number}, rebuilt are {want}"
+                    );
                     e.complain(&at, "statistics", want as u64, got as u64, rule);
                 }
                 (1..4).for_each(|l| self.offset[l] = recorded[l] - rebuilt[l]);

@@ -51,7 +51,10 @@ impl std::fmt::Debug for ReplayOptions<'_> {
 /// # Errors
 /// [`ReplayError::UnknownProfile`] with the known names.
 pub fn profile_named(name: &str) -> Result<KernelProfile, ReplayError> {
-    KernelProfile::named(name).map_err(|e| ReplayError::UnknownProfile { name: name.to_owned(), known: format!("{} ({e})", infer::known()) })
+    KernelProfile::named(name).map_err(|e| ReplayError::UnknownProfile {
+        name: name.to_owned(),
+        known: format!("{} ({e})", infer::known()),
+    })
 }
 
 /// Rebuilds the page tables that the recording tells of and verifies every step. A mismatch is a result, not an error.

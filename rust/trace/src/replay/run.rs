@@ -5,8 +5,6 @@ use super::engine::{Change, Engine, Vm};
 use super::marks::Marks;
 use super::report::Replay;
 use super::threads::{Birth, Thread};
-#[cfg(test)]
-use super::tree::Found;
 use super::tree::RootId;
 use super::zaps::Stretch;
 use crate::error::ReplayError;
@@ -139,7 +137,8 @@ impl<'a> Run<'a> {
             Event::SpteChanged { as_id, gfn, level, old, new } => {
                 let span = tdpmmu_spte::geometry::span(level);
                 // Elsewhere an asynchronous page fault may have installed it later, as a prefetch.
-                let demand_fault = e.seen.create_vm && e.threads[t].fault.is_some_and(|f| f & !(span - 1) == gfn);
+                let demand_fault =
+                    e.seen.create_vm && e.threads[t].fault.is_some_and(|f| f & !(span - 1) == gfn);
                 e.change(Change { as_id, gfn, level, old, new, demand_fault, ..c });
             }
             Event::ChangedEntry { gfn, level, shared } => {
@@ -191,7 +190,9 @@ impl<'a> Run<'a> {
             }
             Event::GetPage { page, created: true } => {
                 // With init_sp recorded this line repeats it.
-                let told = e.threads[t].birth.is_some_and(|b| (b.gfn, b.level) == (page.gfn, page.level) && b.spt.is_some());
+                let told = e.threads[t]
+                    .birth
+                    .is_some_and(|b| (b.gfn, b.level) == (page.gfn, page.level) && b.spt.is_some());
                 let root_told = page.level >= 4 && e.direct_map.is_some();
                 if !told && !root_told && !self.roots_told {
                     e.seen.birth = true;
@@ -275,7 +276,11 @@ impl<'a> Run<'a> {
         let (t, ns) = (c.thread, c.ns);
         let e = &mut self.engine;
         match probe {
-            Probe::LinkSp | Probe::MnClearYoung | Probe::MnTestYoung | Probe::MnChangePte | Probe::AllocRootRet => return,
+            Probe::LinkSp
+            | Probe::MnClearYoung
+            | Probe::MnTestYoung
+            | Probe::MnChangePte
+            | Probe::AllocRootRet => return,
             Probe::FlushRemoteTlbs | Probe::TrySplit => {
                 let nx = e.threads[t].stretch.as_ref().is_some_and(|s| s.cause == "nx_recovery");
                 e.end_removals(&c);
@@ -315,7 +320,11 @@ impl<'a> Run<'a> {
             }
             Probe::ZapInvalidatedRootsRet => self.close(t, Some(ns)),
             Probe::InvalidateAllRoots => self.engine.invalidated_since_root = true,
-            Probe::MmuUnload | Probe::MmuLoad | Probe::FreeRoots | Probe::WrprotSlot | Probe::ClearDirtyPtMasked => {
+            Probe::MmuUnload
+            | Probe::MmuLoad
+            | Probe::FreeRoots
+            | Probe::WrprotSlot
+            | Probe::ClearDirtyPtMasked => {
                 self.close(t, None);
             }
             _ => {}
@@ -331,7 +340,8 @@ impl<'a> Run<'a> {
     fn stretch(&mut self, t: usize, cause: &'static str, ns: u64, named: bool) {
         let thread = &mut self.engine.threads[t];
         match &thread.stretch {
-            Some(open) if open.named && (open.cause == cause || cause == "notifier" || cause == "teardown") => {}
+            Some(open)
+                if open.named && (open.cause == cause || cause == "notifier" || cause == "teardown") => {}
             _ => {
                 self.close(t, None);
                 self.engine.threads[t].stretch = Some(Stretch::new(cause, ns, named));
@@ -381,7 +391,8 @@ impl<'a> Run<'a> {
             notes.push("the recording holds no events".to_owned());
         }
         if read.lost > 0 {
-            notes.push(format!("{} events were lost: what followed could be checked in part only", read.lost));
+            notes
+                .push(format!("{} events were lost: what followed could be checked in part only", read.lost));
         }
         if e.seen.blind && !e.seen.lost {
             notes.push("the recording begins in the middle of a VM's life: entries are unknown until their first event".to_owned());
@@ -459,14 +470,5 @@ impl Engine {
 
     fn root_of_page(&self, pa: u64) -> Option<RootId> {
         self.page_table(pa).map(|t| self.forest.table(t).root)
-    }
-
-    /// Where an entry of this root is, for tests.
-    #[cfg(test)]
-    pub(crate) fn entry(&self, root: RootId, level: u8, gfn: u64) -> Option<u64> {
-        match self.forest.find(root, level, gfn) {
-            Found::Entry(t, i) => Some(self.forest.table(t).entries[i]),
-            _ => None,
-        }
     }
 }

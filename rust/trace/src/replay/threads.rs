@@ -42,7 +42,15 @@ pub(crate) struct Thread {
 impl Thread {
     pub(crate) fn new(pid: u32, comm: &[u8], vm: usize) -> Self {
         const KERNEL: [&[u8]; 9] = [
-            b"kworker", b"ksoftirqd", b"ksmd", b"kdamond", b"kvm-nx-lpage", b"khugepaged", b"kswapd", b"migration/", b"<idle>",
+            b"kworker",
+            b"ksoftirqd",
+            b"ksmd",
+            b"kdamond",
+            b"kvm-nx-lpage",
+            b"khugepaged",
+            b"kswapd",
+            b"migration/",
+            b"<idle>",
         ];
         Self {
             pid,

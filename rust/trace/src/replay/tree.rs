@@ -68,7 +68,6 @@ impl Table {
     pub(crate) fn child(&self, i: usize) -> TableId {
         self.children.as_ref().map_or(NONE, |c| c[i])
     }
-
 }
 
 pub(crate) struct Root {
@@ -113,7 +112,15 @@ impl Forest {
         self.tables.get(id as usize).is_some_and(Option::is_some)
     }
 
-    pub(crate) fn new_table(&mut self, root: RootId, level: u8, gfn: u64, pa: u64, value: u64, known: Known) -> TableId {
+    pub(crate) fn new_table(
+        &mut self,
+        root: RootId,
+        level: u8,
+        gfn: u64,
+        pa: u64,
+        value: u64,
+        known: Known,
+    ) -> TableId {
         let children = (level > 1).then(|| Box::new([NONE; ENTRIES]));
         let table = Table {
             level,

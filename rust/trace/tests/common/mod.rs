@@ -34,7 +34,11 @@ fn find(dir: &Path) -> Vec<PathBuf> {
 
 /// The kernel that a recording's folder names.
 pub fn kernel(path: &Path) -> String {
-    path.ancestors().nth(2).and_then(|p| p.file_name()).map(|n| n.to_string_lossy().into_owned()).unwrap_or_default()
+    path.ancestors()
+        .nth(2)
+        .and_then(|p| p.file_name())
+        .map(|n| n.to_string_lossy().into_owned())
+        .unwrap_or_default()
 }
 
 /// The lines of a recording.
