@@ -5,8 +5,8 @@
 //!
 //! **Mechanism.** A history is a trail through a graph whose edges are the reports. Which value it ends at does not depend on the order:
 //! it is where one edge more goes in than out. So a report that fits is taken at once, one that does not waits. Taking greedily may
-//! leave out a round trip (`A -> B -> A` of which the chain passed `A` earlier); such leftovers are balanced at every value, change nothing,
-//! and are dropped when it is quiet. Anything unbalanced is a broken history.
+//! leave out a round trip (`A -> B -> A` of which the chain passed `A` earlier); such leftovers are balanced at every value and do not move the
+//! end. Anything unbalanced is a broken history.
 
 use std::collections::BTreeMap;
 
@@ -22,7 +22,8 @@ pub(crate) struct Edge {
 pub(crate) struct Chain {
     at: u64,
     early: Vec<Edge>,
-    /// An edge had to wait since the last quiet point, so equal-looking edges may have been taken in another order.
+    /// Since the last comparison edges may have been taken in another order than they happened: one had to wait, or did not join
+    /// exactly. The core is right all the same, the silent bits need not be.
     pub reordered: bool,
 }
 
@@ -52,23 +53,25 @@ impl Chain {
         let here = core(self.at);
         let i = self.early.iter().position(|e| core(e.from) == here)?;
         let edge = self.early.remove(i);
+        // Left as something else than it was entered as: another edge of the same core came in between, and comes later.
+        let other = edge.from != self.at;
         self.at = edge.to;
-        if !self.early.is_empty() {
+        if other || !self.early.is_empty() {
             self.reordered = true;
         }
         Some(edge)
     }
 
-    /// All reports are in. Drops balanced leftovers; the unbalanced ones are returned.
-    pub(crate) fn quiet(&mut self, core: impl Fn(u64) -> u64) -> Vec<Edge> {
+    /// All reports are in: what was left out, and whether it is balanced (a round trip) or not (no history).
+    pub(crate) fn quiet(&mut self, core: impl Fn(u64) -> u64) -> (Vec<Edge>, bool) {
         let left = std::mem::take(&mut self.early);
         let mut balance: BTreeMap<u64, i64> = BTreeMap::new();
         for edge in &left {
             *balance.entry(core(edge.from)).or_default() -= 1;
             *balance.entry(core(edge.to)).or_default() += 1;
         }
-        self.reordered = false;
-        if balance.values().all(|&b| b == 0) { Vec::new() } else { left }
+        let balanced = balance.values().all(|&b| b == 0);
+        (left, balanced)
     }
 }
 
@@ -95,7 +98,7 @@ mod tests {
         let mut seen = 0;
         loop {
             let mut chain = replay(&order.map(|i| history[i]));
-            assert_eq!(chain.quiet(|v| v), Vec::new());
+            assert!(chain.quiet(|v| v).1, "{order:?}");
             assert_eq!(chain.at(), 0, "{order:?}");
             seen += 1;
             while i < 5 && c[i] >= i {
@@ -113,9 +116,21 @@ mod tests {
     }
 
     #[test]
+    fn edges_that_join_only_by_their_core_are_marked() {
+        // 0 -> 11 -> 0 -> 12 where 11 and 12 have one core; heard as 0 -> 12, 11 -> 0, 0 -> 11.
+        let core = |v: u64| v / 10;
+        let mut chain = Chain::new(0);
+        for (from, to) in [(0, 12), (11, 0), (0, 11)] {
+            chain.push(Edge { from, to, shared: true });
+            while chain.step(core).is_some() {}
+        }
+        assert_eq!((core(chain.at()), chain.reordered), (1, true));
+    }
+
+    #[test]
     fn a_missing_report_is_seen() {
         let mut chain = replay(&[(0, 1), (2, 3)]);
         assert_eq!(chain.at(), 1);
-        assert_eq!(chain.quiet(|v| v), vec![Edge { from: 2, to: 3, shared: true }]);
+        assert_eq!(chain.quiet(|v| v), (vec![Edge { from: 2, to: 3, shared: true }], false));
     }
 }

@@ -151,6 +151,12 @@ impl Observer for Judge {
         let State { model, pool, ledger, verdict, events } = state;
         *events += 1;
         verdict.reported_by(task);
+        if let Event::FastZapEnd = event {
+            // Its roots are invalid and everybody who worked on them has told: no report of theirs is missing.
+            for root in ledger.in_fast_zap() {
+                model.settle_root(root, verdict);
+            }
+        }
         ledger.event(event, model, verdict);
         pool.event(event, verdict);
         model.event(event, verdict);

@@ -183,7 +183,10 @@ impl RootLedger {
         let (before, after) = (u64::from(refs.wrapping_add(1)), u64::from(refs));
         // A put that was told late belongs to the root that was freed meanwhile.
         if let Some(late) = self.late.get_mut(&root)
-            && let Some(i) = late.iter().position(|r| r.count.at() == before && r.owners[slot(owner)] > 0)
+            && let Some(i) = late.iter().position(|r| {
+                let fits = r.count.at() == before || r.count.early().iter().any(|e| e.from == after);
+                fits && r.owners[slot(owner)] > 0
+            })
         {
             late[i].owners[slot(owner)] -= 1;
             late[i].step(before, after);
@@ -286,16 +289,16 @@ impl RootLedger {
         self.live.iter().map(|(&root, r)| (root, r.as_id, r.valid))
     }
 
-    /// Is a fast zap open?
-    pub fn in_fast_zap(&self) -> bool {
-        self.fast_zap.is_some()
+    /// Roots that the open fast zap must leave empty.
+    pub fn in_fast_zap(&self) -> impl Iterator<Item = u32> {
+        self.fast_zap.iter().flatten().map(|&(root, _)| root)
     }
 
     /// mmu_lock is held exclusively: `listed` are the roots on the list with their counts and invalid bits. `quiet`: nobody walks the list.
     pub fn check(&mut self, listed: &BTreeMap<u32, (u32, bool)>, quiet: bool, verdict: &mut Verdict) {
         for (&root, r) in &mut self.live {
-            let left = r.count.quiet(|v| v);
-            if let Some(edge) = left.first() {
+            let (left, balanced) = r.count.quiet(|v| v);
+            if let Some(edge) = left.first().filter(|_| !balanced) {
                 let what =
                     format!("the count is {}, a report says {} -> {}", r.count.at(), edge.from, edge.to);
                 verdict.broken(Rule::BrokenHistory, Some(root), None, what);

@@ -69,6 +69,20 @@ fn core(format: &Format, level: u8, raw: u64) -> u64 {
     }
 }
 
+/// A huge leaf that became a table has 512 children from the start; no report says so.
+fn split_children(rules: &Rules, key: Key, edge: Edge, work: &mut Vec<(Key, Edge)>) {
+    let (was, is) = (Spte(edge.from), Spte(edge.to));
+    if !rules.split_in_fault || !was.is_leaf(key.level) || !is.is_table(key.level) {
+        return;
+    }
+    let level = key.level - 1;
+    for index in 0..ENTRIES {
+        let child = rules.format.split_child(was, key.level, index, false);
+        let gfn = key.gfn + index as u64 * span(level);
+        work.push((Key { gfn, level, ..key }, Edge { from: ABSENT, to: child.raw(), shared: true }));
+    }
+}
+
 impl ReferenceModel {
     /// An empty model.
     pub fn new(rules: Rules) -> Self {
@@ -131,7 +145,10 @@ impl ReferenceModel {
         if edge.from == edge.to {
             return;
         }
-        let mut work = vec![(key, edge)];
+        self.push_all(vec![(key, edge)]);
+    }
+
+    fn push_all(&mut self, mut work: Vec<(Key, Edge)>) {
         while let Some((key, edge)) = work.pop() {
             self.cells.entry(key).or_insert_with(|| Chain::new(ABSENT)).push(edge);
             self.advance(key, &mut work);
@@ -148,19 +165,12 @@ impl ReferenceModel {
             let before = chain.at();
             let Some(edge) = chain.step(|v| core(&format, key.level, v)) else { break };
             delta += i64::from(is_present(edge.to)) - i64::from(is_present(before));
-            let (was, is) = (Spte(edge.from), Spte(edge.to));
-            if self.rules.split_in_fault && was.is_leaf(key.level) && is.is_table(key.level) {
-                let level = key.level - 1;
-                for index in 0..ENTRIES {
-                    let child = format.split_child(was, key.level, index, false);
-                    let gfn = key.gfn + index as u64 * span(level);
-                    let edge = Edge { from: ABSENT, to: child.raw(), shared: true };
-                    work.push((Key { gfn, level, ..key }, edge));
-                }
-            }
-            vanished |= was.is_table(key.level) && !is.is_table(key.level) && !edge.shared;
+            split_children(&self.rules, key, edge, work);
+            vanished |=
+                Spte(edge.from).is_table(key.level) && !Spte(edge.to).is_table(key.level) && !edge.shared;
         }
-        let (gone, whole) = (chain.at() == ABSENT && chain.is_whole(), chain.is_whole());
+        let whole = chain.is_whole();
+        let gone = chain.at() == ABSENT && whole && !chain.reordered;
         *self.present.entry(key.root).or_default() += delta;
         if whole {
             self.waiting.remove(&key);
@@ -203,6 +213,7 @@ impl ReferenceModel {
     }
 
     fn forget(&mut self, root: u32, verdict: &mut Verdict) {
+        self.settle_root(root, verdict);
         let mut keys = Vec::new();
         for as_id in 0..=1 {
             keys.extend(self.under(as_id, root).map(|(k, _)| *k));
@@ -210,7 +221,6 @@ impl ReferenceModel {
         let mut present = 0;
         let mut first = None;
         for key in keys {
-            self.settle(key, verdict);
             if let Some(chain) = self.cells.remove(&key)
                 && is_present(chain.at())
             {
@@ -235,35 +245,52 @@ impl ReferenceModel {
             return;
         }
         let format = self.rules.format;
-        if let Some(chain) = self.cells.get_mut(&key) {
-            let at = chain.at();
-            let left = chain.quiet(|v| core(&format, key.level, v));
-            if let Some(edge) = left.first() {
-                verdict.broken(
-                    Rule::BrokenHistory,
-                    Some(key.root),
-                    Some(key.gfn),
-                    format!(
-                        "at level {} the entry holds {at:#x}, but {} reports do not follow, as {:#x} -> {:#x}",
-                        key.level,
-                        left.len(),
-                        edge.from,
-                        edge.to
-                    ),
-                );
+        let Some(chain) = self.cells.get_mut(&key) else { return };
+        let at = chain.at();
+        let (left, balanced) = chain.quiet(|v| core(&format, key.level, v));
+        if !balanced && let Some(edge) = left.first() {
+            verdict.broken(
+                Rule::BrokenHistory,
+                Some(key.root),
+                Some(key.gfn),
+                format!(
+                    "at level {} the entry holds {at:#x}, but {} reports do not follow, as {:#x} -> {:#x}",
+                    key.level,
+                    left.len(),
+                    edge.from,
+                    edge.to
+                ),
+            );
+        }
+        // A round trip leaves the entry where it is, but what it passed through had children.
+        let mut work = Vec::new();
+        for edge in left {
+            split_children(&self.rules, key, edge, &mut work);
+        }
+        self.push_all(work);
+    }
+
+    /// Settles what waits in `keys`, top down: an entry's leftovers may complete its children's histories.
+    fn settle_where(&mut self, keys: impl Fn(&Key) -> bool, verdict: &mut Verdict) {
+        for level in (1..=MAX_LEVEL).rev() {
+            let at_level: Vec<Key> =
+                self.waiting.iter().filter(|k| k.level == level && keys(k)).copied().collect();
+            for key in at_level {
+                self.settle(key, verdict);
             }
-            if chain.at() == ABSENT {
-                self.cells.remove(&key);
-            }
+        }
+    }
+
+    /// All reports about `root` are in.
+    pub fn settle_root(&mut self, root: u32, verdict: &mut Verdict) {
+        if !self.waiting.is_empty() {
+            self.settle_where(|k| k.root == root, verdict);
         }
     }
 
     /// All reports are in (mmu_lock is held exclusively): puts the rest in order.
     pub fn settle_all(&mut self, verdict: &mut Verdict) {
-        for key in std::mem::take(&mut self.waiting) {
-            self.waiting.insert(key);
-            self.settle(key, verdict);
-        }
+        self.settle_where(|_| true, verdict);
     }
 
     /// The entries that should be there, in order.
@@ -303,10 +330,11 @@ impl ReferenceModel {
                     ),
                 );
             }
-            if at != seen.raw() {
+            if at != seen.raw() || fuzzy {
                 self.believe(key, seen.raw());
             }
         }
+        self.cells.retain(|_, c| c.at() != ABSENT || !c.is_whole());
     }
 
     fn believe(&mut self, key: Key, raw: u64) {

@@ -7,8 +7,8 @@ use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use common::{Cpu, Setup, World, frame_of, template};
-use tdpmmu_mmu::{BulkMap, DESIGNS};
-use tdpmmu_platform::{Owner, Role};
+use tdpmmu_mmu::{BulkMap, DESIGNS, Which};
+use tdpmmu_platform::Role;
 use tdpmmu_spte::geometry::span;
 
 /// A small generator, so that a thread's operations are its own and repeatable.
@@ -165,34 +165,34 @@ fn references_taken_beside_zaps_add_up() {
     for design in DESIGNS.iter().filter(|d| !d.flawed) {
         let setup = Setup { design: design.name, ..Setup::default() };
         let world = setup.build();
-        let over = AtomicBool::new(false);
+        let (over, seen) = (AtomicBool::new(false), AtomicU64::new(0));
         std::thread::scope(|scope| {
-            let walker = scope.spawn(|| {
+            let (world, over, seen) = (&world, &over, &seen);
+            scope.spawn(move || {
                 let task = world.mmu.task("walker", Role::Caller);
-                let mut seen = 0u64;
                 while !over.load(Ordering::Acquire) {
                     let mut guard = world.mmu.lock.read(&task);
-                    world.mmu.for_each_root(&mut guard, tdpmmu_mmu::Which::Valid, |guard, _| {
-                        seen += 1;
+                    world.mmu.for_each_root(&mut guard, Which::Valid, |guard, _| {
+                        seen.fetch_add(1, Ordering::Relaxed);
                         guard.relock();
                     });
                 }
-                seen
             });
             let task = world.task();
-            let mut cpu = Cpu::new(&world, 0);
-            for i in 0..400 {
-                cpu.access(i, 1, true);
-                if i % 5 == 0 {
+            let mut cpu = Cpu::new(world, 0);
+            let mut i = 0;
+            // At least so many rounds, and some of them in company.
+            while i < 400 || seen.load(Ordering::Relaxed) < 50 {
+                cpu.access(i % 512, 1, true);
+                if i.is_multiple_of(5) {
                     cpu.drop_root();
                 }
-                if i % 7 == 0 {
+                if i.is_multiple_of(7) {
                     world.fast_zap(&task);
                 }
+                i += 1;
             }
             over.store(true, Ordering::Release);
-            let seen = walker.join().expect("no panic");
-            assert!(seen > 0, "{:?} never walked", Owner::Iterator);
             cpu.close();
         });
         world.end();
