@@ -1,9 +1,8 @@
 //! The entry: a kind of experiment and a JSON request in, a JSON result out.
 
-use std::sync::Arc;
-
 use serde_json::{Value, json};
-use tdpmmu_platform::Observer;
+use tdpmmu_oracle::{Judge, Rules};
+use tdpmmu_spte::FormatKind;
 
 use crate::config::{BenchConfig, DesignPlan, Plan};
 use crate::experiment::{self, Kind};
@@ -125,8 +124,15 @@ fn checked(
     small.config.memory_bytes = small.config.memory_bytes.min(CHECKED_BYTES.max(4 * unit));
     small.working_set_pages = small.working_set_pages.min(small.config.memory_bytes / unit);
     let tables = Estimate::new(small.config.memory_bytes, small.level, small.config.levels).tables;
-    let outcome = run::run(&scenario(kind, &small, design, tables, false), tables, control, None)?;
-    let list: Vec<String> = outcome.close.violations.clone();
+    let format = plan.profile.format(FormatKind::Npt);
+    let judge = Judge::new(Rules::of(&plan.profile, format, design.info.name));
+    let outcome =
+        run::run(&scenario(kind, &small, design, tables, false), tables, control, Some(judge.clone()))?;
+    let mut list: Vec<String> = judge.violations().iter().map(ToString::to_string).collect();
+    if judge.events() == 0 {
+        list.push("the oracles heard nothing".into());
+    }
+    list.extend(outcome.close.violations);
     row.violations = Some(list.len() as u64);
     row.violation_list = list;
     row.violations_checked_memory_bytes = Some(small.config.memory_bytes);

@@ -8,7 +8,7 @@ use std::sync::atomic::AtomicU32;
 
 use serde::Serialize;
 use serde_json::{Value, json};
-use tdpmmu_mmu::{Frame, MapFault, MapOutcome};
+use tdpmmu_mmu::{Frame, MapFault, MapOutcome, TdpMmu};
 use tdpmmu_platform::{
     NIL, Platform, RcuConfig, RcuDomain, Real, Reclaim, Role as TaskRole, Task, TaskConfig,
 };
@@ -163,9 +163,11 @@ impl Bench<'_> {
         // The map step alone: lock and cache once per 2 MiB, one compare-exchange an SPTE.
         let some = pages.min(1 << 20) / span(level) * span(level);
         let cmpxchg = self.limits.one.cmpxchg_ns;
-        self.best("map step, one SPTE at a time", Some(("cmpxchg_ns", cmpxchg)), Some(1.4), || {
-            map_steps(&vm, some, level)
+        let of = Some(("cmpxchg_ns", cmpxchg));
+        self.best("map step, a leaf table's run a call", of, Some(1.4), || {
+            map_steps(&vm, some, level, true)
         })?;
+        self.best("map step, one SPTE a call", of, None, || map_steps(&vm, some, level, false))?;
         let mut first = true;
         self.best("complete faults, first touch of every table", None, None, || {
             if !std::mem::take(&mut first) {
@@ -228,24 +230,11 @@ impl Bench<'_> {
             for (dependent, kind) in [(true, "dependent"), (false, "independent")] {
                 let name = format!("lockless walk, {kind}, over {} leaf tables", gfns / 512);
                 self.best(name, None, goal.filter(|_| dependent), || {
-                    const WALKS: u64 = 1 << 20;
-                    let (mut at, mut fold) = (self_seed(gfns), 0u64);
-                    let begin = P::ticks();
-                    for n in 0..WALKS {
-                        let Some((leaf, _)) = mmu.lookup(&task, root, at) else {
-                            return Err(LabError::Internal(format!("gfn {at:#x} is not mapped")));
-                        };
-                        // A dependent walk needs the last one's answer; an independent one only its number.
-                        let next = if dependent {
-                            leaf.pfn().wrapping_mul(0x9e37_79b9).wrapping_add(n)
-                        } else {
-                            n.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 16
-                        };
-                        fold ^= leaf.raw();
-                        at = next % gfns;
+                    if dependent {
+                        walks::<true>(mmu, &task, root, gfns)
+                    } else {
+                        walks::<false>(mmu, &task, root, gfns)
                     }
-                    black_box(fold);
-                    Ok((P::ticks_to_ns(P::ticks() - begin), WALKS))
                 })?;
             }
         }
@@ -292,8 +281,28 @@ impl Bench<'_> {
     }
 }
 
-fn self_seed(gfns: u64) -> u64 {
-    gfns / 3
+/// Walks to pseudo-random gfns; a dependent walk needs the last one's answer to know where to go.
+fn walks<const DEPENDENT: bool>(
+    mmu: &TdpMmu<P>,
+    task: &Task<P>,
+    root: u32,
+    gfns: u64,
+) -> Result<(u64, u64), LabError> {
+    const WALKS: u64 = 1 << 20;
+    // The largest power of two of gfns: the top bits of one product choose among them, without a division.
+    let shift = 64 - gfns.ilog2();
+    let (mut at, mut fold) = (0, 0u64);
+    let begin = P::ticks();
+    for n in 0..WALKS {
+        let Some((leaf, _)) = mmu.lookup(task, root, at) else {
+            return Err(LabError::Internal(format!("gfn {at:#x} is not mapped")));
+        };
+        fold ^= leaf.raw();
+        let seed = if DEPENDENT { leaf.pfn() + n } else { n };
+        at = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> shift;
+    }
+    black_box(fold);
+    Ok((P::ticks_to_ns(P::ticks() - begin), WALKS))
 }
 
 struct Links(Vec<AtomicU32>);

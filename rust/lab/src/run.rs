@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use tdpmmu_mmu::Counts;
+use tdpmmu_oracle::Judge;
 use tdpmmu_platform::{
     Histogram, MeterSnapshot, Observer, Phase, Platform, Preempt, RcuConfig, RcuDomain, RcuStats, Real,
     Role as TaskRole, Task, TaskConfig,
@@ -206,7 +207,7 @@ pub fn vm_config(spec: &VmSpec, observer: Option<Arc<dyn Observer>>) -> Result<V
     Ok(config)
 }
 
-/// Runs `scenario`; `tables`: page-table pages that the guest will need, touched before the clock runs.
+/// Runs `scenario`; `tables`: page-table pages that the guest will need, touched before the clock runs; `judge` listens to everything.
 ///
 /// # Errors
 /// [`LabError`]; the VM is closed and all threads joined in any case.
@@ -214,8 +215,9 @@ pub fn run(
     scenario: &Scenario,
     tables: u64,
     control: &Control,
-    observer: Option<Arc<dyn Observer>>,
+    judge: Option<Arc<Judge>>,
 ) -> Result<Outcome, LabError> {
+    let observer = judge.clone().map(|judge| judge as Arc<dyn Observer>);
     let vm = Vm::<P>::new(vm_config(&scenario.vm, observer)?).map_err(internal("the VM"))?;
     let guests =
         scenario.threads.iter().filter(|t| t.ops.iter().any(|o| matches!(o, Op::Guest { .. }))).count();
@@ -233,8 +235,14 @@ pub fn run(
     let result = shared.prepare().and_then(|()| shared.all_threads());
     let mut collected = std::mem::take(&mut *lock(&shared.collected));
     let queue = vm.mmu().design().queue_ns();
+    if let Some(judge) = &judge {
+        judge.check_quiet(vm.mmu(), &vm.task("judge", TaskRole::Observer));
+    }
     let close = vm.close().map_err(internal("closing the VM"))?;
     result?;
+    if let Some(judge) = &judge {
+        judge.finish(vm.mmu(), &vm.task("judge", TaskRole::Observer));
+    }
     let pool = vm.mmu().pool().stats();
     collected.threads.sort_by_key(|t| match t.who {
         Who::Caller => 0,
