@@ -80,10 +80,10 @@ fn comment(line: &[u8]) -> Parsed<'_> {
     // ftrace says in its header when the ring buffer was overrun: entries-in-buffer/entries-written: 10/20
     if let Some(rest) = line.strip_prefix(b"# entries-in-buffer/entries-written: ") {
         let mut c = Cursor::new(rest);
-        if let (Some(kept), Some(()), Some(written)) = (c.dec(), c.lit(b"/"), c.dec()) {
-            if written > kept {
-                return Parsed::Lost(Some(written - kept));
-            }
+        if let (Some(kept), Some(()), Some(written)) = (c.dec(), c.lit(b"/"), c.dec())
+            && written > kept
+        {
+            return Parsed::Lost(Some(written - kept));
         }
     }
     Parsed::Nothing
@@ -227,14 +227,13 @@ fn name(rest: &[u8]) -> Option<(&[u8], &[u8])> {
     if first.contains(&b' ') {
         return Some((b"", rest));
     }
-    if let Some(&b) = after.first() {
-        if b.is_ascii_alphabetic() || b == b'_' {
-            if let Some(second) = memchr::memchr(b':', after) {
-                let name = &after[..second];
-                if name.iter().all(|b| b.is_ascii_alphanumeric() || *b == b'_') {
-                    return Some((name, after[second + 1..].trim_ascii_start()));
-                }
-            }
+    if let Some(&b) = after.first()
+        && (b.is_ascii_alphabetic() || b == b'_')
+        && let Some(second) = memchr::memchr(b':', after)
+    {
+        let name = &after[..second];
+        if name.iter().all(|b| b.is_ascii_alphanumeric() || *b == b'_') {
+            return Some((name, after[second + 1..].trim_ascii_start()));
         }
     }
     Some((first, after.trim_ascii_start()))

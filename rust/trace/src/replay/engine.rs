@@ -258,10 +258,11 @@ impl Engine {
             self.threads[c.thread].removal.pop();
             self.finish_removal(top, c);
         }
-        if let Some(root) = self.threads[c.thread].root {
-            if self.forest.roots[root as usize].as_id == c.as_id && self.forest.roots[root as usize].live {
-                return Some((root, self.forest.find(root, c.level, c.gfn)));
-            }
+        if let Some(root) = self.threads[c.thread].root
+            && self.forest.roots[root as usize].as_id == c.as_id
+            && self.forest.roots[root as usize].live
+        {
+            return Some((root, self.forest.find(root, c.level, c.gfn)));
         }
         self.choose_root(c).map(|root| (root, self.forest.find(root, c.level, c.gfn)))
     }
@@ -808,13 +809,12 @@ impl Engine {
             }
         }
         let root = self.threads[thread].root.or(self.threads[thread].guessed_root);
-        if let Some(root) = root.filter(|&r| self.forest.roots[r as usize].live) {
-            if let Found::Entry(t, _) = self.forest.find(root, level, gfn) {
-                if self.profile.children_before_parent_events {
-                    self.forest.table_mut(t).prepared = true;
-                    self.seen.prepare = true;
-                }
-            }
+        if let Some(root) = root.filter(|&r| self.forest.roots[r as usize].live)
+            && let Found::Entry(t, _) = self.forest.find(root, level, gfn)
+            && self.profile.children_before_parent_events
+        {
+            self.forest.table_mut(t).prepared = true;
+            self.seen.prepare = true;
         }
     }
 

@@ -33,10 +33,10 @@ pub(crate) fn choose(
         return Ok((profile, "given", input));
     }
     let path = input.path();
-    if let Input::File(ref p) = input {
-        if let Some(profile) = from_folder(p).or_else(|| from_folder(&p.canonicalize().ok()?)) {
-            return Ok((profile, "folder", input));
-        }
+    if let Input::File(ref p) = input
+        && let Some(profile) = from_folder(p).or_else(|| from_folder(&p.canonicalize().ok()?))
+    {
+        return Ok((profile, "folder", input));
     }
     let (scan, input) = match input {
         Input::File(p) => (Input::File(p.clone()), Input::File(p)),

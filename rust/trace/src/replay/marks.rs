@@ -49,11 +49,11 @@ impl Marks {
                 }
                 thread.fault = None;
                 self.moves_at_end = e.leaf_moves;
-                if kind == b"destroy_vm" {
-                    if let Some(vm) = self.vm_of_op.get(&number).copied() {
-                        self.alive.remove(&vm);
-                        self.check_gone(e, vm, c);
-                    }
+                if kind == b"destroy_vm"
+                    && let Some(vm) = self.vm_of_op.get(&number).copied()
+                {
+                    self.alive.remove(&vm);
+                    self.check_gone(e, vm, c);
                 }
                 self.vm_of_op.retain(|&n, _| n + 4096 > number);
             }

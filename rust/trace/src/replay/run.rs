@@ -203,12 +203,10 @@ impl<'a> Run<'a> {
                     e.threads[t].birth = Some(Birth { gfn: page.gfn, level: page.level, spt: None });
                 }
             }
-            Event::RootHpa { hpa } => {
-                if e.direct_map.is_none() {
-                    // The root loaded just now is the newest one.
-                    if let Some(root) = e.forest.roots.last().filter(|r| r.live && r.spt != 0) {
-                        e.direct_map = Some(root.spt.wrapping_sub(hpa));
-                    }
+            Event::RootHpa { hpa } if e.direct_map.is_none() => {
+                // The root loaded just now is the newest one.
+                if let Some(root) = e.forest.roots.last().filter(|r| r.live && r.spt != 0) {
+                    e.direct_map = Some(root.spt.wrapping_sub(hpa));
                 }
             }
             Event::FreeSp { spt } => e.freed(spt, &c),
