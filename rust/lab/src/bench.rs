@@ -102,7 +102,9 @@ fn one(
     (row.step_ns, row.step_ns_dropped) = (step_ns, dropped);
     drop(timed);
     if kind == Kind::Drop && plan.config.drop_loop > 0 {
-        let looped = run::run(&experiment::drop_loop_scenario(plan, design), 256, control, None)?;
+        let scenario = experiment::drop_loop_scenario(plan, design);
+        // All of the pool is touched first: the loop goes through all of it.
+        let looped = run::run(&scenario, u64::from(scenario.vm.max_tables), control, None)?;
         row.drop_loop = Some(experiment::drop_loop(&looped, plan.config.drop_loop));
     }
     if plan.config.check {

@@ -74,6 +74,9 @@ pub trait Platform: Sized + Send + Sync + 'static {
     fn futex_wait(cell: &AtomicU32, expected: u32, timeout_ns: Option<u64>);
     /// Wakes up to `count` sleepers of `cell`; returns how many.
     fn futex_wake(cell: &AtomicU32, count: u32) -> u32;
+    /// The calling thread serves others from now on: being woken, it does not take the CPU from whoever runs (a vCPU that
+    /// queues work would else pay for the worker's first time slice). Nothing where the host has no such thing.
+    fn background();
     /// Starts a thread. Errors: what the host says, and a NUL in `name`.
     fn spawn(name: &str, body: Box<dyn FnOnce() + Send>) -> io::Result<JoinHandle>;
 }

@@ -27,6 +27,7 @@ pub mod rcu;
 #[cfg(not(loom))]
 mod real;
 pub mod rwlock;
+mod sched;
 pub mod site;
 mod slice;
 pub mod task;

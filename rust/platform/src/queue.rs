@@ -99,6 +99,7 @@ impl<P: Platform, T: Send + 'static> WorkQueue<P, T> {
         for index in 0..workers {
             let (shared, body) = (queue.shared.clone(), body.clone());
             let work = move || {
+                P::background();
                 let context = (body.0)(index);
                 shared.serve(index, |item| (body.1)(&context, item));
             };
@@ -208,16 +209,38 @@ impl<P: Platform, T> Shared<P, T> {
             } else if state.stopping {
                 return;
             } else {
-                state.idle += 1;
                 let seen = self.work.load(Ordering::Acquire);
                 drop(state);
-                P::futex_wait(&self.work, seen, None);
+                let more = self.linger(seen);
                 state = self.state.lock();
-                state.idle -= 1;
+                if !more && self.work.load(Ordering::Relaxed) == seen {
+                    // `idle` is set under the lock that a queueing task takes: it wakes us, or we see its item.
+                    state.idle += 1;
+                    drop(state);
+                    P::futex_wait(&self.work, seen, None);
+                    state = self.state.lock();
+                    state.idle -= 1;
+                }
             }
         }
     }
+
+    /// Looks for more work for a while before sleeping: waking a sleeper costs the queueing task (a vCPU) far more than
+    /// the word that it writes anyway. True: there is more.
+    fn linger(&self, seen: u32) -> bool {
+        let until = P::ticks() + P::ns_to_ticks(LINGER_NS);
+        while P::ticks() < until {
+            if self.work.load(Ordering::Relaxed) != seen {
+                return true;
+            }
+            P::relax(Site::QueueRun);
+        }
+        false
+    }
 }
+
+/// How long an idle worker looks for more work before it sleeps: about the price of the wake-up that it saves.
+const LINGER_NS: u64 = 50_000;
 
 impl<P: Platform, T: Send + 'static> Drop for WorkQueue<P, T> {
     fn drop(&mut self) {

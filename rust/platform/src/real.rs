@@ -14,6 +14,7 @@ use crate::{
     clock, futex,
     rcu::Domain,
     rwlock::FairRwLock,
+    sched,
     site::Site,
 };
 
@@ -112,6 +113,10 @@ impl Platform for Real {
 
     fn futex_wake(cell: &AtomicU32, count: u32) -> u32 {
         futex::wake(cell, count)
+    }
+
+    fn background() {
+        sched::background();
     }
 
     fn spawn(name: &str, body: Box<dyn FnOnce() + Send>) -> io::Result<JoinHandle> {

@@ -228,6 +228,7 @@ impl Inner {
 
     /// The body of the RCU thread.
     fn run(&self) {
+        crate::sched::background();
         loop {
             let stopping = self.stopping.load(Ordering::SeqCst);
             let drawn = self.drawn.load(Ordering::SeqCst);
