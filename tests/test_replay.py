@@ -31,7 +31,7 @@ def line(us: int, gfn: int, old: int, new: int) -> str:
 
 
 EMPTY, LEAF = 0x8000000000000000, 0x12345E67
-# The tables above the leaf: without them the recording begins in the middle of a life, and less can be checked.
+# The tables above the leaf: without them the recording begins in the middle, and less can be checked.
 TABLES = "".join(
     line(0, 0, EMPTY, 0x1110827 + (level << 12)).replace("level 1", f"level {level}") for level in (4, 3, 2)
 )

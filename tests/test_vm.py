@@ -374,8 +374,24 @@ def test_close_while_somebody_is_inside_says_who() -> None:
                 vm.close(timeout=0)
     finally:
         worker.join()
-        vm.close()
+        report = vm.close()
     assert inside
+    assert report is not None, "the close that gave up did not count"
+    assert report.violations == ()
+    assert vm.close() is None
+
+
+def test_a_callback_may_zap_the_machine_that_it_watches() -> None:
+    with VM("8G", seed=1) as vm:
+        vm.populate(mode="fault", progress=lambda phase, part: vm.unmap(range(512)))
+        assert vm.verify() == ()
+
+
+def test_a_callback_cannot_wait_for_its_own_call_to_end() -> None:
+    vm = VM("16G", seed=1)
+    with pytest.raises(tdpmmu.StallError, match="populate"):
+        vm.populate(mode="fault", progress=lambda phase, part: vm.close(timeout=0.05))
+    assert vm.close() is not None
 
 
 def test_a_machine_is_not_pickled_or_copied_but_its_configuration_is() -> None:

@@ -20,6 +20,7 @@ pub struct Gate {
 #[derive(Default)]
 struct State {
     closing: bool,
+    finished: bool,
     inside: Vec<&'static str>,
 }
 
@@ -58,12 +59,11 @@ impl Gate {
     /// Closes the gate and waits until nobody is inside, at most `timeout`; `None` is for ever. `false` from
     /// `go_on`, which is asked every few milliseconds, ends the waiting as well.
     ///
-    /// Returns whether this call closed it; the second close of an object is a no-op.
+    /// Returns whether the teardown is still to be done: false after [`Gate::finish`].
     pub fn close(&self, timeout: Option<Duration>, go_on: impl Fn() -> bool) -> Result<bool, Fault> {
         self.check_fork()?;
         let deadline = timeout.and_then(|t| Instant::now().checked_add(t));
         let mut state = self.lock();
-        let first = !state.closing;
         state.closing = true;
         while !state.inside.is_empty() {
             let now = Instant::now();
@@ -78,7 +78,16 @@ impl Gate {
             let wait = deadline.map_or(wait, |at| at.saturating_duration_since(now).min(wait));
             state = self.left.wait_timeout(state, wait).unwrap_or_else(PoisonError::into_inner).0;
         }
-        Ok(first)
+        Ok(!state.finished)
+    }
+
+    /// The teardown that [`Gate::close`] made way for is done.
+    pub fn finish(&self) {
+        self.lock().finished = true;
+    }
+
+    pub fn finished(&self) -> bool {
+        self.lock().finished
     }
 
     fn check_fork(&self) -> Result<(), Fault> {

@@ -459,6 +459,7 @@ impl Machine {
             return Ok(None);
         }
         let report = self.vm.close().map_err(wrong)?;
+        self.gate.finish();
         let mut violations = report.violations.clone();
         if !report.is_clean() && violations.is_empty() {
             violations.push(format!("{report:?}"));
@@ -506,7 +507,7 @@ fn times_json(times: &FastZapTimes) -> Value {
 pub fn abandon(machine: Arc<Machine>) {
     if machine.gate.forked() {
         std::mem::forget(machine);
-    } else if !machine.gate.closed() {
+    } else if !machine.gate.finished() {
         // Where no thread can be had, the closure is dropped here, and the machine with it.
         let _ = std::thread::Builder::new().name("tdpmmu-drop".into()).spawn(move || drop(machine));
     }

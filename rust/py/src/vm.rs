@@ -23,6 +23,9 @@ const SMALL_BATCH: usize = 4096;
 /// How long a caller who has given up waits for a zap to end.
 const ZAP_PATIENCE: Duration = Duration::from_millis(100);
 
+/// The same for loops that look at the cancel flag every few thousand pages: they have stopped long before.
+const LOOP_PATIENCE: Duration = Duration::from_secs(5);
+
 /// A live machine. Private: `tdpmmu.VM` is the face, and checks what comes in.
 #[pyclass(frozen, module = "tdpmmu._native")]
 pub struct Vm {
@@ -120,7 +123,7 @@ impl Vm {
     ) -> PyResult<String> {
         let gfns: Option<Range<u64>> = start.zip(stop).map(|(start, stop)| start..stop);
         let how = Populate { level, threads, by_fault };
-        let limits = Limits { timeout, patience: None };
+        let limits = Limits { timeout, patience: Some(LOOP_PATIENCE) };
         self.long(py, limits, progress, move |machine, control| machine.populate(gfns, how, control))
     }
 
@@ -148,7 +151,7 @@ impl Vm {
             let control = Control::default();
             self.now(py, |machine| machine.fault_batch(vcpu, &gfns, (write, exec), &control))?
         } else {
-            let limits = Limits { timeout, patience: None };
+            let limits = Limits { timeout, patience: Some(LOOP_PATIENCE) };
             self.long(py, limits, progress, move |machine, control| {
                 machine.fault_batch(vcpu, &gfns, (write, exec), control)
             })?
@@ -203,7 +206,7 @@ impl Vm {
     #[pyo3(signature = (*, timeout=None))]
     fn close(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<Option<String>> {
         let wait = timeout.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
-        if self.machine().gate().closed() {
+        if self.machine().gate().finished() {
             return self.now(py, |machine| machine.close(wait, &Control::default()));
         }
         let limits = Limits { timeout: None, patience: Some(ZAP_PATIENCE) };
