@@ -15,7 +15,7 @@ use tdpmmu_mmu::Counts;
 use tdpmmu_oracle::Judge;
 use tdpmmu_platform::{
     Histogram, MeterSnapshot, Observer, Phase, Platform, Preempt, RcuConfig, RcuDomain, RcuStats, Real,
-    Role as TaskRole, Task, TaskConfig,
+    Role as TaskRole, Site, Task, TaskConfig,
 };
 use tdpmmu_spte::geometry::{max_gfn, page_bytes, span};
 use tdpmmu_spte::{KernelProfile, Ownership, Passes};
@@ -554,9 +554,22 @@ impl Shared<'_> {
                 *cpu_ns += P::thread_cpu_ns() - cpu;
             }
             histogram.record(P::ticks_to_ns(end - begin));
+            if mark == Mark::Drop && !big {
+                self.pace();
+            }
         }
         lock(&self.collected).marks.entry(mark).or_default().merge(&histogram);
         Ok(())
+    }
+
+    /// Between two drops of a loop: lets a worker finish, so that each drop is measured and not the backlog of those before.
+    fn pace(&self) {
+        if self.vm.mmu().ownership() == Ownership::Vcpu {
+            let until = P::ticks() + P::ns_to_ticks(10_000_000);
+            while self.vm.mmu().leaf_pages() != [0; 3] && P::ticks() < until {
+                P::relax(Site::QueueFlush);
+            }
+        }
     }
 
     /// Counts everything and notes the counters: just before t0.
