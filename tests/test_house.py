@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import doctest
+import importlib
 import inspect
 import pickle
 import re
@@ -129,6 +131,23 @@ def test_the_stubs_match_the_binary(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mypy.stubtest", "tdpmmu._native"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", ["units", "vm", "bench", "results"])
+def test_the_examples_in_docstrings_are_true(name: str) -> None:
+    module = importlib.import_module(f"tdpmmu.{name}")
+    failed, _ = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
+    assert failed == 0
+
+
+def test_no_name_of_a_machine_or_a_registry_is_committed() -> None:
+    places = ("pyproject.toml", "run", "test", "scripts", ".ci", "python", "tests", "rust/py", "Cargo.lock")
+    pattern = re.compile("/(work|home|root)/|python[h]osted|127[.]0[.]0[.]1")
+    for place in places:
+        root = ROOT / place
+        for path in [root] if root.is_file() else root.rglob("*"):
+            if path.is_file() and path.suffix not in (".so", ".pyc"):
+                assert not pattern.search(path.read_text()), path
 
 
 def test_the_package_is_marked_as_typed() -> None:

@@ -143,7 +143,7 @@ def table_pages(memory: str | SupportsIndex, page: str | SupportsIndex = "4K", l
         InvalidArgument: no size, not a page size, or `levels` other than 4 and 5.
 
     >>> table_pages("64T") * 4096 / 2**30  # GiB
-    128.250003814697...
+    128.25049...
     """
     size, level = parse_size(memory, "memory"), LEVELS[parse_page(page)]
     if levels not in (4, 5):
