@@ -164,6 +164,31 @@ def test_debug_shows_where_it_broke(tmp_path: Path) -> None:
     assert "InvalidArgument" in done.stderr
 
 
+def test_one_cpu_is_warned_of() -> None:
+    one = min(os.sched_getaffinity(0))
+    command = [
+        sys.executable,
+        "-m",
+        "tdpmmu",
+        "bench",
+        "drop",
+        "--memory",
+        "4M",
+        "--drop-loop",
+        "4",
+        "--no-check",
+    ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        preexec_fn=lambda: os.sched_setaffinity(0, {one}),
+    )
+    assert "one CPU" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_an_interrupt_is_130_and_prompt(tmp_path: Path) -> None:
     # Standard input never comes: only the signal can end it.
     command = [sys.executable, "-m", "tdpmmu", "replay", "-", "--profile", "6.12"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -219,6 +220,8 @@ def measure(kind: str, out: Output, options: dict[str, Any]) -> int:
         say(f"seed: {options['seed']}")
     if tdpmmu.build_info()["debug_assertions"]:
         say("warning: a debug build; its timings mean nothing")
+    if len(os.sched_getaffinity(0)) < 2:
+        say("warning: one CPU; whoever waits for a lock here waits for the CPU as well")
     render = table.render_bench if kind in ("zap", "drop") else table.render_micro
     from tdpmmu import _native
 
