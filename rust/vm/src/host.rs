@@ -224,6 +224,27 @@ impl PrimaryMmu {
         Ok((first, len))
     }
 
+    /// The range that a notifier must announce when the host unmaps `range`: a huge mapping that the range cuts is split first, and the split
+    /// invalidates all of it. Otherwise a fault beside the range could still install the huge mapping that it had read before.
+    pub fn announced(&self, range: &Range<u64>) -> Range<u64> {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let span = |hva: u64| {
+            let chunk = self.chunk((hva / RUN) as usize);
+            match (state.vma(hva).map_or(1, |(_, vma)| vma.level), chunk >> LEVEL_SHIFT & 3) {
+                // What is not mapped yet may become as large as the region allows at any moment.
+                _ if chunk & MIXED != 0 => 1,
+                (1, _) => 1,
+                (2, _) | (_, 2) => RUN,
+                _ => GIG,
+            }
+        };
+        if range.is_empty() {
+            return range.clone();
+        }
+        let (first, last) = (span(range.start), span(range.end - 1));
+        range.start / first * first..(range.end - 1) / last * last + last
+    }
+
     /// Removes the host's own mappings of `range` and releases their frames (munmap, MADV_DONTNEED). The caller runs it between the begin and the
     /// end of a notifier. Returns how many pages were mapped.
     pub fn unmap(&self, range: Range<u64>) -> u64 {
@@ -333,6 +354,27 @@ mod tests {
         let after = host.fault_in(start + 7, true).expect("backed again");
         assert_eq!(Frames::frame(after.pfn), Frames::frame(before.pfn), "re-issued at once");
         assert!(!host.frames().owned(before.pfn) && host.frames().owned(after.pfn));
+    }
+
+    #[test]
+    fn the_announcement_covers_every_mapping_that_the_unmap_splits() {
+        let host = host();
+        for (level, span) in [(1u8, 1), (2, RUN), (3, GIG)] {
+            let start = host.region(2 * GIG, 0, level, true).expect("room");
+            assert_eq!(host.announced(&(start + 600..start + 601)), {
+                let at = 600 / span * span;
+                start + at..start + at + span
+            });
+        }
+        let start = host.region(GIG, 0, 3, true).expect("room");
+        host.fault_in(start, true).expect("backed");
+        host.unmap(start + 600..start + 601);
+        assert_eq!(host.announced(&(start + 602..start + 603)), start + 602..start + 603, "split already");
+        assert_eq!(
+            host.announced(&(start + 3..start + 4)),
+            start..start + RUN,
+            "its GiB was split into 2 MiB"
+        );
     }
 
     #[test]

@@ -161,7 +161,7 @@ impl LpageInfo {
         };
         let info = Self {
             base,
-            congruent: [LEVEL_2M, LEVEL_1G].map(|level| (base ^ hva) % span(level) == 0),
+            congruent: [LEVEL_2M, LEVEL_1G].map(|level| (base ^ hva).is_multiple_of(span(level))),
             counts: [table(LEVEL_2M)?, table(LEVEL_1G)?],
         };
         for level in [LEVEL_2M, LEVEL_1G] {

@@ -121,6 +121,7 @@ pub struct Vm<P: Platform> {
     reload: u64,
     observer: Option<Arc<dyn Observer>>,
     task: TaskConfig,
+    mmap_lock: StdMutex<()>,
     closing: AtomicBool,
     closed: StdMutex<Option<CloseReport>>,
 }
@@ -197,6 +198,7 @@ impl<P: Platform> Vm<P> {
             reload,
             observer: config.observer,
             task: config.task,
+            mmap_lock: StdMutex::new(()),
             closing: AtomicBool::new(false),
             closed: StdMutex::new(None),
         })
@@ -429,7 +431,9 @@ impl<P: Platform> Vm<P> {
     /// [`VmError::Closed`].
     pub fn unmap_hva(&self, task: &Task<P>, hvas: Range<u64>, may_block: bool) -> Result<u64, VmError> {
         self.open()?;
-        let ranges = self.side.slots.begin_invalidation(&hvas);
+        // mmap_lock: what the host maps in the range does not change its size meanwhile.
+        let _mmap_lock = self.mmap_lock.lock().unwrap_or_else(PoisonError::into_inner);
+        let ranges = self.side.slots.begin_invalidation(&self.side.primary.announced(&hvas));
         let cover = ranges.iter().fold(None, |cover: Option<Range<u64>>, (_, r)| {
             Some(cover.map_or(r.clone(), |c| c.start.min(r.start)..c.end.max(r.end)))
         });
