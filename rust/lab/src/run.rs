@@ -72,7 +72,7 @@ pub struct Outcome {
     pub last_free_ns: Option<u64>,
     /// Tables that stay after the teardown, without caches: retained by the MMU's references, and live ones.
     pub tables_after: u64,
-    /// ... of them, tables of roots that no vCPU holds.
+    /// ... of them, those of the dropped root.
     pub retained: u64,
     /// Threads.
     pub threads: Vec<ThreadReport>,
@@ -114,6 +114,13 @@ struct Shared<'a> {
     collected: std::sync::Mutex<Collected>,
 }
 
+/// What a thread's measured operation cost it.
+#[derive(Default)]
+struct Paid {
+    cpu_ns: u64,
+    meter: Option<MeterSnapshot>,
+}
+
 #[derive(Default)]
 struct Collected {
     at_t0: Counts,
@@ -135,6 +142,7 @@ struct Collected {
     kicks: u64,
     threads: Vec<ThreadReport>,
     workers: Vec<(MeterSnapshot, u64)>,
+    dropped: Option<u32>,
 }
 
 /// Counters at t0.
@@ -381,21 +389,22 @@ impl Shared<'_> {
     fn vcpu_thread(&self, name: &str, id: usize, ops: &[Op]) -> Result<(), LabError> {
         let mut vcpu = self.vm.vcpu_with(id, task_config(&self.scenario.vm)).map_err(internal("a vCPU"))?;
         let mut felt = Felt::default();
-        let mut cpu_ns = 0;
+        let mut paid = Paid::default();
         for op in ops {
-            self.vcpu_op(&mut vcpu, id, op, &mut felt, &mut cpu_ns)?;
+            self.vcpu_op(&mut vcpu, id, op, &mut felt, &mut paid)?;
         }
         vcpu.leave();
-        self.report(name, Who::Vcpu(id), vcpu.task(), cpu_ns, felt);
+        self.report(name, Who::Vcpu(id), vcpu.task(), &mut paid, felt);
         Ok(())
     }
 
-    fn report(&self, name: &str, who: Who, task: &Task<P>, op_cpu_ns: u64, felt: Felt) {
+    fn report(&self, name: &str, who: Who, task: &Task<P>, paid: &mut Paid, felt: Felt) {
         let report = ThreadReport {
             name: name.to_owned(),
             who,
-            meter: task.meter().take(),
-            op_cpu_ns,
+            // What came after the measured operation is not part of it.
+            meter: paid.meter.take().unwrap_or_else(|| task.meter().take()),
+            op_cpu_ns: paid.cpu_ns,
             felt,
             cpu: current_cpu(),
             run_delay_ns: P::run_delay_ns(),
@@ -415,7 +424,7 @@ impl Shared<'_> {
         id: usize,
         op: &Op,
         felt: &mut Felt,
-        cpu_ns: &mut u64,
+        paid: &mut Paid,
     ) -> Result<(), LabError> {
         match *op {
             Op::SwitchRole => {
@@ -428,7 +437,7 @@ impl Shared<'_> {
                 vcpu.root().map_err(internal("a root"))?;
             }
             Op::Unload => vcpu.unload(),
-            Op::DropRoot { mark, times, sptes } => self.drop_root(vcpu, mark, times, sptes, cpu_ns)?,
+            Op::DropRoot { mark, times, sptes } => self.drop_root(vcpu, mark, times, sptes, paid)?,
             Op::Guest { pages, arrival_ns, write_percent, until } => {
                 let plan = GuestPlan {
                     set: self.working_set(id, pages),
@@ -519,7 +528,7 @@ impl Shared<'_> {
         mark: Mark,
         times: u64,
         sptes: u64,
-        cpu_ns: &mut u64,
+        paid: &mut Paid,
     ) -> Result<(), LabError> {
         let fail = internal("dropping a root");
         let mut histogram = Histogram::new();
@@ -551,7 +560,8 @@ impl Shared<'_> {
             vcpu.drop_root().map_err(&fail)?;
             let end = P::ticks();
             if big {
-                *cpu_ns += P::thread_cpu_ns() - cpu;
+                paid.cpu_ns += P::thread_cpu_ns() - cpu;
+                paid.meter = Some(vcpu.task().meter().take());
             }
             histogram.record(P::ticks_to_ns(end - begin));
             if mark == Mark::Drop && !big {
@@ -583,6 +593,7 @@ impl Shared<'_> {
         };
         let mut all = lock(&self.collected);
         all.at_t0 = counts;
+        all.dropped = root;
         all.tables_at_t0 = counts.all_tables();
         all.base = Base {
             rcu_cpu_ns: mmu.rcu().stats().thread_cpu_ns,
@@ -594,7 +605,7 @@ impl Shared<'_> {
 
     fn caller_thread(&self, name: &str, ops: &[Op]) -> Result<(), LabError> {
         let task = self.vm.task_with(name, TaskRole::Caller, task_config(&self.scenario.vm));
-        let mut cpu_ns = 0;
+        let mut paid = Paid::default();
         for op in ops {
             match *op {
                 Op::DeleteMemslot => {
@@ -607,26 +618,32 @@ impl Shared<'_> {
                         .vm
                         .delete_memslot(&task, 0, EXTRA_SLOT)
                         .map_err(internal("the memslot update"))?;
-                    cpu_ns += P::thread_cpu_ns() - cpu;
+                    paid.cpu_ns += P::thread_cpu_ns() - cpu;
                     // t0 is the entry of the fast-zap call; before it the ioctl swapped the slot arrays.
                     self.window.t0.store(times.t0, Ordering::Release);
                     lock(&self.collected).update = Some(times);
                 }
-                Op::AwaitTeardown => self.await_teardown(&task),
+                Op::AwaitTeardown => {
+                    self.await_teardown(&task);
+                    paid.meter = Some(task.meter().take());
+                }
                 Op::SleepMs(ms) => std::thread::sleep(Duration::from_millis(ms)),
                 Op::Raise(flag) => self.raise(flag),
                 Op::Await { flag, count } => self.wait_for(flag, count, || {})?,
                 _ => return Err(LabError::Usage(format!("{op:?} is for a vCPU's thread"))),
             }
         }
-        self.report(name, Who::Caller, &task, cpu_ns, Felt::default());
+        self.report(name, Who::Caller, &task, &mut paid, Felt::default());
         Ok(())
     }
 
     /// Waits for workers and grace periods, and stamps the end of the window.
     fn await_teardown(&self, task: &Task<P>) {
         let mmu = self.vm.mmu();
-        mmu.design().finish(mmu, task);
+        {
+            let _waiting = task.phase(Phase::QueueDelay);
+            mmu.design().quiesce();
+        }
         {
             let _waiting = task.phase(Phase::GracePeriod);
             mmu.rcu().barrier();
@@ -646,22 +663,13 @@ impl Shared<'_> {
         all.rcu_cpu_ns = mmu.rcu().stats().thread_cpu_ns.saturating_sub(all.base.rcu_cpu_ns);
         all.flushes = mmu.flushes() - all.base.flushes;
         all.kicks = self.vm.side().kicks() - all.base.kicks;
-        all.retained = retained(mmu, task);
+        // Still listed and valid: the MMU's reference keeps it (a freed page can be a root again, but not at once).
+        let kept =
+            all.dropped.filter(|root| mmu.listed_roots().any(|r| r == *root) && !mmu.is_obsolete(*root));
+        let owned = mmu.ownership() == Ownership::Mmu;
+        all.retained = kept.filter(|_| owned).map_or(0, |root| mmu.count(task, root).all_tables());
         self.control.report("torn down", 1.0);
     }
-}
-
-/// Table pages under valid roots that only the MMU holds.
-fn retained(mmu: &tdpmmu_mmu::TdpMmu<P>, task: &Task<P>) -> u64 {
-    if mmu.ownership() == Ownership::Vcpu {
-        return 0;
-    }
-    let roots: Vec<u32> = mmu.listed_roots().collect();
-    roots
-        .into_iter()
-        .filter(|&root| !mmu.is_obsolete(root))
-        .map(|root| mmu.count(task, root).all_tables())
-        .sum()
 }
 
 fn current_cpu() -> Option<u32> {

@@ -127,6 +127,10 @@ impl<P: Platform> ZapDesign<P> for AsyncWorker<P> {
 
     fn finish(&self, _mmu: &TdpMmu<P>, task: &Task<P>) {
         let _waiting = task.phase(Phase::QueueDelay);
+        <Self as ZapDesign<P>>::quiesce(self);
+    }
+
+    fn quiesce(&self) {
         if let Some(queue) = self.queue.get() {
             queue.flush();
         }

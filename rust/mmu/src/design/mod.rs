@@ -79,6 +79,10 @@ pub trait ZapDesign<P: Platform>: Send + std::marker::Sync {
     /// After the unlock: returns when P-FZ holds.
     fn finish(&self, mmu: &TdpMmu<P>, task: &Task<P>);
 
+    /// Waits until everything that is queued has been done; what nobody queued is nobody's business here. Unlike
+    /// [`ZapDesign::finish`] it may be called at any time: it takes on no obligation of a fast zap.
+    fn quiesce(&self) {}
+
     /// The VM goes away, no vCPU holds a root any more: leaves no root and no worker behind.
     fn drain(&self, mmu: &TdpMmu<P>, task: &Task<P>);
 
