@@ -33,7 +33,7 @@ fn every_design_zaps_every_page_size_and_leaves_nothing() {
             assert_eq!(r["violations"], 0, "{}", r["violation_list"]);
             assert_eq!(r["extrapolated"], false);
             assert!(r["update_ns"]["total"].as_u64() > Some(0));
-            assert!(r["table_pages_freed"].as_u64() >= Some(2), "{r}");
+            assert!(r["table_pages_freed"].as_u64() >= Some(1), "{r}");
             assert!(r["refault"]["faults"].as_u64() > Some(0), "the working set came back");
         }
     }
