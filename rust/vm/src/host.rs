@@ -155,8 +155,8 @@ impl PrimaryMmu {
         if self.lookup(hva).is_none() {
             self.back(hva, start, vma)?;
         }
-        drop(state);
-        self.lookup(hva).ok_or(VmError::BadHva { hva, rule: "unmapped meanwhile" })
+        // Still under the lock that unmapping takes: the page cannot go between its arrival and this look.
+        self.lookup(hva).ok_or(VmError::HostFull { pages: 1, left: 0 })
     }
 
     /// Backs the page, with the whole piece around it where nothing of it is mapped yet.
