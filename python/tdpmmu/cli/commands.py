@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -229,8 +230,13 @@ def measure(kind: str, out: Output, options: dict[str, Any]) -> int:
         with progress(out.quiet) as report:
             answer = _native.bench(kind, text, progress=report, timeout=experiments.check_timeout(timeout))
     except errors.OracleViolation as error:
+        # What was measured until the check failed is shown where it is a whole document.
+        partial = None
         if error.partial:
-            out.emit(results.load(error.partial, "the partial result"), render)
+            with contextlib.suppress(errors.InvalidArgument):
+                partial = results.load(error.partial, "the partial result")
+        if partial is not None:
+            out.emit(partial, render)
         raise
     out.emit(results.load(answer, "the result"), render)
     return 0
