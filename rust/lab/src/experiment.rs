@@ -14,10 +14,10 @@ use tdpmmu_vm::AccessOutcome;
 use crate::LabError;
 use crate::config::{AdMix, DesignPlan, Plan, PopulateBy};
 use crate::memory::Estimate;
+use crate::outcome::{Outcome, ThreadReport};
 use crate::result::{
     Attribution, CpuNs, DropLoop, H, LockStats, PopulateResult, RcuResult, Refault, Run, Teardown, UpdateNs,
 };
-use crate::run::{Outcome, ThreadReport};
 use crate::scenario::{Ad, By, Flag, Mark, Op, Populate, Scenario, Thread, VmSpec, Who, wait};
 
 /// Which of the two.

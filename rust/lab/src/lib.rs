@@ -10,7 +10,7 @@
 //! | `bench.rs` | the entry: JSON in, JSON out; repetitions, checks |
 //! | `config.rs` | the request, its rules, what follows from it |
 //! | `scenario.rs` | experiments as data |
-//! | `run.rs` | the runner |
+//! | `run.rs`, `outcome.rs` | the runner; what a run came to |
 //! | `guest.rs` | guest threads: open-loop accesses |
 //! | `experiment.rs` | zap and drop |
 //! | `micro.rs` | populate, fault, walk, rcu: one operation against its limit |
@@ -29,6 +29,7 @@ pub mod host;
 pub mod limits;
 pub mod memory;
 mod micro;
+pub mod outcome;
 pub mod result;
 pub mod run;
 pub mod scenario;

@@ -10,13 +10,15 @@ mod bytes;
 mod error;
 mod event;
 mod line;
+mod parse;
 mod reader;
 mod replay;
 mod source;
 
 pub use error::{ReplayError, TraceError};
-pub use event::{Event, Mark, PageArg, Probe, RootArg, parse_event};
+pub use event::{Event, Mark, PageArg, Probe, RootArg};
 pub use line::Head;
+pub use parse::parse_event;
 pub use reader::{BadLine, Item, ReadStats, TraceReader};
 pub use replay::{
     Births, Checked, Deaths, LISTED_MISMATCHES, Mismatch, Progress, Replay, ReplayOptions, StatChecks, Zap,

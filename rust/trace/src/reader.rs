@@ -6,8 +6,9 @@
 //! can't trust its state.
 
 use crate::error::TraceError;
-use crate::event::{Event, parse_event};
+use crate::event::Event;
 use crate::line::{Head, Parsed, parse};
+use crate::parse::parse_event;
 use crate::source::{Input, Lines};
 use serde::Serialize;
 

@@ -1,0 +1,81 @@
+//! What a scenario came to: counts, stamps and measurements, before they become a result.
+
+use std::collections::BTreeMap;
+
+use tdpmmu_mmu::Counts;
+use tdpmmu_platform::{Histogram, MeterSnapshot, RcuStats};
+use tdpmmu_vm::{CloseReport, FastZapTimes};
+
+use crate::guest::Felt;
+use crate::scenario::{Mark, Who};
+
+/// What one thread did and what it cost.
+#[derive(Clone, Debug)]
+pub struct ThreadReport {
+    /// Its name.
+    pub name: String,
+    /// Who it was.
+    pub who: Who,
+    /// Its measurements since t0 (or since its start, if there was none).
+    pub meter: MeterSnapshot,
+    /// CPU time of its timed operations.
+    pub op_cpu_ns: u64,
+    /// What its guest felt.
+    pub felt: Felt,
+    /// CPU that it ended on.
+    pub cpu: Option<u32>,
+    /// Runnable, but waiting for a CPU, since its start.
+    pub run_delay_ns: Option<u64>,
+}
+
+/// What a scenario came to.
+pub struct Outcome {
+    /// What the tree held at t0, counted.
+    pub at_t0: Counts,
+    /// Tables in use at t0 (all roots).
+    pub tables_at_t0: u64,
+    /// Population.
+    pub populate_ns: u64,
+    /// Touching the pool before it.
+    pub prefault_ns: u64,
+    /// Leaves made by the population.
+    pub populated: u64,
+    /// The memslot update, if there was one.
+    pub update: Option<FastZapTimes>,
+    /// Timed operations, in ns.
+    pub marks: BTreeMap<Mark, Histogram>,
+    /// t0 to the end of the last root zap; `None`: none ended after t0.
+    pub last_zap_end_ns: Option<u64>,
+    /// t0 to the last table back in the pool.
+    pub last_free_ns: Option<u64>,
+    /// Tables that stay after the teardown, without caches: retained by the MMU's references, and live ones.
+    pub tables_after: u64,
+    /// ... of them, those of the dropped root.
+    pub retained: u64,
+    /// Threads.
+    pub threads: Vec<ThreadReport>,
+    /// Workers: measurements and CPU time since t0.
+    pub workers: Vec<(MeterSnapshot, u64)>,
+    /// Queue delays.
+    pub queue: Option<Histogram>,
+    /// RCU since the start.
+    pub rcu: RcuStats,
+    /// RCU thread's CPU time since t0.
+    pub rcu_cpu_ns: u64,
+    /// Flushes and kicks since t0.
+    pub flushes: u64,
+    /// Kicks since t0.
+    pub kicks: u64,
+    /// Refaults: how many, and from t0 to the last.
+    pub refaults: (u64, u64),
+    /// Most table pages that existed.
+    pub pool_peak: u64,
+    /// Refusals of the pool.
+    pub pool_cap_hits: u64,
+    /// Tables freed since t0.
+    pub freed: u64,
+    /// Frames that a write-back reached.
+    pub written_back: u64,
+    /// The end of the VM.
+    pub close: CloseReport,
+}
