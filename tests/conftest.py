@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parent.parent
-DATA = ROOT / "rust" / "trace" / "tests" / "data"
+DATA = ROOT / "tests" / "data"
 SHARED = ROOT.parent / "shared" / "kvm-traces"
 
 settings.register_profile("fast", max_examples=50, deadline=None)

@@ -50,7 +50,7 @@ fn all_recordings_replay_without_a_mismatch() {
 }
 
 fn one(case: &str) -> Replay {
-    whole(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(case).join("trace.txt.gz"))
+    whole(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/data").join(case).join("trace.txt.gz"))
 }
 
 #[test]
@@ -168,7 +168,7 @@ fn the_kernel_is_told_from_the_recording_when_no_folder_names_it() {
 
 #[test]
 fn the_wrong_kernel_is_found_out() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/6.1/k_nx/trace.txt.gz");
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/data/6.1/k_nx/trace.txt.gz");
     let r = check("7.2", &lines(&path)).expect("replays");
     assert!(r.checked.mismatch > 0);
 }

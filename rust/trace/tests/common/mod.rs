@@ -7,7 +7,7 @@ use tdpmmu_trace::{Input, Replay, ReplayError, ReplayOptions, profile_named, rep
 
 /// The recordings that are part of the repository.
 pub fn shipped() -> Vec<PathBuf> {
-    find(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data"))
+    find(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/data"))
 }
 
 /// All recordings, where the checkout has them beside it; the reason is printed when it has not.
