@@ -352,6 +352,7 @@ pub fn to_run(
         step_units: H::from(&pay_hist.step_units),
         step_ns: H::default(),
         step_ns_dropped: 0,
+        step_ns_dropped_max: None,
         teardown,
         lock: LockStats {
             read_hold_ns: H::from(&hist.read_hold),
@@ -433,8 +434,9 @@ fn attribution(outcome: &Outcome) -> Vec<Attribution> {
     rows
 }
 
-/// The time between two reschedule checks of the tasks that tear down, and how many samples a context switch spoilt.
-pub fn step_ns(kind: Kind, outcome: &Outcome) -> (H, u64) {
+/// The time between two reschedule checks of the tasks that tear down; how many samples a context switch spoilt, and the
+/// longest of those.
+pub fn step_ns(kind: Kind, outcome: &Outcome) -> (H, u64, u64) {
     let paying = merged(
         outcome
             .threads
@@ -443,5 +445,6 @@ pub fn step_ns(kind: Kind, outcome: &Outcome) -> (H, u64) {
             .map(|t| &t.meter)
             .chain(outcome.workers.iter().map(|w| &w.0)),
     );
-    (crate::bench::summary(paying.histograms.as_deref().map(|h| &h.step_ns)), paying.steps_dropped)
+    let histogram = crate::bench::summary(paying.histograms.as_deref().map(|h| &h.step_ns));
+    (histogram, paying.steps_dropped, paying.longest_dropped_step_ns)
 }

@@ -339,6 +339,8 @@ impl<P: Platform> Task<P> {
                     self.meter.histograms(|h| h.step_ns.record(P::ticks_to_ns(stretch)));
                 } else {
                     add(&self.meter.steps_dropped, 1);
+                    let longest = &self.meter.longest_dropped_step_ns;
+                    longest.set(longest.get().max(P::ticks_to_ns(stretch)));
                 }
             } else {
                 self.meter.histograms(|h| h.step_units.record(done));

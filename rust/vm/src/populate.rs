@@ -257,7 +257,13 @@ impl<P: Platform> Vm<P> {
                     continue;
                 }
                 match vcpu.fault(access, there.is_some())? {
-                    FaultOutcome::Retry => continue,
+                    FaultOutcome::Retry => {
+                        // A fast zap beside us leaves an obsolete root: only a guest entry services the request to drop it.
+                        if progress.cancel.load(Relaxed) || !vcpu.enter()? {
+                            return Err(VmError::Cancelled);
+                        }
+                        vcpu.leave();
+                    }
                     FaultOutcome::Fixed { .. } => {
                         fixed += 1;
                         progress.done.fetch_add(1, Relaxed);
