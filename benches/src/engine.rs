@@ -13,7 +13,7 @@ use crate::locks::lock_samples;
 use crate::reclaim::{BATCH, CALLS, ITEMS, Items, defer_samples};
 use crate::tree;
 
-type Rcu = <Real as Platform>::Rcu;
+pub(crate) type Rcu = <Real as Platform>::Rcu;
 type Lock = <Real as Platform>::RwLock;
 
 /// Every row of ours. `pages` and `reps` as for the peers.
@@ -48,19 +48,7 @@ impl Reclaim for Items {
 pub fn rcu_rows(reps: u32) -> Result<Vec<Sample>, BenchError> {
     let items = Arc::new(Items::new());
     let rcu = Rcu::new(Arc::clone(&items) as Arc<dyn Reclaim>, RcuConfig::default());
-    let of_task = hammer(reps * 4, CALLS, || {
-        let task = task(&rcu);
-        move || drop(task.rcu_read())
-    });
-    let of_reader = hammer(reps * 4, CALLS, || {
-        let reader = rcu.register("bench");
-        move || {
-            reader.enter();
-            reader.leave();
-        }
-    });
-    let section = |name, ns| Sample { work: Work::ReadSection, name, ns, count: CALLS };
-    let mut out = vec![section("tdpmmu (task)", of_task), section("tdpmmu (reader)", of_reader)];
+    let mut out = section_rows(&rcu, reps);
     let task = task(&rcu);
     for (name, chain) in [("tdpmmu (chains)", BATCH), ("tdpmmu (one by one)", 1)] {
         out.extend(defer_samples(name, reps, &items, |items| {
@@ -82,6 +70,23 @@ pub fn rcu_rows(reps: u32) -> Result<Vec<Sample>, BenchError> {
     Ok(out)
 }
 
+/// Enter and leave, by a task and by a bare reader.
+pub(crate) fn section_rows(rcu: &Arc<Rcu>, reps: u32) -> Vec<Sample> {
+    let of_task = hammer(reps * 4, CALLS, || {
+        let task = task(rcu);
+        move || drop(task.rcu_read())
+    });
+    let of_reader = hammer(reps * 4, CALLS, || {
+        let reader = rcu.register("bench");
+        move || {
+            reader.enter();
+            reader.leave();
+        }
+    });
+    let section = |name, ns| Sample { work: Work::ReadSection, name, ns, count: CALLS };
+    vec![section("tdpmmu (task)", of_task), section("tdpmmu (reader)", of_reader)]
+}
+
 /// Links `head..head + count` and hands the chain over; linking is part of what the caller pays.
 fn defer_chain(rcu: &Rcu, links: &[AtomicU32], head: u32, count: u32) {
     let Some((tail, rest)) = links.get(head as usize..(head + count) as usize).and_then(<[_]>::split_last)
@@ -99,13 +104,6 @@ fn defer_chain(rcu: &Rcu, links: &[AtomicU32], head: u32, count: u32) {
 /// # Errors
 /// [`BenchError::Spawn`].
 pub fn lock_rows(reps: u32) -> Result<Vec<Sample>, BenchError> {
-    struct Nothing;
-    impl Reclaim for Nothing {
-        fn reclaim(&self, head: u32) -> usize {
-            debug_assert_eq!(head, NIL, "nothing is deferred here");
-            0
-        }
-    }
     let rcu = Rcu::new(Arc::new(Nothing), RcuConfig::default());
     let (mmu_lock, raw) = (MmuLock::<Real>::new(), Lock::new());
     let mut out = Vec::new();
@@ -141,6 +139,16 @@ pub fn lock_rows(reps: u32) -> Result<Vec<Sample>, BenchError> {
     )?);
     rcu.stop();
     Ok(out)
+}
+
+/// Reclaims where nothing is deferred.
+pub(crate) struct Nothing;
+
+impl Reclaim for Nothing {
+    fn reclaim(&self, head: u32) -> usize {
+        debug_assert_eq!(head, NIL, "nothing is deferred here");
+        0
+    }
 }
 
 /// A task as a run without measurement has it.

@@ -9,6 +9,7 @@ use std::thread::ScopedJoinHandle;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
+use tdpmmu_lab::LabError;
 
 use crate::limits::{EntryLimits, Limits, LimitsError};
 
@@ -30,6 +31,31 @@ pub enum BenchError {
     /// The limits could not be taken.
     #[error(transparent)]
     Limits(#[from] LimitsError),
+    /// An experiment of the laboratory gave no result.
+    #[error("{experiment}: {source}")]
+    Lab { experiment: &'static str, source: LabError },
+}
+
+impl BenchError {
+    /// The exit code that it deserves.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::WorkNotDone { .. } | Self::Engine { .. } => 1,
+            Self::NoMemory { .. } | Self::Spawn { .. } | Self::Limits(_) => 4,
+            Self::Lab { source, .. } => match source {
+                LabError::Check { .. } => 1,
+                LabError::Usage(_) => 2,
+                LabError::Memory { .. } => 4,
+                LabError::Internal(_) => 5,
+                LabError::Cancelled => 130,
+            },
+        }
+    }
+
+    /// Our engine refused, and this is what it said.
+    pub(crate) fn engine(what: impl std::fmt::Display) -> Self {
+        Self::Engine { what: what.to_string() }
+    }
 }
 
 /// A work that several implementations do.
@@ -317,11 +343,11 @@ fn meet(arrived: &AtomicUsize, threads: usize) {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::limits::{LimitOptions, measure};
 
-    fn limits() -> Limits {
+    pub(crate) fn limits() -> Limits {
         let mut opts = LimitOptions { bytes: 2 << 20, hugepages: false, threads: vec![], budget_ms: 0 };
         opts.threads.push(1);
         let mut limits = measure(&opts).unwrap();

@@ -23,10 +23,21 @@ const GIB: u64 = 1 << 18;
 /// Pages of one leaf table: as many faults are taken under one hold of the lock.
 const TABLE: u64 = 512;
 
+/// How a tree is filled.
+#[derive(Clone, Copy, PartialEq)]
+enum By {
+    /// The map step of one fault a page.
+    Faults,
+    /// The map step for a run of faults: a call a leaf table.
+    Runs,
+    /// Tables filled whole.
+    Bulk,
+}
+
 /// A life of a tree: how it is filled, and how it ends.
 struct Life {
     map: &'static str,
-    faults: bool,
+    by: By,
     /// The row of the teardown, or of the range zap that precedes it.
     end: &'static str,
     passes: &'static str,
@@ -35,18 +46,18 @@ struct Life {
     full: bool,
 }
 
-const LIVES: [Life; 4] = [
+const LIVES: [Life; 5] = [
     Life {
         map: "tdpmmu (fault path, shared)",
-        faults: true,
+        by: By::Faults,
         end: "tdpmmu (range zap, exclusive)",
         passes: "1G,root",
         exclusive: false,
         full: true,
     },
     Life {
-        map: "tdpmmu (bulk)",
-        faults: false,
+        map: "tdpmmu (runs of faults, shared)",
+        by: By::Runs,
         end: "tdpmmu (shared, 1G,root)",
         passes: "1G,root",
         exclusive: false,
@@ -54,7 +65,15 @@ const LIVES: [Life; 4] = [
     },
     Life {
         map: "tdpmmu (bulk)",
-        faults: false,
+        by: By::Bulk,
+        end: "tdpmmu (shared, 1G,root)",
+        passes: "1G,root",
+        exclusive: false,
+        full: false,
+    },
+    Life {
+        map: "tdpmmu (bulk)",
+        by: By::Bulk,
         end: "tdpmmu (shared, 4K,2M,1G,root)",
         passes: "4K,2M,1G,root",
         exclusive: false,
@@ -62,7 +81,7 @@ const LIVES: [Life; 4] = [
     },
     Life {
         map: "tdpmmu (bulk)",
-        faults: false,
+        by: By::Bulk,
         end: "tdpmmu (exclusive, 1G,root)",
         passes: "1G,root",
         exclusive: true,
@@ -77,37 +96,52 @@ const LIVES: [Life; 4] = [
 pub fn samples(pages: u64, reps: u32) -> Result<Vec<Sample>, BenchError> {
     let mut out: Vec<Sample> = Vec::new();
     for life in &LIVES {
-        let mmu = engine(life.passes, pages)?;
-        for _ in 0..reps {
-            for (work, name, time) in live(life, &mmu, pages)? {
-                let ns = time.as_nanos() as f64 / pages as f64;
-                match out.iter_mut().find(|sample| sample.work == work && sample.name == name) {
-                    Some(sample) => sample.ns = sample.ns.min(ns),
-                    None => out.push(Sample { work, name, ns, count: pages }),
-                }
-            }
-        }
+        sample(life, pages, reps, &mut out)?;
     }
     Ok(out)
 }
 
-fn failed(what: impl std::fmt::Display) -> BenchError {
-    BenchError::Engine { what: what.to_string() }
+/// The rows of mapping alone: one fault a page, runs of faults, in bulk.
+///
+/// # Errors
+/// As [`samples`].
+pub fn map_samples(pages: u64, reps: u32) -> Result<Vec<Sample>, BenchError> {
+    let mut out = Vec::new();
+    for life in LIVES.iter().take(3) {
+        sample(&Life { full: false, ..*life }, pages, reps, &mut out)?;
+    }
+    out.retain(|sample| sample.work == Work::Map);
+    Ok(out)
 }
 
-/// An engine after Linux 6.12 on NPT, with its pool touched.
-fn engine(passes: &str, pages: u64) -> Result<Arc<TdpMmu<Real>>, BenchError> {
-    let profile = KernelProfile::named("6.12").map_err(failed)?;
+fn sample(life: &Life, pages: u64, reps: u32, out: &mut Vec<Sample>) -> Result<(), BenchError> {
+    let mmu = engine(life.passes, pages)?;
+    for _ in 0..reps {
+        for (work, name, time) in live(life, &mmu, pages)? {
+            let ns = time.as_nanos() as f64 / pages as f64;
+            match out.iter_mut().find(|sample| sample.work == work && sample.name == name) {
+                Some(sample) => sample.ns = sample.ns.min(ns),
+                None => out.push(Sample { work, name, ns, count: pages }),
+            }
+        }
+    }
+    Ok(())
+}
+
+/// An engine after Linux 6.12 on NPT, with room for `pages` pages and its pool touched.
+pub(crate) fn engine(passes: &str, pages: u64) -> Result<Arc<TdpMmu<Real>>, BenchError> {
+    let profile = KernelProfile::named("6.12").map_err(BenchError::engine)?;
     let leaf_tables = pages.div_ceil(TABLE);
-    let max_tables = u32::try_from(leaf_tables + leaf_tables.div_ceil(TABLE) + 1024).map_err(failed)?;
+    let max_tables =
+        u32::try_from(leaf_tables + leaf_tables.div_ceil(TABLE) + 1024).map_err(BenchError::engine)?;
     let config = MmuConfig {
         format: profile.format(FormatKind::Npt),
         profile,
         root_level: 4,
         maxphyaddr: 52,
-        passes: Passes::parse(passes).map_err(failed)?,
-        ownership: design::info("sync").ok_or_else(|| failed("no design called sync"))?.ownership,
-        design: design::build("sync", 1).map_err(failed)?,
+        passes: Passes::parse(passes).map_err(BenchError::engine)?,
+        ownership: design::info("sync").ok_or_else(|| BenchError::engine("no design called sync"))?.ownership,
+        design: design::build("sync", 1).map_err(BenchError::engine)?,
         max_tables,
         hugepages: true,
         batch: TABLE as u16,
@@ -116,8 +150,8 @@ fn engine(passes: &str, pages: u64) -> Result<Arc<TdpMmu<Real>>, BenchError> {
         rcu: RcuConfig::default(),
         task: TaskConfig::default(),
     };
-    let mmu = TdpMmu::new(config, Arc::new(NoHost)).map_err(failed)?;
-    mmu.pool().prefault(u64::from(max_tables)).map_err(failed)?;
+    let mmu = TdpMmu::new(config, Arc::new(NoHost)).map_err(BenchError::engine)?;
+    mmu.pool().prefault(u64::from(max_tables)).map_err(BenchError::engine)?;
     Ok(mmu)
 }
 
@@ -133,13 +167,12 @@ fn live(life: &Life, mmu: &TdpMmu<Real>, pages: u64) -> Result<Vec<Timed>, Bench
     let task = &mmu.task("bench", Role::Caller);
     let cache = &mut TableCache::default();
     let mut out = Vec::new();
-    let root = mmu.load_root(task, cache, mmu.root_role(false)).map_err(failed)?;
+    let root = mmu.load_root(task, cache, mmu.root_role(false)).map_err(BenchError::engine)?;
 
     let start = Instant::now();
-    let mapped = if life.faults {
-        map_by_faults(mmu, task, cache, root, pages)?
-    } else {
-        map_in_bulk(mmu, task, cache, root, pages)?
+    let mapped = match life.by {
+        By::Bulk => map_in_bulk(mmu, task, cache, root, pages)?,
+        by => map_by_faults(mmu, task, cache, root, pages, by)?,
     };
     out.push((Work::Map, life.map, start.elapsed()));
     check(Work::Map, life.map, "pages mapped", mapped, pages)?;
@@ -190,42 +223,49 @@ fn live(life: &Life, mmu: &TdpMmu<Real>, pages: u64) -> Result<Vec<Timed>, Bench
     let leaves: i64 = mmu.leaf_pages().iter().sum();
     check(Work::Teardown, life.end, "leaves left", leaves.unsigned_abs(), 0)?;
     match mmu.violations().first() {
-        Some(violation) => Err(failed(violation)),
+        Some(violation) => Err(BenchError::engine(violation)),
         None => Ok(out),
     }
 }
 
-/// The map step of one fault per page; the cache is topped up and the lock taken once per leaf table.
+/// The map step of faults, one or a run a call; the cache is topped up and the lock taken once per leaf table.
 fn map_by_faults(
     mmu: &TdpMmu<Real>,
     task: &Task<Real>,
     cache: &mut TableCache,
     root: u32,
     pages: u64,
+    by: By,
 ) -> Result<u64, BenchError> {
+    let fault = |gfn| MapFault {
+        gfn,
+        as_id: 0,
+        frame: Frame::Page { pfn: PFN_BASE + gfn, writable: true },
+        goal_level: 1,
+        write: true,
+        exec: false,
+        prefetch: false,
+        dirty_tracked: false,
+    };
     let mut mapped = 0;
     for first in (0..pages).step_by(TABLE as usize) {
-        mmu.top_up(task, cache).map_err(failed)?;
+        mmu.top_up(task, cache).map_err(BenchError::engine)?;
         let mut guard = mmu.lock.read(task);
-        for gfn in first..pages.min(first + TABLE) {
-            let fault = MapFault {
-                gfn,
-                as_id: 0,
-                frame: Frame::Page { pfn: PFN_BASE + gfn, writable: true },
-                goal_level: 1,
-                write: true,
-                exec: false,
-                prefetch: false,
-                dirty_tracked: false,
-            };
-            let outcome = mmu.map(&mut guard, cache, root, &fault);
+        let last = pages.min(first + TABLE);
+        if by == By::Runs {
+            let run = mmu.map_range(&mut guard, cache, root, &fault(first), last - first);
+            mapped += run.map_err(|outcome| BenchError::engine(format!("gfn {first:#x}: {outcome:?}")))?;
+            continue;
+        }
+        for gfn in first..last {
+            let outcome = mmu.map(&mut guard, cache, root, &fault(gfn));
             mapped += u64::from(matches!(outcome, MapOutcome::Fixed { level: 1, .. }));
         }
     }
     Ok(mapped)
 }
 
-fn map_in_bulk(
+pub(crate) fn map_in_bulk(
     mmu: &TdpMmu<Real>,
     task: &Task<Real>,
     cache: &mut TableCache,
@@ -250,7 +290,7 @@ fn map_in_bulk(
         let gfns = first..pages.min(first + GIB);
         let map = BulkMap { gfns, first_pfn: PFN_BASE + first, level: 1, template: made.spte };
         let mut guard = mmu.lock.read(task);
-        mapped += mmu.populate_bulk(&mut guard, cache, root, &map).map_err(failed)?;
+        mapped += mmu.populate_bulk(&mut guard, cache, root, &map).map_err(BenchError::engine)?;
     }
     Ok(mapped)
 }
@@ -264,8 +304,8 @@ mod tests {
         let rows = samples(1 << 12, 2).unwrap();
         let works: std::collections::BTreeSet<Work> = rows.iter().map(|row| row.work).collect();
         assert_eq!(works.len(), 5);
-        // Two ways to map, two look-ups, one unmap, three teardowns.
-        assert_eq!(rows.len(), 8);
+        // Three ways to map, two look-ups, one unmap, three teardowns.
+        assert_eq!(rows.len(), 9);
         assert!(rows.iter().all(|row| row.ns > 0.0 && row.name.starts_with("tdpmmu")));
     }
 }
