@@ -253,7 +253,9 @@ impl Bench<'_> {
             let begin = P::ticks();
             for _ in 0..SECTIONS {
                 let guard = task.rcu_read();
-                black_box(&guard);
+                // What is read inside must not move out; the guard itself may stay in registers.
+                std::sync::atomic::compiler_fence(std::sync::atomic::Ordering::SeqCst);
+                drop(guard);
             }
             Ok((P::ticks_to_ns(P::ticks() - begin), SECTIONS))
         })?;

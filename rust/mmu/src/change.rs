@@ -49,7 +49,7 @@ pub(crate) fn exchange<P: Platform>(
 }
 
 #[inline]
-pub(crate) fn tell<P: Platform, M: Mode>(mmu: &TdpMmu<P>, task: &Task<P>, at: At, old: Spte, new: Spte) {
+fn tell<P: Platform, M: Mode>(mmu: &TdpMmu<P>, task: &Task<P>, at: At, old: Spte, new: Spte) {
     if let Some(observer) = mmu.observer() {
         observer.event(
             task.id(),

@@ -48,7 +48,7 @@ use tdpmmu_platform::{
 };
 use tdpmmu_spte::geometry::max_gfn;
 use tdpmmu_spte::{Format, KernelProfile, Ownership, Passes, Role, WriteBack};
-use tdpmmu_table::{PoolConfig, PoolError, TablePool};
+use tdpmmu_table::{PoolConfig, PoolError, TableCache, TablePool, Tally};
 
 pub use count::Counts;
 pub use debt::FlushDebt;
@@ -117,6 +117,7 @@ pub struct TdpMmu<P: Platform> {
     max_gfn: u64,
     writes_back: bool,
     leaves: [AtomicI64; 4],
+    tallies: StdMutex<Vec<Arc<Tally>>>,
     tables: AtomicI64,
     flushes: AtomicU64,
     zap_end: AtomicU64,
@@ -143,6 +144,7 @@ impl<P: Platform> TdpMmu<P> {
             max_gfn: max_gfn(config.root_level, config.maxphyaddr),
             writes_back: config.write_back && config.profile.write_back == WriteBack::AtZap,
             leaves: Default::default(),
+            tallies: StdMutex::default(),
             tables: AtomicI64::new(0),
             flushes: AtomicU64::new(0),
             zap_end: AtomicU64::new(0),
@@ -263,6 +265,24 @@ impl<P: Platform> TdpMmu<P> {
         }
     }
 
+    /// `count` leaves made by the owner of `cache`: on its own counter, without a locked instruction, where it has one.
+    #[inline]
+    pub(crate) fn leaves_made(&self, cache: &mut TableCache, level: u8, count: i64) {
+        if self.config.profile.page_stats && !cache.count_leaves(level, count) {
+            self.add_leaves(level, count);
+        }
+    }
+
+    /// A counter for a table cache: one whose owner is gone, or a new one. What it counted stays in the sum.
+    fn new_tally(&self) -> Arc<Tally> {
+        let mut tallies = self.tallies.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(free) = tallies.iter().find(|tally| Arc::strong_count(tally) == 1) {
+            return Arc::clone(free);
+        }
+        tallies.push(Arc::default());
+        Arc::clone(&tallies[tallies.len() - 1])
+    }
+
     pub(crate) fn tables_linked(&self, count: u64) {
         self.tables.fetch_add(count as i64, Ordering::Relaxed);
     }
@@ -273,7 +293,11 @@ impl<P: Platform> TdpMmu<P> {
 
     /// pages_4k, pages_2m, pages_1g: leaves of all roots, invalid ones included. Exact at quiet points.
     pub fn leaf_pages(&self) -> [i64; 3] {
-        [1, 2, 3].map(|level: usize| self.leaves[level].load(Ordering::Relaxed))
+        let tallies = self.tallies.lock().unwrap_or_else(PoisonError::into_inner);
+        [1u8, 2, 3].map(|level| {
+            let own: i64 = tallies.iter().map(|tally| tally.get(level)).sum();
+            self.leaves[level as usize].load(Ordering::Relaxed) + own
+        })
     }
 
     /// Linked tables that are no roots.

@@ -98,6 +98,9 @@ impl<P: Platform> TdpMmu<P> {
     #[cold]
     fn refill(&self, task: &Task<P>, cache: &mut TableCache) -> Result<(), PoolError> {
         task.might_sleep();
+        if !cache.has_tally() {
+            cache.adopt(self.new_tally());
+        }
         cache.top_up(self.pool(), self.fault_tables(), |page| self.fill_empty(page))
     }
 
@@ -142,7 +145,7 @@ impl<P: Platform> TdpMmu<P> {
         match self.descend(task, cache, root, fault) {
             Ok((table, old)) => {
                 let cell = &self.pool().entries(table)[index(fault.gfn, fault.goal_level)];
-                self.map_leaf(task, cell, self.goal(root, fault), old, fault)
+                self.map_leaf(task, cache, cell, self.goal(root, fault), old, fault)
             }
             Err(outcome) => outcome,
         }
@@ -169,37 +172,38 @@ impl<P: Platform> TdpMmu<P> {
         let goal = self.goal(root, first);
         let empty = self.format().empty();
         let template = self.leaf_for(first, pfn & !(unit - 1), writable, empty);
+        // One step a leaf, nothing else: the fast loop ends at the first entry that is not simply empty.
+        let plain = self.observer().is_none() && !template.mark_dirty;
         let (mut new, mut done) = (0, 0);
-        for (i, cell) in (0..room).zip(cells) {
-            let leaf = Spte(template.spte.raw() + ((i * unit) << 12));
-            if P::cmpxchg(cell, empty.raw(), leaf.raw(), Site::SpteInstall).is_err() {
-                // Something is there: the single step knows all the cases.
-                let fault = MapFault {
-                    gfn: first.gfn + i * unit,
-                    frame: Frame::Page { pfn: pfn + i * unit, writable },
-                    ..*first
-                };
-                let old = Spte(P::load(cell, Site::SpteRead));
-                let frozen = self.format().is_frozen(old);
-                let at = At { gfn: goal.gfn + i * unit, ..goal };
-                if frozen || self.map_leaf(task, cell, at, old, &fault) == MapOutcome::Retry {
+        while done < room {
+            if plain {
+                let mut leaf = template.spte.raw() + ((done * unit) << 12);
+                let run = cells[done as usize..room as usize].iter().take_while(|cell| {
+                    let fresh = P::cmpxchg(cell, empty.raw(), leaf, Site::SpteInstall).is_ok();
+                    leaf += unit << 12;
+                    fresh
+                });
+                let run = run.count() as u64;
+                new += run;
+                done += run;
+                if done == room {
                     break;
                 }
-                done += 1;
-                continue;
             }
-            new += 1;
+            // Something is there, or somebody wants to know: the single step has all the cases.
+            let gfn = first.gfn + done * unit;
+            let frame = Frame::Page { pfn: pfn + done * unit, writable };
+            let (fault, at) = (MapFault { gfn, frame, ..*first }, At { gfn: goal.gfn + done * unit, ..goal });
+            let cell = &cells[done as usize];
+            let old = Spte(P::load(cell, Site::SpteRead));
+            let frozen = self.format().is_frozen(old);
+            if frozen || self.map_leaf(task, cache, cell, at, old, &fault) == MapOutcome::Retry {
+                break;
+            }
             done += 1;
-            if template.mark_dirty {
-                self.host().gfn_dirty(first.as_id, first.gfn + i * unit);
-            }
-            if self.observer().is_some() {
-                let at = At { gfn: goal.gfn + i * unit, ..goal };
-                change::tell::<P, Shared>(self, task, at, empty, leaf);
-            }
         }
         task.count(0, new);
-        self.add_leaves(first.goal_level, new as i64);
+        self.leaves_made(cache, first.goal_level, new as i64);
         Ok(done)
     }
 
@@ -261,6 +265,7 @@ impl<P: Platform> TdpMmu<P> {
     fn map_leaf(
         &self,
         task: &Task<P>,
+        cache: &mut TableCache,
         cell: &std::sync::atomic::AtomicU64,
         at: At,
         old: Spte,
@@ -306,7 +311,7 @@ impl<P: Platform> TdpMmu<P> {
         if !old.is_present() && self.observer().is_none() {
             // The common case, without a ledger: a leaf where nothing was.
             if new.is_present() {
-                self.add_leaves(at.level, 1);
+                self.leaves_made(cache, at.level, 1);
             }
             return outcome;
         }

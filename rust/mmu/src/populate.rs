@@ -7,7 +7,6 @@
 //! pool and are written once, front to back; nothing is zeroed first. What is covered in part, or exists already, goes entry by entry.
 
 use std::ops::Range;
-use std::sync::atomic::Ordering::Relaxed;
 
 use tdpmmu_platform::{Event, Guard, Platform, Shared, Site, Task};
 use tdpmmu_spte::geometry::{index, round_down, span};
@@ -131,15 +130,19 @@ impl<P: Platform> TdpMmu<P> {
             Err(_) => (self.pool().alloc_run(1)?, 1),
         };
         let role = Role(self.pool().meta(parent).role()).child().raw();
+        let leaf_at = |base: u64| map.template.with_pfn(map.first_pfn + (base - map.gfns.start));
+        for i in 0..count {
+            let (table, base) = (run + i as u32, gfn + i as u64 * span(2));
+            self.pool().meta(table).init(role, base, 1, Some((parent, (first + i) as u16)));
+            // SAFETY: the run was taken from the pool above and is linked below, after `fill_done`: until then nobody else knows it.
+            unsafe { self.pool().fill_unpublished(table, leaf_at(base).raw(), 1 << 12) };
+        }
+        self.pool().fill_done();
         let mut linked = 0;
         for i in 0..count {
             let (table, slot) = (run + i as u32, (first + i) as u16);
             let base = gfn + i as u64 * span(2);
-            let leaf = map.template.with_pfn(map.first_pfn + (base - map.gfns.start));
-            self.pool().meta(table).init(role, base, 1, Some((parent, slot)));
-            for (j, entry) in self.pool().entries(table).iter().enumerate() {
-                entry.store(leaf.raw() + ((j as u64) << 12), Relaxed);
-            }
+            let leaf = leaf_at(base);
             if let Some(observer) = self.observer() {
                 observer.event(task.id(), &Event::TableAlloc { table, level: 1, gfn: base });
             }

@@ -15,19 +15,24 @@
 //!
 //! | file | idea |
 //! | --- | --- |
-//! | `arena.rs` | reserved, never-moving memory (the only `unsafe` of the crate) |
+//! | `arena.rs` | reserved, never-moving memory |
 //! | `freemap.rs` | which pages are free; runs |
 //! | `meta.rs` | what is known about a table |
 //! | `pool.rs` | the pool: alloc, free, cap, counts, per-task caches |
+//! | `fill.rs` | whole tables written around the caches |
+//! | `tally.rs` | counters with one writer |
 
 mod arena;
+mod fill;
 mod freemap;
 mod meta;
 mod pool;
+mod tally;
 
 pub use freemap::FreeMap;
 pub use meta::{NO_PARENT, TableFlag, TableMeta};
 pub use pool::{DeadChain, PoolConfig, PoolError, PoolStats, TableCache, TablePool};
+pub use tally::Tally;
 
 /// Bytes of a page-table page.
 pub const TABLE_BYTES: usize = 4096;

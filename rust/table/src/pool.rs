@@ -7,7 +7,7 @@ use tdpmmu_platform::{Event, NIL, NO_TASK, Observer, Reclaim};
 
 use crate::arena::Arena;
 use crate::freemap::{FreeMap, WORD_PAGES};
-use crate::{Entries, TABLE_BYTES, TableMeta};
+use crate::{Entries, TABLE_BYTES, TableMeta, Tally};
 
 /// How large the pool may become, and what backs it.
 #[derive(Clone, Copy, Debug)]
@@ -263,6 +263,7 @@ impl Reclaim for TablePool {
 #[derive(Default)]
 pub struct TableCache {
     pages: Vec<u32>,
+    tally: Option<Arc<Tally>>,
 }
 
 impl TableCache {
@@ -317,6 +318,28 @@ impl TableCache {
     /// Puts back a page that was popped and never published.
     pub fn push(&mut self, index: u32) {
         self.pages.push(index);
+    }
+
+    /// Gives the cache a counter of its own; whoever made it sums.
+    pub fn adopt(&mut self, tally: Arc<Tally>) {
+        self.tally = Some(tally);
+    }
+
+    /// Has it a counter?
+    pub fn has_tally(&self) -> bool {
+        self.tally.is_some()
+    }
+
+    /// Counts `count` leaves of `level` on the cache's own counter; false: it has none.
+    #[inline]
+    pub fn count_leaves(&mut self, level: u8, count: i64) -> bool {
+        match &self.tally {
+            Some(tally) => {
+                tally.add(level, count);
+                true
+            }
+            None => false,
+        }
     }
 
     /// Pages in stock.
