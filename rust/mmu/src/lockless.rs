@@ -71,16 +71,16 @@ impl<P: Platform> TdpMmu<P> {
     pub fn lookup(&self, task: &Task<P>, root: u32, gfn: u64) -> Option<(Spte, u8)> {
         let _rcu = task.rcu_read();
         let pool = self.pool();
-        let (mut table, mut level) = (root, self.root_level());
+        let mut entries = pool.entries(root);
+        let mut level = self.root_level();
         let mut shift = 9 * u32::from(level - 1);
         // Five reads at most; the shift is carried, not recomputed from the level.
         loop {
-            let slot = (gfn >> shift) as usize % ENTRIES;
-            let entry = Spte(P::load(&pool.entries(table)[slot], Site::WalkLockless));
+            let entry = Spte(P::load(&entries[(gfn >> shift) as usize % ENTRIES], Site::WalkLockless));
             if shift == 0 || !entry.is_table(level) {
                 return entry.is_leaf(level).then_some((entry, level));
             }
-            table = entry.pfn() as u32;
+            entries = pool.child_entries(entry);
             shift -= 9;
             level -= 1;
         }

@@ -84,6 +84,17 @@ impl<T: ZeroAtomic> Arena<T> {
         unsafe { self.base.add(index as usize).as_ref() }
     }
 
+    /// The element that begins `offset` bytes into the arena; panics beyond the end and in the middle of an element.
+    #[inline(always)]
+    pub(crate) fn at_offset(&self, offset: u64) -> &T {
+        let size = size_of::<T>() as u64;
+        if offset >= self.len as u64 * size || !offset.is_multiple_of(size) {
+            outside((offset / size) as u32);
+        }
+        // SAFETY: an element boundary inside the mapping, by the line above; otherwise as in `get`.
+        unsafe { self.base.byte_add(offset as usize).as_ref() }
+    }
+
     /// Address of element `index`, for prefetch hints; may be out of bounds and is never dereferenced.
     #[inline(always)]
     pub(crate) fn address(&self, index: u32) -> *const T {
