@@ -115,7 +115,7 @@ pub fn map_samples(pages: u64, reps: u32) -> Result<Vec<Sample>, BenchError> {
 }
 
 fn sample(life: &Life, pages: u64, reps: u32, out: &mut Vec<Sample>) -> Result<(), BenchError> {
-    let mmu = engine(life.passes, pages)?;
+    let mmu = engine(life.passes, pages, true)?;
     for _ in 0..reps {
         for (work, name, time) in live(life, &mmu, pages)? {
             let ns = time.as_nanos() as f64 / pages as f64;
@@ -129,7 +129,7 @@ fn sample(life: &Life, pages: u64, reps: u32, out: &mut Vec<Sample>) -> Result<(
 }
 
 /// An engine after Linux 6.12 on NPT, with room for `pages` pages and its pool touched.
-pub(crate) fn engine(passes: &str, pages: u64) -> Result<Arc<TdpMmu<Real>>, BenchError> {
+pub(crate) fn engine(passes: &str, pages: u64, hugepages: bool) -> Result<Arc<TdpMmu<Real>>, BenchError> {
     let profile = KernelProfile::named("6.12").map_err(BenchError::engine)?;
     let leaf_tables = pages.div_ceil(TABLE);
     let max_tables =
@@ -143,7 +143,7 @@ pub(crate) fn engine(passes: &str, pages: u64) -> Result<Arc<TdpMmu<Real>>, Benc
         ownership: design::info("sync").ok_or_else(|| BenchError::engine("no design called sync"))?.ownership,
         design: design::build("sync", 1).map_err(BenchError::engine)?,
         max_tables,
-        hugepages: true,
+        hugepages,
         batch: TABLE as u16,
         write_back: false,
         observer: None,

@@ -11,9 +11,12 @@
 //! | `experiment.rs` | from the laboratory: dependent walks, vCPUs that drop a root, work between reschedule checks |
 //! | `memory.rs` | bytes beside the tables, allocations of a zap |
 //! | `text.rs` | reading a recording |
+//!
+//! `native.rs` is no figure of this table, but the native side of the calls that `benches/python` makes.
 
 mod experiment;
 pub mod memory;
+pub mod native;
 mod text;
 mod vcpu;
 mod zap;
