@@ -4,6 +4,9 @@ use tdpmmu_platform::{Platform, Site, Task};
 use tdpmmu_spte::Spte;
 use tdpmmu_spte::geometry::ENTRIES;
 
+use tdpmmu_table::Entries;
+use tdpmmu_table::prefetch::{Intent, LINE, prefetch};
+
 use crate::TdpMmu;
 
 /// What a full walk of one root found. Indices are levels 1..=5.
@@ -41,7 +44,7 @@ impl<P: Platform> TdpMmu<P> {
     /// Reads every entry under `root` and counts. The tree may change meanwhile; the answer is then of no one moment.
     pub fn count(&self, task: &Task<P>, root: u32) -> Counts {
         let _rcu = task.rcu_read();
-        self.count_table(root, self.root_level())
+        self.count_table(root, self.root_level(), None)
     }
 
     /// As [`TdpMmu::count`], over every listed root.
@@ -49,31 +52,40 @@ impl<P: Platform> TdpMmu<P> {
         let _rcu = task.rcu_read();
         let mut sum = Counts::default();
         for root in self.listed_roots() {
-            sum.add(&self.count_table(root, self.root_level()));
+            sum.add(&self.count_table(root, self.root_level(), None));
         }
         sum
     }
 
-    fn count_table(&self, table: u32, level: u8) -> Counts {
+    fn count_table(&self, table: u32, level: u8, next: Option<&Entries>) -> Counts {
         let mut counts = Counts::default();
         counts.tables[level as usize] = 1;
         let entries = self.pool().entries(table);
         if level == 1 {
             // Branch-free: this loop reads every SPTE of the guest.
             let (mut present, mut empty) = (0u64, 0u64);
-            for entry in entries {
-                let spte = Spte(P::load(entry, Site::SpteRead));
-                present += u64::from(spte.is_present());
-                empty += u64::from(spte == self.format().empty());
+            for (n, line) in entries.as_chunks::<LINE>().0.iter().enumerate() {
+                if let Some(next) = next {
+                    prefetch(next, n * LINE, Intent::Read);
+                }
+                for entry in line {
+                    let spte = Spte(P::load(entry, Site::SpteRead));
+                    present += u64::from(spte.is_present());
+                    empty += u64::from(spte == self.format().empty());
+                }
             }
             counts.leaves[1] = present;
             counts.others = ENTRIES as u64 - present - empty;
             return counts;
         }
-        for entry in entries {
+        for (index, entry) in entries.iter().enumerate() {
             let spte = Spte(P::load(entry, Site::SpteRead));
             if spte.is_table(level) {
-                counts.add(&self.count_table(spte.pfn() as u32, level - 1));
+                let next = entries.get(index + 1).map(|next| Spte(P::load(next, Site::SpteRead)));
+                let next = next
+                    .filter(|next| level == 2 && next.is_table(2))
+                    .map(|next| self.pool().child_entries(next));
+                counts.add(&self.count_table(spte.pfn() as u32, level - 1, next));
             } else if spte.is_present() {
                 counts.leaves[level as usize] += 1;
             } else if spte != self.format().empty() {

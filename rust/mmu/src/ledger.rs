@@ -8,6 +8,7 @@
 //! contiguous memory more often than not, and a run costs one atomic OR per 64 pages where a page would cost one each.
 
 use tdpmmu_platform::{Platform, RcuDomain};
+use tdpmmu_spte::Spte;
 use tdpmmu_table::DeadChain;
 
 use crate::TdpMmu;
@@ -47,6 +48,8 @@ pub(crate) struct Ledger {
     dirty: Run,
     accessed: Run,
     dead: DeadChain,
+    /// The entry whose table will be emptied next: a hint for the memory system.
+    pub(crate) upcoming: Option<Spte>,
 }
 
 impl Ledger {

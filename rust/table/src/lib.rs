@@ -21,12 +21,14 @@
 //! | `pool.rs` | the pool: alloc, free, cap, counts, per-task caches |
 //! | `fill.rs` | whole tables written around the caches |
 //! | `tally.rs` | counters with one writer |
+//! | `prefetch.rs` | hints about the next table |
 
 mod arena;
 mod fill;
 mod freemap;
 mod meta;
 mod pool;
+pub mod prefetch;
 mod tally;
 
 pub use freemap::FreeMap;
