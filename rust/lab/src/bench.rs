@@ -100,7 +100,7 @@ fn one(
     let timed = run::run(&scenario(kind, plan, design, tables, true), tables, control, None)?;
     let (step_ns, dropped, longest) = experiment::step_ns(kind, &timed);
     (row.step_ns, row.step_ns_dropped) = (step_ns, dropped);
-    row.step_ns_dropped_max = (dropped > 0).then_some(longest);
+    row.step_ns_dropped_cpu_max = (dropped > 0).then_some(longest);
     drop(timed);
     if kind == Kind::Drop && plan.config.drop_loop > 0 {
         let scenario = experiment::drop_loop_scenario(plan, design);

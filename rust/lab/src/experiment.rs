@@ -352,7 +352,7 @@ pub fn to_run(
         step_units: H::from(&pay_hist.step_units),
         step_ns: H::default(),
         step_ns_dropped: 0,
-        step_ns_dropped_max: None,
+        step_ns_dropped_cpu_max: None,
         teardown,
         lock: LockStats {
             read_hold_ns: H::from(&hist.read_hold),
@@ -446,5 +446,5 @@ pub fn step_ns(kind: Kind, outcome: &Outcome) -> (H, u64, u64) {
             .chain(outcome.workers.iter().map(|w| &w.0)),
     );
     let histogram = crate::bench::summary(paying.histograms.as_deref().map(|h| &h.step_ns));
-    (histogram, paying.steps_dropped, paying.longest_dropped_step_ns)
+    (histogram, paying.steps_dropped, paying.longest_dropped_step_cpu_ns)
 }

@@ -243,7 +243,7 @@ pub struct Run {
     pub step_units: H,
     pub step_ns: H,
     pub step_ns_dropped: u64,
-    pub step_ns_dropped_max: Option<u64>,
+    pub step_ns_dropped_cpu_max: Option<u64>,
     pub teardown: Option<Teardown>,
     pub lock: LockStats,
     pub rcu: RcuResult,

@@ -87,8 +87,8 @@ pub struct Meter {
     pub acquisitions: Cell<u64>,
     /// `step_ns` samples dropped because of an involuntary context switch inside.
     pub steps_dropped: Cell<u64>,
-    /// The longest of these, context switch included, in ns.
-    pub longest_dropped_step_ns: Cell<u64>,
+    /// CPU time of the longest of these, in ns.
+    pub longest_dropped_step_cpu_ns: Cell<u64>,
     phase: Cell<Phase>,
     phase_since: Cell<u64>,
     phase_ticks: [Cell<u64>; PHASES],
@@ -156,7 +156,7 @@ impl Meter {
             contended: Cell::new(0),
             acquisitions: Cell::new(0),
             steps_dropped: Cell::new(0),
-            longest_dropped_step_ns: Cell::new(0),
+            longest_dropped_step_cpu_ns: Cell::new(0),
             phase: Cell::new(Phase::Other),
             phase_since: Cell::new(P::ticks()),
             phase_ticks: Default::default(),
@@ -224,7 +224,7 @@ impl Meter {
             contended: self.contended.take(),
             acquisitions: self.acquisitions.take(),
             steps_dropped: self.steps_dropped.take(),
-            longest_dropped_step_ns: self.longest_dropped_step_ns.take(),
+            longest_dropped_step_cpu_ns: self.longest_dropped_step_cpu_ns.take(),
             phase_ns: phase_ticks.map(self.ticks_to_ns),
             phase_ticks,
             elapsed_ticks: self.elapsed_ticks.take(),
@@ -256,8 +256,8 @@ pub struct MeterSnapshot {
     pub acquisitions: u64,
     /// `step_ns` samples dropped because of a context switch.
     pub steps_dropped: u64,
-    /// See [`Meter::longest_dropped_step_ns`].
-    pub longest_dropped_step_ns: u64,
+    /// See [`Meter::longest_dropped_step_cpu_ns`].
+    pub longest_dropped_step_cpu_ns: u64,
     /// Time by phase in ns, indexed by `Phase as usize`.
     pub phase_ns: [u64; PHASES],
     /// The same in ticks; adds up to `elapsed_ticks` exactly.
@@ -291,7 +291,8 @@ impl MeterSnapshot {
         ] {
             *mine += others;
         }
-        self.longest_dropped_step_ns = self.longest_dropped_step_ns.max(other.longest_dropped_step_ns);
+        self.longest_dropped_step_cpu_ns =
+            self.longest_dropped_step_cpu_ns.max(other.longest_dropped_step_cpu_ns);
         for i in 0..PHASES {
             self.phase_ns[i] += other.phase_ns[i];
             self.phase_ticks[i] += other.phase_ticks[i];

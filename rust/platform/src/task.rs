@@ -113,6 +113,7 @@ pub struct Task<P: Platform> {
     step_base: Cell<u64>,
     step_since: Cell<u64>,
     step_preempted: Cell<u64>,
+    step_cpu: Cell<u64>,
     section_since: Cell<u64>,
     id: u32,
     name: Box<str>,
@@ -152,6 +153,7 @@ impl<P: Platform> Task<P> {
             step_base: Cell::new(0),
             step_since: Cell::new(0),
             step_preempted: Cell::new(0),
+            step_cpu: Cell::new(0),
             section_since: Cell::new(0),
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             name: name.into(),
@@ -322,6 +324,7 @@ impl<P: Platform> Task<P> {
         self.step_base.set(self.units());
         if self.config.step_ns {
             self.step_preempted.set(P::switches().involuntary);
+            self.step_cpu.set(P::thread_cpu_ns());
             self.step_since.set(P::ticks());
         }
     }
@@ -339,8 +342,9 @@ impl<P: Platform> Task<P> {
                     self.meter.histograms(|h| h.step_ns.record(P::ticks_to_ns(stretch)));
                 } else {
                     add(&self.meter.steps_dropped, 1);
-                    let longest = &self.meter.longest_dropped_step_ns;
-                    longest.set(longest.get().max(P::ticks_to_ns(stretch)));
+                    let cpu_ns = P::thread_cpu_ns().saturating_sub(self.step_cpu.get());
+                    let longest = &self.meter.longest_dropped_step_cpu_ns;
+                    longest.set(longest.get().max(cpu_ns));
                 }
             } else {
                 self.meter.histograms(|h| h.step_units.record(done));
