@@ -55,7 +55,7 @@ pub(super) fn reading(reps: u32) -> Result<Figure, BenchError> {
         }
         let stats = reader.finish().map_err(BenchError::engine)?;
         let seconds = start.elapsed().as_secs_f64();
-        if stats.bytes != turns * text.len() as u64 || events == 0 || events % turns != 0 {
+        if stats.bytes != turns * text.len() as u64 || events == 0 || !events.is_multiple_of(turns) {
             let what = format!("{events} KVM events in {} bytes of trace text", stats.bytes);
             return Err(BenchError::Engine { what });
         }
