@@ -5,7 +5,7 @@
 //!
 //! **Mechanism.** The list is written under `pages_lock` and read under RCU or the exclusive mmu_lock: a removed root keeps its own `next`,
 //! so a reader standing on it finds the rest. Visiting takes a reference on the next root *before* it puts the previous one, and a reference is only
-//! taken from a count above zero. The whole role word is compared on lookup, so an invalid root can never be found for re-use.
+//! taken from a count above zero. The whole role word is compared on lookup, and again under the reference, so an invalid root is never re-used.
 //! Who owns the first reference differs: the vCPU alone (5.10-6.3, `6.1-async`), or also the MMU (6.4+, 6.1.y stable), so that a root without vCPUs
 //! survives until it is invalidated.
 
@@ -230,39 +230,62 @@ impl<P: Platform> TdpMmu<P> {
         role: RootRole,
     ) -> Result<u32, PoolError> {
         self.top_up(task, cache)?;
+        let mut stale = Vec::new();
         match self.profile().root_load_lock {
             LockMode::Exclusive => {
-                let _guard = self.lock.write(task);
-                if let Some(root) = self.find_root(task, role) {
-                    return Ok(root);
+                let mut guard = self.lock.write(task);
+                let loaded = self.find_root(task, role, &mut stale).map_or_else(
+                    || {
+                        let root = self.new_root(task, cache, role)?;
+                        self.list_add(root);
+                        Ok(root)
+                    },
+                    Ok,
+                );
+                for root in stale {
+                    self.put_root(task, root, Owner::Vcpu, Held::Exclusive(&mut guard));
                 }
-                let root = self.new_root(task, cache, role)?;
-                self.list_add(root);
-                Ok(root)
+                loaded
             }
             LockMode::Shared => {
-                let _guard = self.lock.read(task);
-                if let Some(root) = self.find_root(task, role) {
-                    return Ok(root);
+                let mut guard = self.lock.read(task);
+                let loaded = match self.find_root(task, role, &mut stale) {
+                    Some(root) => Ok(root),
+                    None => {
+                        let _turn = self.roots.pages_lock.lock();
+                        // Another vCPU may have added it between the scan and the lock.
+                        self.find_root(task, role, &mut stale).map_or_else(
+                            || {
+                                let root = self.new_root(task, cache, role)?;
+                                self.list_add_locked(root);
+                                Ok(root)
+                            },
+                            Ok,
+                        )
+                    }
+                };
+                // After pages_lock: the last put takes it.
+                for root in stale {
+                    self.put_root(task, root, Owner::Vcpu, Held::Shared(&mut guard));
                 }
-                let _turn = self.roots.pages_lock.lock();
-                // Another vCPU may have added it between the scan and the lock.
-                if let Some(root) = self.find_root(task, role) {
-                    return Ok(root);
-                }
-                let root = self.new_root(task, cache, role)?;
-                self.list_add_locked(root);
-                Ok(root)
+                loaded
             }
         }
     }
 
-    fn find_root(&self, task: &Task<P>, role: RootRole) -> Option<u32> {
+    /// A listed root of `role`, referenced. Under the shared lock a root may be invalidated and re-armed by its last put (async-worker)
+    /// between the comparison and the reference: the role is compared again under the reference, and what fails then goes to
+    /// `stale`, for the caller to put outside of pages_lock.
+    fn find_root(&self, task: &Task<P>, role: RootRole, stale: &mut Vec<u32>) -> Option<u32> {
         let _rcu = task.rcu_read();
         let mut at = self.first_root();
         while let Some(root) = at {
-            if self.pool().meta(root).role() == role.0 && self.get_root(task, root, Owner::Vcpu) {
-                return Some(root);
+            let fits = || self.pool().meta(root).role() == role.0;
+            if fits() && self.get_root(task, root, Owner::Vcpu) {
+                if fits() {
+                    return Some(root);
+                }
+                stale.push(root);
             }
             at = self.next_listed(root);
         }
