@@ -99,7 +99,8 @@ impl<'w, 'a, P: Platform, M: Mode> Walk<'w, 'a, P, M> {
 
     /// A reschedule check; yields when it asks for it and the walk has moved since the last one. True: yielded.
     fn check_yield(&mut self) -> bool {
-        if !self.task.should_yield(&self.mmu.lock) || self.yields == Yield::Never || !self.iter.may_yield() {
+        // A walk that may not yield does not check either: a step ends at a check, and this one has none.
+        if self.yields == Yield::Never || !self.task.should_yield(&self.mmu.lock) || !self.iter.may_yield() {
             return false;
         }
         self.ledger.settle(self.mmu);

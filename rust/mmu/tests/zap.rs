@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use common::{Cpu, Setup, end, fast_zap};
 use tdpmmu_mmu::{DESIGNS, MapOutcome};
-use tdpmmu_platform::Role;
+use tdpmmu_platform::{Real, Role, Task, TaskConfig};
 use tdpmmu_spte::geometry::span;
 
 /// One entry in each of several top-level slots, and dense and sparse stretches of every page size.
@@ -235,4 +235,31 @@ fn racing_faults_install_each_gfn_once_and_leak_no_table() {
     assert_eq!(mmu.linked_tables() as u64, counts.all_tables() - counts.tables[4]);
     drop(task);
     end(&mmu);
+}
+
+#[test]
+fn a_zap_that_may_not_yield_is_one_step() {
+    // The last put of `inline`: 5.13-5.17 test for a reschedule nowhere in it, whatever the passes.
+    let mmu = Setup { design: "inline", passes: Some("4K,2M,1G,root"), ..Setup::default() }.build();
+    let mut cpu = Cpu::new(&mmu);
+    populate(&mut cpu);
+    let config = TaskConfig { measure: true, ..TaskConfig::default() };
+    let task = Task::<Real>::new(mmu.rcu(), "measured", Role::Vcpu, config);
+    mmu.put_roots(&task, &[cpu.root]);
+    let meter = task.meter().take();
+    let steps = meter.histograms.expect("a measuring task").step_units.summary();
+    assert_eq!((steps.count, steps.max), (1, Some(meter.entry_reads + meter.entry_writes)));
+    cpu.cache.drain(mmu.pool());
+    assert_eq!(mmu.uninit(&cpu.task), Default::default());
+}
+
+#[test]
+fn the_queue_delay_is_that_of_zaps_and_of_nothing_else() {
+    let mmu = Setup { design: "async-worker", ..Setup::default() }.build();
+    let mut cpu = Cpu::new(&mmu);
+    mmu.put_roots(&cpu.task, &[cpu.root]);
+    drop(mmu.design().take_worker_reports());
+    assert_eq!(mmu.design().queue_ns().map(|h| h.count()), Some(1));
+    cpu.cache.drain(mmu.pool());
+    assert_eq!(mmu.uninit(&cpu.task), Default::default());
 }

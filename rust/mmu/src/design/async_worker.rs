@@ -22,8 +22,8 @@ use crate::walk::Yield;
 
 /// What a worker is asked to do.
 enum Work {
-    /// Zap this root and put the gifted reference.
-    Zap(u32),
+    /// Zap this root and put the gifted reference; queued when, in ticks.
+    Zap(u32, u64),
     /// Hand over what you measured, once every worker has been asked.
     Report(Arc<Barrier>),
 }
@@ -34,12 +34,15 @@ struct Worker<P: Platform> {
     task: Task<P>,
     cpu_ns: Cell<u64>,
     reports: Arc<StdMutex<Vec<WorkerReport>>>,
+    delay_ns: Arc<StdMutex<Histogram>>,
 }
 
 impl<P: Platform> Worker<P> {
     fn run(&self, work: &Work) {
         match work {
-            Work::Zap(root) => {
+            Work::Zap(root, queued) => {
+                let delay = P::ticks_to_ns(P::ticks().saturating_sub(*queued));
+                self.delay_ns.lock().unwrap_or_else(PoisonError::into_inner).record(delay);
                 // The MMU drains the queue before it goes away (`drain`): while there is work, it is there.
                 if let Some(mmu) = self.mmu.upgrade() {
                     let mut guard = mmu.lock.read(&self.task);
@@ -67,12 +70,19 @@ pub struct AsyncWorker<P: Platform> {
     workers: usize,
     queue: OnceLock<WorkQueue<P, Work>>,
     reports: Arc<StdMutex<Vec<WorkerReport>>>,
+    /// From queued to started, of zaps alone: requests for a report are no part of the design.
+    delay_ns: Arc<StdMutex<Histogram>>,
 }
 
 impl<P: Platform> AsyncWorker<P> {
     /// A queue of `workers` threads (the kernel's is unbound: as many as there are items and CPUs).
     pub fn new(workers: usize) -> Self {
-        Self { workers: workers.max(1), queue: OnceLock::new(), reports: Arc::default() }
+        Self {
+            workers: workers.max(1),
+            queue: OnceLock::new(),
+            reports: Arc::default(),
+            delay_ns: Arc::default(),
+        }
     }
 
     fn schedule(&self, mmu: &TdpMmu<P>, task: &Task<P>, root: u32) {
@@ -80,7 +90,7 @@ impl<P: Platform> AsyncWorker<P> {
             observer.event(task.id(), &Event::RootSchedule { root });
         }
         if let Some(queue) = self.queue.get() {
-            queue.queue(Work::Zap(root));
+            queue.queue(Work::Zap(root, P::ticks()));
         }
     }
 }
@@ -91,11 +101,17 @@ impl<P: Platform> ZapDesign<P> for AsyncWorker<P> {
     }
 
     fn attach(&self, mmu: Weak<TdpMmu<P>>) -> std::io::Result<()> {
-        let reports = Arc::clone(&self.reports);
+        let (reports, delay_ns) = (Arc::clone(&self.reports), Arc::clone(&self.delay_ns));
         let begin = move |_: usize| {
             let task = mmu.upgrade()?.task("zap-worker", Role::Worker);
             let cpu_ns = Cell::new(P::thread_cpu_ns());
-            Some(Worker { mmu: mmu.clone(), task, cpu_ns, reports: reports.clone() })
+            Some(Worker {
+                mmu: mmu.clone(),
+                task,
+                cpu_ns,
+                reports: reports.clone(),
+                delay_ns: delay_ns.clone(),
+            })
         };
         let queue = WorkQueue::with_context("tdp_mmu_zap_wq", self.workers, begin, |worker, work| {
             if let Some(worker) = worker {
@@ -143,7 +159,7 @@ impl<P: Platform> ZapDesign<P> for AsyncWorker<P> {
     }
 
     fn queue_ns(&self) -> Option<Histogram> {
-        self.queue.get().map(WorkQueue::queue_ns)
+        Some(self.delay_ns.lock().unwrap_or_else(PoisonError::into_inner).clone())
     }
 
     fn take_worker_reports(&self) -> Vec<WorkerReport> {
