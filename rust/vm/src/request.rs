@@ -233,26 +233,78 @@ pub fn make_all_cpus_request<P: Platform, V: AsRef<VcpuState>>(
         vcpu.as_ref().request::<P>(bits);
     }
     P::fence(Site::VcpuRequest);
-    let mut any = false;
     for vcpu in vcpus {
         let vcpu = vcpu.as_ref();
         if bits & NO_WAKEUP == 0 {
             vcpu.wake::<P>();
         }
-        any |= vcpu.kick::<P>().is_some();
+        kicks.kicked += u32::from(vcpu.kick::<P>().is_some());
     }
-    if any {
-        // Second round: every kick is on its way before the first wait. A vCPU that has entered since then saw its request.
+    if kicks.kicked != 0 && bits & WAIT != 0 {
+        // Second round: every kick is on its way before the first wait. Who is in the guest unkicked has entered since then,
+        // saw its request first, and is neither kicked again nor waited for.
         for vcpu in vcpus {
             let vcpu = vcpu.as_ref();
-            if let Some(entry) = vcpu.kick::<P>() {
-                kicks.kicked += 1;
-                if bits & WAIT != 0 {
-                    vcpu.wait_exit::<P>(entry);
-                }
+            if let (entry, EXITING) = vcpu.mode::<P>() {
+                vcpu.wait_exit::<P>(entry);
             }
         }
     }
     kicks.wait_ns = P::ticks_to_ns(P::ticks().saturating_sub(begin));
     kicks
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+    use std::sync::Arc;
+
+    use tdpmmu_platform::{RcuConfig, RcuDomain, Real, Reclaim, Role, TaskConfig};
+
+    use super::*;
+
+    struct Nothing;
+
+    impl Reclaim for Nothing {
+        fn reclaim(&self, _head: u32) -> usize {
+            0
+        }
+    }
+
+    /// A vCPU that acts between the kicks and the waits: at the third look at it.
+    struct Scripted {
+        state: VcpuState,
+        looks: Cell<u32>,
+        re_enters: bool,
+    }
+
+    impl AsRef<VcpuState> for Scripted {
+        fn as_ref(&self) -> &VcpuState {
+            self.looks.set(self.looks.get() + 1);
+            if self.looks.get() == 3 {
+                self.state.exit_guest::<Real>();
+                if self.re_enters {
+                    self.state.take::<Real>(TLB_FLUSH);
+                    assert!(self.state.enter_guest::<Real>());
+                }
+            }
+            &self.state
+        }
+    }
+
+    #[test]
+    fn a_kick_counts_though_the_vcpu_left_before_the_wait_and_its_next_entry_is_left_alone() {
+        let rcu =
+            <Real as Platform>::Rcu::try_new(Arc::new(Nothing), RcuConfig::default()).expect("a thread");
+        let task = Task::<Real>::new(&rcu, "kicker", Role::Caller, TaskConfig::default());
+        for re_enters in [false, true] {
+            let vcpu = Scripted { state: VcpuState::default(), looks: Cell::new(0), re_enters };
+            assert!(vcpu.state.enter_guest::<Real>());
+            let kicks =
+                make_all_cpus_request(&task, std::slice::from_ref(&vcpu), TLB_FLUSH | WAIT | NO_WAKEUP);
+            assert_eq!(kicks.kicked, 1);
+            let expected = if re_enters { (2, IN_GUEST) } else { (1, OUTSIDE) };
+            assert_eq!(vcpu.state.mode::<Real>(), expected);
+        }
+    }
 }
