@@ -4,7 +4,7 @@ mod common;
 
 use std::{
     sync::{
-        Arc,
+        Arc, OnceLock, Weak,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     thread,
@@ -44,6 +44,43 @@ fn a_barrier_returns_after_everything_deferred_before_is_reclaimed() {
         assert!(stats.backlog_peak >= 7 && stats.backlog_peak <= 1_000);
         assert!(stats.grace_period_ns.count() >= 1);
     }
+}
+
+/// Defers each id again as soon as it is reclaimed, so many times.
+struct Stream {
+    domain: OnceLock<Weak<common::Domain>>,
+    link: AtomicU32,
+    rounds: AtomicU64,
+    most: u64,
+}
+
+impl Reclaim for Stream {
+    fn reclaim(&self, head: u32) -> usize {
+        if self.rounds.fetch_add(1, Ordering::SeqCst) < self.most
+            && let Some(domain) = self.domain.get().and_then(Weak::upgrade)
+        {
+            thread::sleep(Duration::from_millis(1));
+            domain.defer(head, &self.link, 1);
+        }
+        1
+    }
+}
+
+#[test]
+fn a_barrier_does_not_wait_for_a_stream_of_callbacks_to_dry_up() {
+    let most = 10_000;
+    let stream = Arc::new(Stream {
+        domain: OnceLock::new(),
+        link: AtomicU32::new(tdpmmu_platform::NIL),
+        rounds: AtomicU64::new(0),
+        most,
+    });
+    let config = RcuConfig { batch_delay_ns: 0, ..RcuConfig::default() };
+    let domain = common::Domain::try_new(stream.clone(), config).unwrap();
+    stream.domain.set(Arc::downgrade(&domain)).unwrap();
+    domain.defer(0, &stream.link, 1);
+    domain.barrier();
+    assert!(stream.rounds.swap(most, Ordering::SeqCst) < most, "the barrier saw the end of the stream");
 }
 
 #[test]

@@ -174,9 +174,10 @@ impl Inner {
         self.reclaimed.fetch_add(freed as u64, Ordering::Relaxed);
     }
 
-    /// Takes, waits, reclaims, until nothing is left.
+    /// Takes, waits, reclaims, until nothing is left; with a barrier waiting, once: what is deferred meanwhile is none of its
+    /// business, and a stream of callbacks must not hold it up for ever.
     fn drain(&self) {
-        while !self.chain.is_empty() {
+        loop {
             // Before the take: afterwards a new first callback may overwrite it.
             let queued = self.first_queued.load(Ordering::Relaxed);
             let head = self.chain.take();
@@ -185,6 +186,9 @@ impl Inner {
             }
             self.grace_period();
             self.hand_over(head, queued);
+            if self.drawn.load(Ordering::SeqCst) != self.completed.load(Ordering::Relaxed) {
+                break;
+            }
         }
     }
 
