@@ -45,7 +45,7 @@ impl FreeMap {
         for (from, to) in [(start.min(n), n), (0, n)] {
             let mut run = 0;
             for w in from..to {
-                run = if self.words[w].load(Ordering::Relaxed) == u64::MAX { run + 1 } else { 0 };
+                run = if self.words[w].load(Ordering::Acquire) == u64::MAX { run + 1 } else { 0 };
                 if run == need {
                     let first = w + 1 - need;
                     for word in &self.words[first..=w] {
@@ -67,7 +67,7 @@ impl FreeMap {
     /// The last resort of a short run: neighbours within a word that is partly taken. So a single page is found as long as one is free.
     fn take_within_word(&self, pages: usize) -> Option<u32> {
         for (w, word) in self.words.iter().enumerate() {
-            let bits = word.load(Ordering::Relaxed);
+            let bits = word.load(Ordering::Acquire);
             // Bit b survives if the bits b..b + pages are all set.
             let starts = (1..pages).fold(bits, |m, _| m & (m >> 1));
             if starts != 0 {
@@ -89,7 +89,7 @@ impl FreeMap {
                 break;
             }
             let w = (start + step) % n;
-            let mut bits = self.words[w].load(Ordering::Relaxed);
+            let mut bits = self.words[w].load(Ordering::Acquire);
             if bits == 0 {
                 continue;
             }
@@ -111,7 +111,7 @@ impl FreeMap {
     /// Gives back the pages of `mask` in the word of `page`; returns the bits that were free already (a double free).
     #[inline]
     pub fn give_word(&self, word: usize, mask: u64) -> u64 {
-        // Release pairs with the taker's lock: what the freer did to the page happens before its next use.
+        // Release pairs with the taker's acquire load: what the freer did to the page happens before its next use.
         self.words[word].fetch_or(mask, Ordering::Release) & mask
     }
 
