@@ -263,6 +263,8 @@ impl<P: Platform> Vm<P> {
                             return Err(VmError::Cancelled);
                         }
                         vcpu.leave();
+                        // The page is still missing: the guest would fault again.
+                        continue;
                     }
                     FaultOutcome::Fixed { .. } => {
                         fixed += 1;

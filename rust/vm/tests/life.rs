@@ -321,3 +321,21 @@ fn a_second_root_of_another_role_is_kept_and_found_again() {
     drop(vcpu);
     assert_clean(&vm);
 }
+
+#[test]
+fn a_population_by_faults_leaves_no_hole_where_a_fault_had_to_retry() {
+    let (vm, task) = vm("sync");
+    vm.add_memory(&task, 0, 64, 1).expect("memory");
+    vm.side().invalidation.begin(&vm.mmu().lock.write(&task), &(0..64));
+    let progress = Progress::default();
+    let (fixed, _) = std::thread::scope(|scope| {
+        let populating = scope.spawn(|| vm.populate_by_faults(0..1, 0..64, true, &progress));
+        // While the notifier runs every fault retries; long enough for a population that gives up.
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        vm.side().invalidation.end(&vm.mmu().lock.write(&task));
+        populating.join().expect("no panic")
+    })
+    .expect("populated");
+    assert_eq!((fixed, vm.mmu().leaf_pages()), (64, [64, 0, 0]));
+    assert_clean(&vm);
+}
