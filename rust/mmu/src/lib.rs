@@ -131,7 +131,7 @@ impl<P: Platform> TdpMmu<P> {
     /// [`MmuError`] when the host refuses address space for the pool, or a thread.
     pub fn new(config: MmuConfig<P>, host: Arc<dyn MmuHost<P>>) -> Result<Arc<Self>, MmuError> {
         let pool = TablePool::new(PoolConfig { max_tables: config.max_tables, hugepages: config.hugepages })?;
-        let pool = Arc::new(pool.observed(config.observer.clone()));
+        let pool = Arc::new(pool.observed(config.observer.clone()).clocked(P::ticks));
         let reclaim: Arc<dyn tdpmmu_platform::Reclaim> = pool.clone();
         let rcu = P::Rcu::try_new(reclaim, config.rcu.clone()).map_err(MmuError::Thread)?;
         let design = Arc::clone(&config.design);
@@ -312,6 +312,11 @@ impl<P: Platform> TdpMmu<P> {
     /// When the last zap of a root ended, in [`Platform::ticks`]; 0 before the first.
     pub fn last_zap_end(&self) -> u64 {
         self.zap_end.load(Ordering::Relaxed)
+    }
+
+    /// When the last table came back from RCU to the pool, in [`Platform::ticks`]; 0 before the first.
+    pub fn last_table_free(&self) -> u64 {
+        self.pool.last_reclaim()
     }
 
     /// Remote flushes so far.

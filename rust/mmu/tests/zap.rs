@@ -263,3 +263,18 @@ fn the_queue_delay_is_that_of_zaps_and_of_nothing_else() {
     cpu.cache.drain(mmu.pool());
     assert_eq!(mmu.uninit(&cpu.task), Default::default());
 }
+
+#[test]
+fn the_last_table_to_come_back_is_stamped_after_the_zap_that_unlinked_it() {
+    let mmu = Setup::default().build();
+    let mut cpu = Cpu::new(&mmu);
+    populate(&mut cpu);
+    assert_eq!((mmu.last_table_free(), mmu.last_zap_end()), (0, 0), "nothing has been zapped or freed");
+    let task = mmu.task("caller", Role::Caller);
+    fast_zap(&mmu, &task);
+    let zapped = mmu.last_zap_end();
+    cpu.drop_root();
+    drop(task);
+    end(&cpu.close());
+    assert!(mmu.last_table_free() > zapped && zapped > 0, "the root itself came back last");
+}

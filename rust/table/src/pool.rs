@@ -75,6 +75,8 @@ pub struct TablePool {
     double_frees: AtomicU64,
     committed: AtomicU64,
     observer: Option<Arc<dyn Observer>>,
+    clock: Option<fn() -> u64>,
+    last_reclaim: AtomicU64,
 }
 
 impl TablePool {
@@ -103,7 +105,21 @@ impl TablePool {
             double_frees: AtomicU64::new(0),
             committed: AtomicU64::new(0),
             observer: None,
+            clock: None,
+            last_reclaim: AtomicU64::new(0),
         })
+    }
+
+    /// The same pool, stamping with `clock` when pages come back from RCU.
+    #[must_use]
+    pub fn clocked(mut self, clock: fn() -> u64) -> Self {
+        self.clock = Some(clock);
+        self
+    }
+
+    /// When the last page came back from RCU, by the clock of [`TablePool::clocked`]; 0 before the first, or without one.
+    pub fn last_reclaim(&self) -> u64 {
+        self.last_reclaim.load(Ordering::Acquire)
     }
 
     /// The same pool, telling `observer` of every page that comes back from RCU.
@@ -263,6 +279,10 @@ impl Reclaim for TablePool {
         }
         if mask != 0 {
             self.give(word, mask);
+        }
+        // Once a chain: the pages of one chain are back when the last is.
+        if let Some(clock) = self.clock.filter(|_| freed != 0) {
+            self.last_reclaim.fetch_max(clock(), Ordering::AcqRel);
         }
         freed
     }
@@ -452,6 +472,23 @@ mod tests {
         assert_eq!(pool.reclaim(head), 512);
         assert_eq!(pool.stats().taken, 0);
         assert_eq!(pool.alloc_run(512), Ok(first));
+    }
+
+    #[test]
+    fn only_what_comes_back_from_rcu_moves_the_stamp_of_the_last_reclaim() {
+        static NOW: AtomicU64 = AtomicU64::new(7);
+        let pool = pool(64).clocked(|| NOW.load(Ordering::Relaxed));
+        let (first, second) = (pool.alloc_run(1).expect("room"), pool.alloc_run(1).expect("room"));
+        pool.free_unpublished(first);
+        assert_eq!(pool.reclaim(NIL), 0);
+        assert_eq!(pool.last_reclaim(), 0, "neither an unpublished page nor an empty chain");
+        let mut chain = DeadChain::default();
+        chain.push(&pool, second);
+        let (head, _, _) = chain.take(&pool).expect("not empty");
+        assert_eq!(pool.reclaim(head), 1);
+        assert_eq!(pool.last_reclaim(), 7);
+        NOW.store(9, Ordering::Relaxed);
+        assert_eq!(pool.last_reclaim(), 7);
     }
 
     #[test]
