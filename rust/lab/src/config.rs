@@ -192,6 +192,15 @@ impl BenchConfig {
         if self.reps == 0 || self.tick_ns == 0 || self.arrival_ns == 0 || self.workers == 0 {
             return usage("reps, tick, arrival and workers must be above 0");
         }
+        if self.arrival_ns > 1_000_000_000 {
+            return usage(format!(
+                "arrival_ns={}: at most 1,000,000,000 (one access a second)",
+                self.arrival_ns
+            ));
+        }
+        if self.drop_loop > 200_000 {
+            return usage(format!("drop_loop={}: at most 200,000 drops", self.drop_loop));
+        }
         let profile =
             KernelProfile::named(&self.kernel_profile).map_err(|e| LabError::Usage(e.to_string()))?;
         let preempt = one_of(
@@ -206,6 +215,11 @@ impl BenchConfig {
         )?;
         let populate =
             one_of("populate", &self.populate, &[("bulk", PopulateBy::Bulk), ("fault", PopulateBy::Fault)])?;
+        if populate == PopulateBy::Fault && ad_mix == AdMix::Clean {
+            return usage(
+                "ad_mix=clean with populate=fault: a fault leaves Accessed set; use accessed or dirty, or populate=bulk",
+            );
+        }
         let write_back = one_of("writeback", &self.writeback, &[("none", false), ("bitmap", true)])?;
         let pages = self.memory_bytes / unit;
         let wanted = self.working_set_bytes.unwrap_or(64 << 20) / unit;

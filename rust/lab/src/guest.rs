@@ -1,13 +1,14 @@
 //! A guest: open-loop accesses to a working set, and what they felt.
 //!
 //! Access i is *intended* at start + i * arrival; its latency runs from there, so one stall counts for every access it delays
-//! (no coordinated omission). Only accesses intended inside the window, from t0 to the last table freed, are kept.
+//! (no coordinated omission). Only accesses intended inside the window are kept. It opens when the ioctl begins (t0 itself, the entry of
+//! the fast zap, is known only afterwards) and closes with the last table freed; what counts from t0 is kept as raw ticks.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use tdpmmu_platform::{Histogram, Platform, Site};
-use tdpmmu_vm::request::FREE_OBSOLETE_ROOTS;
+use tdpmmu_vm::request::{FREE_OBSOLETE_ROOTS, RELOAD};
 use tdpmmu_vm::{AccessOutcome, GuestAccess, Vcpu, VcpuProbe};
 
 use crate::LabError;
@@ -28,14 +29,12 @@ pub struct Felt {
     pub access: Vec<Histogram>,
     /// Kick seen to guest entry.
     pub block_update: Histogram,
-    /// t0 to the first slow fault completed under a root loaded after t0.
-    pub visible_ns: Option<u64>,
-    /// Was it in the guest at t0?
-    pub ran_at_t0: bool,
-    /// Slow faults after t0.
+    /// When the first slow fault under a root loaded after t0 was completed, in ticks.
+    pub visible_at: Option<u64>,
+    /// Slow faults in the window.
     pub faults_after: u64,
-    /// Time of the last of them, after t0.
-    pub last_fault_ns: u64,
+    /// When the last of them was completed, in ticks.
+    pub last_fault_at: u64,
 }
 
 struct Probe<P> {
@@ -47,7 +46,7 @@ struct Probe<P> {
 impl<P: Platform> VcpuProbe for Probe<P> {
     fn reentered(&mut self, bits: u64, seen_at: u64, entered_at: u64) {
         let t0 = self.window.t0.load(Ordering::Acquire);
-        if t0 != 0 && entered_at >= t0 && bits & FREE_OBSOLETE_ROOTS != 0 {
+        if t0 != 0 && entered_at >= t0 && bits & (FREE_OBSOLETE_ROOTS | RELOAD) != 0 {
             let mut felt = self.felt.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
             felt.block_update.record(P::ticks_to_ns(entered_at.saturating_sub(seen_at)));
         }
@@ -60,9 +59,9 @@ impl<P: Platform> VcpuProbe for Probe<P> {
         }
         let mut felt = self.felt.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         felt.faults_after += 1;
-        felt.last_fault_ns = P::ticks_to_ns(ended - t0);
-        if loaded_at >= t0 && felt.visible_ns.is_none() {
-            felt.visible_ns = Some(P::ticks_to_ns(ended - t0));
+        felt.last_fault_at = ended;
+        if loaded_at >= t0 && felt.visible_at.is_none() {
+            felt.visible_at = Some(ended);
         }
     }
 }
@@ -103,7 +102,7 @@ impl Random {
     }
 
     /// The next 64 bits.
-    pub fn next(&mut self) -> u64 {
+    pub fn draw(&mut self) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
@@ -141,7 +140,6 @@ pub fn run<P: Platform>(
     let mut random = Random::new(plan.seed);
     let arrival = P::ns_to_ticks(plan.arrival_ns).max(1);
     let mut intended = P::ticks();
-    let mut ran_at_t0 = false;
     let fail = |e: tdpmmu_vm::VmError| LabError::Internal(format!("a vCPU's access failed: {e}"));
     'run: loop {
         intended += arrival;
@@ -155,7 +153,7 @@ pub fn run<P: Platform>(
         if stop() {
             break;
         }
-        let bits = random.next();
+        let bits = random.draw();
         let write = (bits >> 56) % 100 < u64::from(plan.write_percent);
         let gfn = plan.set.gfn(bits & 0xff_ffff_ffff);
         let outcome = vcpu.access(GuestAccess { gfn, write, exec: false }).map_err(fail)?;
@@ -166,7 +164,6 @@ pub fn run<P: Platform>(
         if t0 == 0 {
             continue;
         }
-        ran_at_t0 = true;
         let end = window.end.load(Ordering::Acquire);
         if intended >= t0 && (end == 0 || intended <= end) {
             access[outcome as usize].record(P::ticks_to_ns(P::ticks().saturating_sub(intended)));
@@ -176,21 +173,37 @@ pub fn run<P: Platform>(
     vcpu.set_probe(None);
     let mut felt = std::mem::take(&mut *felt.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
     felt.access = access;
-    felt.ran_at_t0 = ran_at_t0;
     Ok(felt)
+}
+
+/// What touching the whole working set took.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Touched {
+    /// Accesses that faulted.
+    pub faults: u64,
+    /// When the first of them was completed, in ticks.
+    pub first_at: Option<u64>,
+    /// When the last of them was completed, in ticks.
+    pub last_at: Option<u64>,
 }
 
 /// Touches each page once, as fast as it goes.
 ///
 /// # Errors
 /// As [`run`].
-pub fn touch<P: Platform>(vcpu: &mut Vcpu<'_, P>, set: &WorkingSet) -> Result<u64, LabError> {
-    let before = vcpu.stats();
+pub fn touch<P: Platform>(vcpu: &mut Vcpu<'_, P>, set: &WorkingSet) -> Result<Touched, LabError> {
+    let mut touched = Touched::default();
     for n in 0..set.pages {
         let access = GuestAccess { gfn: set.gfn(n), write: true, exec: false };
-        vcpu.access(access).map_err(|e| LabError::Internal(format!("a vCPU's access failed: {e}")))?;
+        let outcome =
+            vcpu.access(access).map_err(|e| LabError::Internal(format!("a vCPU's access failed: {e}")))?;
+        if outcome >= AccessOutcome::FastFault && outcome < AccessOutcome::Stopped {
+            let now = P::ticks();
+            touched.faults += 1;
+            touched.first_at.get_or_insert(now);
+            touched.last_at = Some(now);
+        }
     }
     vcpu.leave();
-    let after = vcpu.stats();
-    Ok(after.fixed + after.fast - before.fixed - before.fast)
+    Ok(touched)
 }

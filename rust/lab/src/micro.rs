@@ -325,7 +325,7 @@ fn shuffled(pages: u64, count: u64, seed: u64) -> Vec<u64> {
     let mut seen = std::collections::HashSet::new();
     let mut order = Vec::with_capacity(count as usize);
     while (order.len() as u64) < count {
-        let gfn = random.next() % pages;
+        let gfn = random.draw() % pages;
         if seen.insert(gfn) {
             order.push(gfn);
         }

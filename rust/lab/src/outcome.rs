@@ -20,6 +20,8 @@ pub struct ThreadReport {
     pub meter: MeterSnapshot,
     /// CPU time of its timed operations.
     pub op_cpu_ns: u64,
+    /// Times that the host took the CPU away meanwhile.
+    pub switched_out: u64,
     /// What its guest felt.
     pub felt: Felt,
     /// CPU that it ended on.
@@ -30,6 +32,8 @@ pub struct ThreadReport {
 
 /// What a scenario came to.
 pub struct Outcome {
+    /// t0 in ticks.
+    pub t0: u64,
     /// What the tree held at t0, counted.
     pub at_t0: Counts,
     /// Tables in use at t0 (all roots).
@@ -74,7 +78,7 @@ pub struct Outcome {
     pub pool_cap_hits: u64,
     /// Tables freed since t0.
     pub freed: u64,
-    /// Frames that a write-back reached.
+    /// Frames that a write-back reached, from t0 to the end of the teardown.
     pub written_back: u64,
     /// The end of the VM.
     pub close: CloseReport,

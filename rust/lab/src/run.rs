@@ -47,6 +47,7 @@ struct Shared<'a> {
 #[derive(Default)]
 struct Paid {
     cpu_ns: u64,
+    switched_out: u64,
     meter: Option<MeterSnapshot>,
 }
 
@@ -72,6 +73,7 @@ struct Collected {
     threads: Vec<ThreadReport>,
     workers: Vec<(MeterSnapshot, u64)>,
     dropped: Option<u32>,
+    written_back: u64,
 }
 
 /// Counters at t0.
@@ -81,6 +83,7 @@ struct Base {
     flushes: u64,
     kicks: u64,
     frees: u64,
+    dirtied: u64,
 }
 
 /// The extra slot that a memslot update deletes: far from the guest's memory.
@@ -136,7 +139,7 @@ pub fn vm_config(spec: &VmSpec, observer: Option<Arc<dyn Observer>>) -> Result<V
     config.vcpus = spec.vcpus;
     config.max_tables = spec.max_tables;
     config.max_level = spec.level;
-    config.host_pages = (spec.memory_bytes / page_bytes(1) + EXTRA_PAGES).next_power_of_two().max(1 << 20);
+    config.host_pages = (spec.memory_bytes / page_bytes(1) + EXTRA_PAGES).max(1 << 20);
     config.write_back = spec.write_back;
     config.task = task_config(spec);
     config.rcu = RcuConfig::default();
@@ -186,6 +189,7 @@ pub fn run(
         Who::Vcpu(id) => id + 1,
     });
     Ok(Outcome {
+        t0: shared.window.t0.load(Ordering::Acquire),
         at_t0: collected.at_t0,
         tables_at_t0: collected.tables_at_t0,
         populate_ns: collected.populate_ns,
@@ -208,7 +212,7 @@ pub fn run(
         pool_peak: pool.peak,
         pool_cap_hits: pool.cap_hits,
         freed: collected.freed,
-        written_back: close.frames.dirtied,
+        written_back: collected.written_back,
         close,
     })
 }
@@ -334,6 +338,7 @@ impl Shared<'_> {
             // What came after the measured operation is not part of it.
             meter: paid.meter.take().unwrap_or_else(|| task.meter().take()),
             op_cpu_ns: paid.cpu_ns,
+            switched_out: paid.switched_out,
             felt,
             cpu: current_cpu(),
             run_delay_ns: P::run_delay_ns(),
@@ -385,12 +390,12 @@ impl Shared<'_> {
                 *felt = got;
             }
             Op::Touch { pages } => {
-                let set = self.working_set(id, pages);
-                let faults = guest::touch(vcpu, &set)?;
-                let since = self.since_t0();
+                let touched = guest::touch(vcpu, &self.working_set(id, pages))?;
+                felt.visible_at = felt.visible_at.or(touched.first_at);
+                let last = touched.last_at.unwrap_or(felt.last_fault_at);
                 let mut all = lock(&self.collected);
-                all.refaults.0 += faults + felt.faults_after;
-                all.refaults.1 = all.refaults.1.max(since);
+                all.refaults.0 += touched.faults + felt.faults_after;
+                all.refaults.1 = all.refaults.1.max(self.since_t0(last));
             }
             Op::SleepMs(ms) => std::thread::sleep(Duration::from_millis(ms)),
             Op::Raise(flag) => self.raise(flag),
@@ -402,8 +407,8 @@ impl Shared<'_> {
         Ok(())
     }
 
-    fn since_t0(&self) -> u64 {
-        P::ticks_to_ns(P::ticks().saturating_sub(self.window.t0.load(Ordering::Acquire)))
+    fn since_t0(&self, at: u64) -> u64 {
+        P::ticks_to_ns(at.saturating_sub(self.window.t0.load(Ordering::Acquire)))
     }
 
     fn populate(&self, how: &Populate) -> Result<(), LabError> {
@@ -529,6 +534,7 @@ impl Shared<'_> {
             flushes: mmu.flushes(),
             kicks: self.vm.side().kicks(),
             frees: mmu.pool().stats().frees,
+            dirtied: self.vm.side().primary.frames().stats().dirtied,
         };
     }
 
@@ -541,18 +547,23 @@ impl Shared<'_> {
                     self.open_window(&task, None);
                     self.control.report("zapping", 0.0);
                     let _ = task.meter().take();
-                    let cpu = P::thread_cpu_ns();
+                    let (cpu, switches) = (P::thread_cpu_ns(), P::switches());
                     self.window.t0.store(P::ticks(), Ordering::Release);
                     let times = self
                         .vm
                         .delete_memslot(&task, 0, EXTRA_SLOT)
                         .map_err(internal("the memslot update"))?;
                     paid.cpu_ns += P::thread_cpu_ns() - cpu;
+                    paid.switched_out += P::switches().involuntary - switches.involuntary;
                     // t0 is the entry of the fast-zap call; before it the ioctl swapped the slot arrays.
                     self.window.t0.store(times.t0, Ordering::Release);
                     lock(&self.collected).update = Some(times);
                 }
                 Op::AwaitTeardown => {
+                    if lock(&self.collected).update.is_none() {
+                        // Only waiting so far: not part of the teardown.
+                        let _ = task.meter().take();
+                    }
                     self.await_teardown(&task);
                     paid.meter = Some(task.meter().take());
                 }
@@ -586,8 +597,9 @@ impl Shared<'_> {
         let freed = mmu.pool().stats().frees - all.base.frees;
         let zap_end = mmu.last_zap_end();
         all.last_zap_end_ns = (zap_end >= t0).then(|| P::ticks_to_ns(zap_end - t0));
-        all.last_free_ns = (freed > 0).then(|| P::ticks_to_ns(now.saturating_sub(t0)));
+        all.last_free_ns = (freed > 0).then(|| P::ticks_to_ns(mmu.last_table_free().saturating_sub(t0)));
         all.freed = freed;
+        all.written_back = self.vm.side().primary.frames().stats().dirtied - all.base.dirtied;
         all.tables_after = mmu.linked_tables().max(0) as u64 + mmu.listed_roots().count() as u64;
         all.rcu_cpu_ns = mmu.rcu().stats().thread_cpu_ns.saturating_sub(all.base.rcu_cpu_ns);
         all.flushes = mmu.flushes() - all.base.flushes;

@@ -85,13 +85,11 @@ pub enum Flag {
     BaselineDone,
     HolderGone,
     Dropped,
-    TornDown,
     Refault,
-    Stop,
 }
 
 /// Flags that exist.
-pub const FLAGS: usize = Flag::Stop as usize + 1;
+pub const FLAGS: usize = Flag::Refault as usize + 1;
 
 /// What a measured operation is booked under.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]

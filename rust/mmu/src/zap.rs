@@ -25,8 +25,13 @@ impl<P: Platform> TdpMmu<P> {
         if let Some(observer) = self.observer() {
             observer.event(task.id(), &Event::RootZapBegin { root });
         }
+        let cpu = if task.config().measure { P::thread_cpu_ns() } else { 0 };
         for level in self.passes().iter(self.root_level()) {
             self.zap_pass(guard, root, level, yields);
+        }
+        if task.config().measure {
+            let spent = &task.meter().walk_cpu_ns;
+            spent.set(spent.get() + P::thread_cpu_ns().saturating_sub(cpu));
         }
         if let Some(observer) = self.observer() {
             observer.event(task.id(), &Event::RootZapEnd { root });

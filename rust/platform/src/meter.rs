@@ -89,6 +89,8 @@ pub struct Meter {
     pub steps_dropped: Cell<u64>,
     /// CPU time of the longest of these, in ns.
     pub longest_dropped_step_cpu_ns: Cell<u64>,
+    /// CPU time inside zaps of roots, in ns.
+    pub walk_cpu_ns: Cell<u64>,
     phase: Cell<Phase>,
     phase_since: Cell<u64>,
     phase_ticks: [Cell<u64>; PHASES],
@@ -157,6 +159,7 @@ impl Meter {
             acquisitions: Cell::new(0),
             steps_dropped: Cell::new(0),
             longest_dropped_step_cpu_ns: Cell::new(0),
+            walk_cpu_ns: Cell::new(0),
             phase: Cell::new(Phase::Other),
             phase_since: Cell::new(P::ticks()),
             phase_ticks: Default::default(),
@@ -225,6 +228,7 @@ impl Meter {
             acquisitions: self.acquisitions.take(),
             steps_dropped: self.steps_dropped.take(),
             longest_dropped_step_cpu_ns: self.longest_dropped_step_cpu_ns.take(),
+            walk_cpu_ns: self.walk_cpu_ns.take(),
             phase_ns: phase_ticks.map(self.ticks_to_ns),
             phase_ticks,
             elapsed_ticks: self.elapsed_ticks.take(),
@@ -258,6 +262,8 @@ pub struct MeterSnapshot {
     pub steps_dropped: u64,
     /// See [`Meter::longest_dropped_step_cpu_ns`].
     pub longest_dropped_step_cpu_ns: u64,
+    /// CPU time inside zaps of roots, in ns.
+    pub walk_cpu_ns: u64,
     /// Time by phase in ns, indexed by `Phase as usize`.
     pub phase_ns: [u64; PHASES],
     /// The same in ticks; adds up to `elapsed_ticks` exactly.
@@ -287,6 +293,7 @@ impl MeterSnapshot {
             (&mut self.contended, other.contended),
             (&mut self.acquisitions, other.acquisitions),
             (&mut self.steps_dropped, other.steps_dropped),
+            (&mut self.walk_cpu_ns, other.walk_cpu_ns),
             (&mut self.elapsed_ticks, other.elapsed_ticks),
         ] {
             *mine += others;
