@@ -232,9 +232,16 @@ fn take_out_exclusive<P: Platform>(
     let shape = read_block::<P>(cells, olds);
     let format = mmu.format();
     let first = Spte(olds[0]);
-    if shape.same_bits && first.is_present() && !format.is_volatile(first) {
-        for cell in cells {
-            P::store(cell, new.raw(), Site::SpteTeardown);
+    if shape.same_bits && first.is_present() {
+        if format.is_volatile(first) {
+            // Back to back, as in shared mode: bookkeeping between two locked instructions costs more than it does.
+            for (old, cell) in olds.iter_mut().zip(cells) {
+                *old = P::swap(cell, new.raw(), Site::SpteTeardown);
+            }
+        } else {
+            for cell in cells {
+                P::store(cell, new.raw(), Site::SpteTeardown);
+            }
         }
         return BLOCK as u64;
     }
