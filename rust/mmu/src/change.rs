@@ -200,6 +200,7 @@ fn freeze_leaf_table<P: Platform, M: Mode>(
                 prefetch(next, block * BLOCK + line, Intent::Write);
             }
         }
+        let mut shape = None;
         if M::SHARED {
             for (old, cell) in olds.iter_mut().zip(cells) {
                 *old = P::swap(cell, frozen.raw(), Site::SpteTeardown);
@@ -213,22 +214,24 @@ fn freeze_leaf_table<P: Platform, M: Mode>(
             }
             writes += BLOCK as u64;
         } else {
-            writes += take_out_exclusive::<P>(mmu, cells, &mut olds, frozen);
+            let (written, known) = take_out_exclusive::<P>(mmu, cells, &mut olds, frozen);
+            writes += written;
+            shape = known;
         }
         let gfn = at.gfn + (block * BLOCK) as u64;
-        account::<P, M>(mmu, task, ledger, At { gfn, ..at }, &olds, frozen);
+        account::<P, M>(mmu, task, ledger, At { gfn, ..at }, &olds, shape, frozen);
     }
     task.count(if M::SHARED { 0 } else { ENTRIES as u64 }, writes);
 }
 
 /// Exclusive mode: takes the present entries of a block out; `olds` gets their true old values, the others their present ones.
-/// Returns how many entries were written.
+/// Returns how many entries were written, and the shape of `olds` where it is known.
 fn take_out_exclusive<P: Platform>(
     mmu: &TdpMmu<P>,
     cells: &[AtomicU64; BLOCK],
     olds: &mut [u64; BLOCK],
     new: Spte,
-) -> u64 {
+) -> (u64, Option<Shape>) {
     let shape = read_block::<P>(cells, olds);
     let format = mmu.format();
     let first = Spte(olds[0]);
@@ -238,12 +241,12 @@ fn take_out_exclusive<P: Platform>(
             for (old, cell) in olds.iter_mut().zip(cells) {
                 *old = P::swap(cell, new.raw(), Site::SpteTeardown);
             }
-        } else {
-            for cell in cells {
-                P::store(cell, new.raw(), Site::SpteTeardown);
-            }
+            return (BLOCK as u64, None);
         }
-        return BLOCK as u64;
+        for cell in cells {
+            P::store(cell, new.raw(), Site::SpteTeardown);
+        }
+        return (BLOCK as u64, Some(shape));
     }
     let mut writes = 0;
     for (old, cell) in olds.iter_mut().zip(cells) {
@@ -252,10 +255,11 @@ fn take_out_exclusive<P: Platform>(
             writes += 1;
         }
     }
-    writes
+    (writes, None)
 }
 
 /// What a block of snapshots looks like.
+#[derive(Clone, Copy)]
 struct Shape {
     /// All entries have the same bits outside the frame number.
     same_bits: bool,
@@ -296,6 +300,7 @@ fn account<P: Platform, M: Mode>(
     ledger: &mut Ledger,
     at: At,
     olds: &[u64; BLOCK],
+    shape: Option<Shape>,
     new: Spte,
 ) {
     if mmu.observer().is_some() {
@@ -306,7 +311,7 @@ fn account<P: Platform, M: Mode>(
             }
         }
     }
-    let shape = shape_of(olds);
+    let shape = shape.unwrap_or_else(|| shape_of(olds));
     let format = mmu.format();
     let first = Spte(olds[0]);
     if shape.same_bits {
@@ -362,13 +367,13 @@ pub(crate) fn zap_leaf_batch<P: Platform, M: Mode>(
         writes += if M::SHARED {
             take_out_shared::<P>(task, block, &mut olds, empty)
         } else {
-            take_out_exclusive::<P>(mmu, block, &mut olds, empty)
+            take_out_exclusive::<P>(mmu, block, &mut olds, empty).0
         };
         // What was not present was left alone: it counts as unchanged.
         for old in &mut olds {
             *old = if Spte(*old).is_present() { *old } else { empty.raw() };
         }
-        account::<P, M>(mmu, task, ledger, At { gfn, ..at }, &olds, empty);
+        account::<P, M>(mmu, task, ledger, At { gfn, ..at }, &olds, None, empty);
         gfn += BLOCK as u64;
     }
     for cell in rest {

@@ -5,11 +5,11 @@
 //! recently released frame first. So a write-back that comes after the notifier returned (use-after-free in the kernel: bugs 11, 13, 22)
 //! is a counted violation here, not luck.
 //!
-//! **Mechanism.** A frame number handed out is `tag << 34 | frame`: 34 bits of frame (64 TiB) and 5 bits of owner tag fit the PFN field
-//! of an EPT or NPT entry below the reserved bit 51 that marks MMIO. The SPTE thus carries its owner; nothing need be looked up.
+//! **Mechanism.** A frame number handed out is `tag << 35 | frame`: 35 bits of frame (128 TiB: a guest of 64 TiB does not fit 34, since the host keeps a
+//! run for itself) and 4 bits of owner tag fit the PFN field of an EPT or NPT entry below the reserved bit 51 that marks MMIO. The SPTE thus carries its owner; nothing need be looked up.
 //! Tags are kept per run of 512 aligned frames; a run of which single frames were released is *broken* and has a byte per frame. Dirty and
 //! Accessed are bitmaps, one atomic OR per 64 frames of a run. All arrays are lazily committed (`lazy.rs`): what was
-//! never issued costs nothing. A tag wraps after 32 releases of one frame, so a violation that spans exactly a multiple of 32 re-issues is missed.
+//! never issued costs nothing. A tag wraps after 16 releases of one frame, so a violation that spans exactly a multiple of 16 re-issues is missed.
 
 use std::io;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering::Acquire, Ordering::Relaxed, Ordering::Release};
@@ -20,12 +20,14 @@ use crate::lazy::Lazy;
 /// Frames that share one owner tag while none was released singly: 2 MiB.
 pub const RUN: u64 = 512;
 /// Bits of a frame number without its tag.
-pub const FRAME_BITS: u32 = 34;
+pub const FRAME_BITS: u32 = 35;
 /// Bits of the owner tag above them.
-pub const TAG_BITS: u32 = 5;
+pub const TAG_BITS: u32 = 4;
 
 const FRAME_MASK: u64 = (1 << FRAME_BITS) - 1;
 const TAG_MASK: u8 = (1 << TAG_BITS) - 1;
+// Bit 51 of an entry, bit 39 of its frame number, marks MMIO on NPT.
+const _: () = assert!(FRAME_BITS + TAG_BITS <= 39);
 /// Run tag of a broken run.
 const BROKEN: u8 = 0xff;
 /// Violations kept with their details.
@@ -95,7 +97,7 @@ pub struct Frames {
 }
 
 impl Frames {
-    /// A host with `limit` frames, cut to 2^34.
+    /// A host with `limit` frames, cut to 2^35.
     ///
     /// # Errors
     /// The host's refusal of address space.

@@ -1,6 +1,6 @@
 //! A virtual machine: memslots, vCPUs, the MMU, and what acts on all of them.
 //!
-//! **Guarantee.** Lock order: slots_lock, then mmu_lock, then what the MMU takes inside; a vCPU's own lock is its handle and is taken
+//! **Guarantee.** Lock order: slots_lock, then mmap_lock, then mmu_lock, then what the MMU takes inside; a vCPU's own lock is its handle and is taken
 //! before all of them, by its thread alone. A memslot is gone for faults (INVALID, SRCU) before its SPTEs are zapped, and its SPTEs are gone before the slot is.
 //! When [`Vm::unmap_hva`] returns, no SPTE and no TLB holds a frame of the range, and no fault can bring one back.
 //!
@@ -236,6 +236,7 @@ impl<P: Platform> Vm<P> {
         Task::with_observer(self.mmu.rcu(), name, role, config, self.observer.clone())
     }
 
+    /// Tested under the lock that an operation runs in, which [`Vm::close`] takes as well: what got past it runs to its end first.
     fn open(&self) -> Result<(), VmError> {
         if self.closing.load(Ordering::Acquire) { Err(VmError::Closed) } else { Ok(()) }
     }
@@ -260,6 +261,8 @@ impl<P: Platform> Vm<P> {
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
             Err(TryLockError::WouldBlock) => return Err(VmError::Busy { vcpu: id }),
         };
+        // Again under the lock, which close takes too: it may have come and gone since.
+        self.open()?;
         let task = self.task_with(&format!("vcpu-{id}"), TaskRole::Vcpu, config);
         Ok(Vcpu::new(self, id, core, task, &self.states[id]))
     }
@@ -301,8 +304,8 @@ impl<P: Platform> Vm<P> {
     /// # Errors
     /// The rules of [`plan`]; [`VmError::Closed`].
     pub fn set_memslot(&self, task: &Task<P>, region: &Region) -> Result<SlotUpdate, VmError> {
-        self.open()?;
         let mut slots = self.slots_lock.lock();
+        self.open()?;
         let change = plan(&slots.set(), region, self.mmu.max_gfn())?;
         let (update, generation) = match change {
             Change::Nothing => return Ok(SlotUpdate::Nothing),
@@ -384,8 +387,8 @@ impl<P: Platform> Vm<P> {
     /// # Errors
     /// [`VmError::Closed`].
     pub fn fast_zap(&self, task: &Task<P>) -> Result<FastZapTimes, VmError> {
-        self.open()?;
         let mut slots = self.slots_lock.lock();
+        self.open()?;
         Ok(self.fast_zap_locked(task, &mut slots))
     }
 
@@ -430,9 +433,9 @@ impl<P: Platform> Vm<P> {
     /// # Errors
     /// [`VmError::Closed`].
     pub fn unmap_hva(&self, task: &Task<P>, hvas: Range<u64>, may_block: bool) -> Result<u64, VmError> {
-        self.open()?;
         // mmap_lock: what the host maps in the range does not change its size meanwhile.
         let _mmap_lock = self.mmap_lock.lock().unwrap_or_else(PoisonError::into_inner);
+        self.open()?;
         let ranges = self.side.slots.begin_invalidation(&self.side.primary.announced(&hvas));
         let cover = ranges.iter().fold(None, |cover: Option<Range<u64>>, (_, r)| {
             Some(cover.map_or(r.clone(), |c| c.start.min(r.start)..c.end.max(r.end)))
@@ -483,8 +486,8 @@ impl<P: Platform> Vm<P> {
     /// # Errors
     /// [`VmError::NoSlot`] without such a slot, or when it does not log.
     pub fn take_dirty_log(&self, task: &Task<P>, as_id: u8, id: u16) -> Result<Vec<u64>, VmError> {
-        self.open()?;
         let slots = self.slots_lock.lock();
+        self.open()?;
         let set = slots.set();
         let slot: &Arc<MemSlot> = set.by_id(as_id, id).ok_or(VmError::NoSlot { as_id, id })?;
         let dirty = slot.dirty.as_ref().ok_or(VmError::NoSlot { as_id, id })?;
@@ -530,6 +533,10 @@ impl<P: Platform> Vm<P> {
                 }
             }
         }
+        // What is under way ends first: a fast zap waits for no vCPU, since their handles are ours. slots_lock before mmap_lock: who holds the
+        // former may wait for an invalidation to end, whose task holds the latter and wants only mmu_lock.
+        let _slots_lock = self.slots_lock.lock();
+        let _mmap_lock = self.mmap_lock.lock().unwrap_or_else(PoisonError::into_inner);
         let zap_begin = P::ticks();
         self.mmu.zap_all(&mut self.mmu.lock.write(&task));
         let zap_all_ns = P::ticks_to_ns(P::ticks() - zap_begin);

@@ -122,6 +122,8 @@ pub struct DesignInfo {
     pub ownership: Ownership,
     /// May the ownership be changed, and what does the other one mean?
     pub other_ownership: OtherOwnership,
+    /// Zaps an invalid root once and for all: sound only where no fault maps under one (`stale_root_check` of the profile).
+    pub needs_stale_root_check: bool,
     /// Wrong on purpose: never part of `all`.
     pub flawed: bool,
 }
@@ -146,6 +148,8 @@ pub const DESIGNS: &[DesignInfo] = &[
         other_ownership: OtherOwnership::Refused(
             "with a reference of the MMU's own no vCPU ever drops the last one, so nothing would be zapped inline",
         ),
+        // What a fault maps after the zap, the last put zaps.
+        needs_stale_root_check: false,
         flawed: false,
     },
     DesignInfo {
@@ -157,6 +161,7 @@ pub const DESIGNS: &[DesignInfo] = &[
         other_ownership: OtherOwnership::Refused(
             "that is the design async-worker-owned (6.4-6.5), which gifts the MMU's reference to the worker",
         ),
+        needs_stale_root_check: true,
         flawed: false,
     },
     DesignInfo {
@@ -168,6 +173,7 @@ pub const DESIGNS: &[DesignInfo] = &[
         other_ownership: OtherOwnership::Refused(
             "nobody would zap a root whose last vCPU reference is dropped: its tables would leak",
         ),
+        needs_stale_root_check: true,
         flawed: false,
     },
 ];
