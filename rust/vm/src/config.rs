@@ -107,7 +107,11 @@ impl VmConfig {
             return bad("batch", self.batch.to_string(), "1 to 512 entries between two checks");
         }
         if self.host_pages == 0 || self.host_pages > MAX_HOST_PAGES {
-            return bad("host_pages", self.host_pages.to_string(), "1 to 2^34 + 2^20 pages (64 TiB and 4 GiB)");
+            return bad(
+                "host_pages",
+                self.host_pages.to_string(),
+                "1 to 2^34 + 2^20 pages (64 TiB and 4 GiB)",
+            );
         }
         if self.max_tables == 0 {
             return bad("max_tables", self.max_tables.to_string(), "at least one table");

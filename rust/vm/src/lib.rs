@@ -46,7 +46,7 @@ mod vcpu;
 mod vm;
 pub mod walker;
 
-pub use config::VmConfig;
+pub use config::{MAX_HOST_PAGES, VmConfig};
 pub use error::VmError;
 pub use fault::FaultOutcome;
 pub use populate::{AdMix, BulkOptions, Progress};

@@ -339,3 +339,48 @@ fn a_population_by_faults_leaves_no_hole_where_a_fault_had_to_retry() {
     assert_eq!((fixed, vm.mmu().leaf_pages()), (64, [64, 0, 0]));
     assert_clean(&vm);
 }
+
+#[test]
+fn a_guest_of_64_tib_fits_beside_another_slot() {
+    let pages = 1 << 34;
+    let config = VmConfig { host_pages: pages + 64, check_frames: false, ..config("sync") };
+    let vm = Vm::<Real>::new(config).expect("64 TiB and 64 pages");
+    let task = vm.task("test", TaskRole::Caller);
+    vm.add_memory(&task, 0, pages, 3).expect("64 TiB");
+    vm.add_memory(&task, pages, 64, 1).expect("the slot beside it");
+    {
+        let mut vcpu = vm.vcpu(0).expect("free");
+        // Untouched: the bitmaps of 2^34 frames would take 2 GiB each.
+        let options = BulkOptions { level: 3, ad: AdMix::Untouched, threads: 1 };
+        let made = vm.populate_bulk(&mut vcpu, 0..pages, &options, &Progress::default()).expect("room");
+        assert_eq!(made, 65_536);
+        for gfn in [pages, pages + 63] {
+            assert_eq!(vcpu.access(GuestAccess::read(gfn)).expect("memory"), AccessOutcome::SlowFault);
+        }
+    }
+    assert_eq!(vm.mmu().leaf_pages(), [2, 0, 65_536]);
+    assert_clean(&vm);
+}
+
+#[test]
+fn a_host_larger_than_a_frame_number_is_refused() {
+    let config = VmConfig { host_pages: tdpmmu_vm::MAX_HOST_PAGES + 1, ..config("sync") };
+    assert!(matches!(Vm::<Real>::new(config), Err(VmError::Config { what: "host_pages", .. })));
+}
+
+#[test]
+fn a_design_that_relies_on_the_stale_root_test_is_refused_where_faults_do_not_make_it() {
+    let with = |design: &str, profile: &str| {
+        let profile = KernelProfile::named(profile).expect("known");
+        VmConfig { design: Some(design.into()), ..VmConfig::new(profile) }.check()
+    };
+    for design in ["sync", "async-worker"] {
+        for profile in ["5.10", "5.15"] {
+            let error = with(design, profile).expect_err("a fault may map under a root that was zapped");
+            let text = error.to_string();
+            assert!(text.contains(design) && text.contains(profile) && text.contains("obsolete"), "{text}");
+        }
+        assert!(with(design, "5.18").is_ok());
+    }
+    assert!(with("inline", "5.15").is_ok(), "its last put zaps what came late");
+}

@@ -397,3 +397,60 @@ fn a_probe_sees_each_block_and_the_first_fault_after_it() {
     drop(vcpu);
     assert_clean(&vm);
 }
+
+#[test]
+fn closing_waits_for_what_is_under_way_and_nothing_begins_after_it() {
+    for design in DESIGNS {
+        for _ in 0..rounds(40) {
+            let vm = vm(design, "6.12", 1);
+            let task = vm.task("test", TaskRole::Caller);
+            vm.add_memory(&task, 0, GIG, 1).expect("memory");
+            {
+                let mut vcpu = vm.vcpu(0).expect("free");
+                for gfn in 0..600 {
+                    vcpu.access(GuestAccess::write(gfn * 7)).expect("memory");
+                }
+            }
+            let begun = AtomicU64::new(0);
+            let until_closed = |operation: &dyn Fn() -> Result<(), VmError>| {
+                loop {
+                    match operation() {
+                        Ok(()) => begun.fetch_add(1, Ordering::Relaxed),
+                        Err(VmError::Closed) => break,
+                        Err(other) => panic!("{other}"),
+                    };
+                }
+            };
+            let report = thread::scope(|scope| {
+                scope.spawn(|| {
+                    let task = vm.task("zapper", TaskRole::Caller);
+                    until_closed(&|| vm.fast_zap(&task).map(drop));
+                });
+                scope.spawn(|| {
+                    let task = vm.task("host", TaskRole::Caller);
+                    until_closed(&|| vm.unmap_gfns(&task, 0..700, true).map(drop));
+                });
+                scope.spawn(|| {
+                    until_closed(&|| match vm.vcpu(0) {
+                        Ok(mut vcpu) => vcpu.access(GuestAccess::write(3)).map(drop),
+                        Err(VmError::Busy { .. }) => Ok(()),
+                        Err(other) => Err(other),
+                    });
+                });
+                while begun.load(Ordering::Relaxed) < 20 {
+                    thread::yield_now();
+                }
+                loop {
+                    match vm.close() {
+                        Ok(report) => break report,
+                        Err(VmError::Busy { .. }) => thread::yield_now(),
+                        Err(other) => panic!("{other}"),
+                    }
+                }
+            });
+            assert!(report.is_clean(), "{design}: {report:?}");
+            assert_eq!(vm.mmu().pool().stats().taken, 0, "{design}: something ran on the closed VM");
+            assert_eq!(vm.mmu().violations(), Vec::<String>::new(), "{design}");
+        }
+    }
+}
