@@ -6,7 +6,7 @@
 //! **Mechanism.** The fast fault may hit a leaf in a table that was unlinked meanwhile; harmless, as teardown exchanges volatile leaves atomically and the memory is not
 //! recycled before the section ends.
 
-use tdpmmu_platform::{Platform, Site, Task};
+use tdpmmu_platform::{Platform, RcuGuard, Site, Task};
 use tdpmmu_spte::Spte;
 use tdpmmu_spte::geometry::{ENTRIES, index, round_down};
 
@@ -69,7 +69,12 @@ impl<P: Platform> TdpMmu<P> {
     /// Only the leaf of `gfn` under `root`: the cheapest look-up there is.
     #[inline]
     pub fn lookup(&self, task: &Task<P>, root: u32, gfn: u64) -> Option<(Spte, u8)> {
-        let _rcu = task.rcu_read();
+        self.lookup_within(&task.rcu_read(), root, gfn)
+    }
+
+    /// As [`TdpMmu::lookup`], in a section that is open already: for many look-ups in a row.
+    #[inline]
+    pub fn lookup_within(&self, _section: &RcuGuard<'_, P>, root: u32, gfn: u64) -> Option<(Spte, u8)> {
         let pool = self.pool();
         let mut entries = pool.entries(root);
         let mut level = self.root_level();

@@ -327,9 +327,10 @@ impl Machine {
         let mut rows = Vec::with_capacity(gfns.len());
         for chunk in gfns.chunks(512) {
             // A root found in this section is not freed before it ends.
-            let _rcu = task.rcu_read();
+            let section = task.rcu_read();
             let root = self.valid_root();
-            rows.extend(chunk.iter().map(|&gfn| match root.and_then(|root| mmu.lookup(&task, root, gfn)) {
+            let found = |gfn| root.and_then(|root| mmu.lookup_within(&section, root, gfn));
+            rows.extend(chunk.iter().map(|&gfn| match found(gfn) {
                 Some((spte, level)) => [gfn, spte.raw(), frame(spte, level, gfn), u64::from(level)],
                 None => [gfn, 0, 0, 0],
             }));
