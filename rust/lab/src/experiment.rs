@@ -225,6 +225,12 @@ fn merged<'a>(meters: impl Iterator<Item = &'a MeterSnapshot>) -> MeterSnapshot 
     sum
 }
 
+/// What those who tear down have measured, workers included.
+fn paying(kind: Kind, outcome: &Outcome) -> MeterSnapshot {
+    let threads = outcome.threads.iter().filter(|t| tears_down(kind, t)).map(|t| &t.meter);
+    merged(threads.chain(outcome.workers.iter().map(|w| &w.0)))
+}
+
 /// Is this thread part of the teardown?
 fn tears_down(kind: Kind, thread: &ThreadReport) -> bool {
     match kind {
@@ -246,14 +252,7 @@ pub fn to_run(
     let sptes = outcome.at_t0.sptes();
     let empty = Histograms::default();
     let all = merged(outcome.threads.iter().map(|t| &t.meter).chain(outcome.workers.iter().map(|w| &w.0)));
-    let paying = merged(
-        outcome
-            .threads
-            .iter()
-            .filter(|t| tears_down(kind, t))
-            .map(|t| &t.meter)
-            .chain(outcome.workers.iter().map(|w| &w.0)),
-    );
+    let paying = paying(kind, outcome);
     let (hist, pay_hist) =
         (all.histograms.as_deref().unwrap_or(&empty), paying.histograms.as_deref().unwrap_or(&empty));
     let worker_cpu: u64 = outcome.workers.iter().map(|w| w.1).sum();
@@ -471,14 +470,7 @@ fn attribution(outcome: &Outcome) -> Vec<Attribution> {
 /// The time between two reschedule checks of the tasks that tear down; how many samples a context switch spoilt, and the
 /// longest of those.
 pub fn step_ns(kind: Kind, outcome: &Outcome) -> (H, u64, u64) {
-    let paying = merged(
-        outcome
-            .threads
-            .iter()
-            .filter(|t| tears_down(kind, t))
-            .map(|t| &t.meter)
-            .chain(outcome.workers.iter().map(|w| &w.0)),
-    );
+    let paying = paying(kind, outcome);
     let histogram = crate::bench::summary(paying.histograms.as_deref().map(|h| &h.step_ns));
     (histogram, paying.steps_dropped, paying.longest_dropped_step_cpu_ns)
 }
