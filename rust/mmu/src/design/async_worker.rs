@@ -12,7 +12,7 @@
 //! a fast zap must wait for *all* work, not only its own (P-FZ, bug-history 22): it flushes the queue.
 
 use std::cell::Cell;
-use std::sync::{Arc, Barrier, Mutex as StdMutex, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex as StdMutex, OnceLock, PoisonError, Weak};
 
 use tdpmmu_platform::{Event, Exclusive, Guard, Histogram, Owner, Phase, Platform, Role, Task, WorkQueue};
 
@@ -25,7 +25,34 @@ enum Work {
     /// Zap this root and put the gifted reference; queued when, in ticks.
     Zap(u32, u64),
     /// Hand over what you measured, once every worker has been asked.
-    Report(Arc<Barrier>),
+    Report(Arc<Muster>),
+}
+
+/// Where workers wait until each of them has its request, so that none takes two; called off when a shutdown came between the requests.
+struct Muster {
+    missing: StdMutex<usize>,
+    complete: Condvar,
+}
+
+impl Muster {
+    fn of(workers: usize) -> Self {
+        Self { missing: StdMutex::new(workers), complete: Condvar::new() }
+    }
+
+    fn wait(&self) {
+        let mut missing = self.missing.lock().unwrap_or_else(PoisonError::into_inner);
+        *missing = missing.saturating_sub(1);
+        if *missing == 0 {
+            self.complete.notify_all();
+        }
+        let all = self.complete.wait_while(missing, |missing| *missing > 0);
+        drop(all.unwrap_or_else(PoisonError::into_inner));
+    }
+
+    fn call_off(&self) {
+        *self.missing.lock().unwrap_or_else(PoisonError::into_inner) = 0;
+        self.complete.notify_all();
+    }
 }
 
 /// A worker's own state, made and used by its thread.
@@ -70,6 +97,8 @@ pub struct AsyncWorker<P: Platform> {
     workers: usize,
     queue: OnceLock<WorkQueue<P, Work>>,
     reports: Arc<StdMutex<Vec<WorkerReport>>>,
+    /// One muster at a time: the requests of two would meet in one queue, and each would wait for workers that stand at the other.
+    reporting: StdMutex<()>,
     /// From queued to started, of zaps alone: requests for a report are no part of the design.
     delay_ns: Arc<StdMutex<Histogram>>,
 }
@@ -81,6 +110,7 @@ impl<P: Platform> AsyncWorker<P> {
             workers: workers.max(1),
             queue: OnceLock::new(),
             reports: Arc::default(),
+            reporting: StdMutex::default(),
             delay_ns: Arc::default(),
         }
     }
@@ -163,11 +193,14 @@ impl<P: Platform> ZapDesign<P> for AsyncWorker<P> {
     }
 
     fn take_worker_reports(&self) -> Vec<WorkerReport> {
+        let _turn = self.reporting.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(queue) = self.queue.get() {
-            // One request for each worker; none takes two, since all must have one before any goes on.
-            let all = Arc::new(Barrier::new(self.workers));
+            let all = Arc::new(Muster::of(self.workers));
             if (0..self.workers).all(|_| queue.queue(Work::Report(all.clone()))) {
                 queue.flush();
+            } else {
+                // The queue is shut down: nobody will take the other requests, and the shutdown waits for those who took one.
+                all.call_off();
             }
         }
         std::mem::take(&mut self.reports.lock().unwrap_or_else(PoisonError::into_inner))

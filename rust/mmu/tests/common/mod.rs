@@ -18,6 +18,7 @@ pub struct Setup {
     pub max_tables: u32,
     pub batch: u16,
     pub force_yield: Option<u32>,
+    pub workers: usize,
     pub observer: Option<Arc<dyn Observer>>,
 }
 
@@ -31,6 +32,7 @@ impl Default for Setup {
             max_tables: 4096,
             batch: 512,
             force_yield: None,
+            workers: 1,
             observer: None,
         }
     }
@@ -48,7 +50,7 @@ impl Setup {
             maxphyaddr: 52,
             passes: design::effective_passes(asked, info, &profile),
             ownership: info.ownership,
-            design: design::build(self.design, 1).expect("a known design"),
+            design: design::build(self.design, self.workers).expect("a known design"),
             max_tables: self.max_tables,
             hugepages: false,
             batch: self.batch,
