@@ -39,8 +39,16 @@ pub enum BulkError {
     Range(Range<u64>, u8),
 }
 
+/// Where the leaves at a gfn belong.
+enum Spot {
+    /// Into this table.
+    Table(u32),
+    /// Nowhere: a leaf of this level, above theirs, maps the gfn already.
+    Mapped(u8),
+}
+
 impl<P: Platform> TdpMmu<P> {
-    /// Maps `map` under `root`; returns how many leaves were new. Present entries stay as they are.
+    /// Maps `map` under `root`; returns how many leaves were new. Present entries stay as they are, larger leaves too.
     ///
     /// # Errors
     /// [`BulkError`]; leaves mapped so far stay.
@@ -89,16 +97,30 @@ impl<P: Platform> TdpMmu<P> {
                 gfn += tables * span(2);
                 continue;
             }
-            let table = self.table_for(task, cache, root, gfn, map.level)?;
-            for at in (gfn..table_end).step_by(unit as usize) {
-                let cell = &self.pool().entries(table)[index(at, map.level)];
-                let leaf = map.template.with_pfn(map.first_pfn + (at - gfns.start));
-                if P::cmpxchg(cell, self.format().empty().raw(), leaf.raw(), Site::SpteInstall).is_ok() {
-                    self.tell_leaf(task, root, at, map.level, leaf);
-                    *new += 1;
+            let table = match self.table_for(task, cache, root, gfn, map.level)? {
+                Spot::Table(table) => table,
+                Spot::Mapped(level) => {
+                    gfn = (round_down(gfn, level) + span(level)).min(gfns.end);
+                    continue;
                 }
+            };
+            while gfn < table_end {
+                let cell = &self.pool().entries(table)[index(gfn, map.level)];
+                let leaf = map.template.with_pfn(map.first_pfn + (gfn - gfns.start));
+                match P::cmpxchg(cell, self.format().empty().raw(), leaf.raw(), Site::SpteInstall) {
+                    Ok(_) => {
+                        self.tell_leaf(task, root, gfn, map.level, leaf);
+                        *new += 1;
+                    }
+                    // Its owner will empty it, or the whole table is dead and stays frozen: from the root again.
+                    Err(seen) if self.format().is_frozen(Spte(seen)) => {
+                        P::relax(Site::SpteInstall);
+                        break;
+                    }
+                    Err(_) => {}
+                }
+                gfn += unit;
             }
-            gfn = table_end;
         }
         Ok(())
     }
@@ -112,7 +134,7 @@ impl<P: Platform> TdpMmu<P> {
         map: &BulkMap,
         gfn: u64,
     ) -> Result<Option<u64>, BulkError> {
-        let parent = self.table_for(task, cache, root, gfn, 2)?;
+        let Spot::Table(parent) = self.table_for(task, cache, root, gfn, 2)? else { return Ok(None) };
         let first = index(gfn, 2);
         let empty = self.format().empty().raw();
         let limit = (map.gfns.end - gfn) / span(2);
@@ -167,7 +189,8 @@ impl<P: Platform> TdpMmu<P> {
         Ok((linked > 0).then_some(linked))
     }
 
-    /// The table of level `level` that covers `gfn`, linking what is missing above it.
+    /// The table of level `level` that covers `gfn`, linking what is missing above it, unless a larger leaf maps the gfn. Waits out who owns a frozen
+    /// entry on the way.
     fn table_for(
         &self,
         task: &Task<P>,
@@ -175,7 +198,7 @@ impl<P: Platform> TdpMmu<P> {
         root: u32,
         gfn: u64,
         level: u8,
-    ) -> Result<u32, BulkError> {
+    ) -> Result<Spot, BulkError> {
         let (mut table, mut at) = (root, self.root_level());
         while at > level {
             let slot = index(gfn, at);
@@ -184,6 +207,15 @@ impl<P: Platform> TdpMmu<P> {
             if seen.is_table(at) {
                 table = seen.pfn() as u32;
                 at -= 1;
+                continue;
+            }
+            if seen.is_leaf(at) {
+                return Ok(Spot::Mapped(at));
+            }
+            if self.format().is_frozen(seen) {
+                P::relax(Site::SpteRead);
+                // The table itself may be dead by now, and its entries frozen for good.
+                (table, at) = (root, self.root_level());
                 continue;
             }
             if seen != self.format().empty() {
@@ -206,7 +238,7 @@ impl<P: Platform> TdpMmu<P> {
             table = child;
             at -= 1;
         }
-        Ok(table)
+        Ok(Spot::Table(table))
     }
 
     fn tell_leaf(&self, task: &Task<P>, root: u32, gfn: u64, level: u8, new: Spte) {
