@@ -309,7 +309,7 @@ impl<P: Platform> TdpMmu<P> {
         self.zap_end.fetch_max(P::ticks(), Ordering::Relaxed);
     }
 
-    /// When the last zap of a root ended, in [`Platform::ticks`]; 0 before the first.
+    /// When the last zap of a root that was not empty ended, in [`Platform::ticks`]; 0 before the first.
     pub fn last_zap_end(&self) -> u64 {
         self.zap_end.load(Ordering::Relaxed)
     }

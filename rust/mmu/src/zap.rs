@@ -26,8 +26,9 @@ impl<P: Platform> TdpMmu<P> {
             observer.event(task.id(), &Event::RootZapBegin { root });
         }
         let cpu = if task.config().measure { P::thread_cpu_ns() } else { 0 };
+        let mut zapped = false;
         for level in self.passes().iter(self.root_level()) {
-            self.zap_pass(guard, root, level, yields);
+            zapped |= self.zap_pass(guard, root, level, yields);
         }
         if task.config().measure {
             let spent = &task.meter().walk_cpu_ns;
@@ -36,10 +37,15 @@ impl<P: Platform> TdpMmu<P> {
         if let Some(observer) = self.observer() {
             observer.event(task.id(), &Event::RootZapEnd { root });
         }
-        self.stamp_zap_end();
+        // The late last put of a root that is empty already ends no zap.
+        if zapped {
+            self.stamp_zap_end();
+        }
     }
 
-    fn zap_pass<M: Mode>(&self, guard: &mut Guard<'_, P, M>, root: u32, level: u8, yields: Yield) {
+    /// One pass; whether it changed an entry.
+    fn zap_pass<M: Mode>(&self, guard: &mut Guard<'_, P, M>, root: u32, level: u8, yields: Yield) -> bool {
+        let mut zapped = false;
         let empty = self.format().empty();
         // The kernel checks at each entry, which costs it a flag test and us a clock read: in an empty stretch of an upper
         // table every 64th read is enough.
@@ -56,12 +62,15 @@ impl<P: Platform> TdpMmu<P> {
                 continue;
             }
             if level == 1 {
-                entry.zap_leaves();
+                zapped |= entry.zap_leaves() > 0;
                 continue;
             }
-            while entry.old().is_present() && entry.set(empty).is_err() {}
+            while entry.old().is_present() {
+                zapped |= entry.set(empty).is_ok();
+            }
         }
         walk.finish_and_flush();
+        zapped
     }
 
     /// Empties the leaves of `range` under one root (notifier unmap, range zaps); tables stay. Takes over `debt` and returns what is owed then.

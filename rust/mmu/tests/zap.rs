@@ -3,7 +3,9 @@
 mod common;
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
+use std::thread;
+use std::time::Duration;
 
 use common::{Cpu, Setup, end, fast_zap};
 use tdpmmu_mmu::{DESIGNS, MapOutcome};
@@ -277,4 +279,59 @@ fn the_last_table_to_come_back_is_stamped_after_the_zap_that_unlinked_it() {
     drop(task);
     end(&cpu.close());
     assert!(mmu.last_table_free() > zapped && zapped > 0, "the root itself came back last");
+}
+
+/// Runs `body`, which may hang if what it tests is broken.
+fn must_end(body: impl FnOnce() + Send + 'static) {
+    let (ended, end) = mpsc::channel();
+    thread::spawn(move || {
+        body();
+        // Nobody listens when the test has given up.
+        let _ = ended.send(());
+    });
+    end.recv_timeout(Duration::from_secs(60)).expect("it ended, without a panic");
+}
+
+#[test]
+fn callers_that_ask_the_workers_for_reports_at_once_take_turns() {
+    must_end(|| {
+        let mmu = Setup { design: "async-worker", workers: 2, ..Setup::default() }.build();
+        thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| (0..200).for_each(|_| drop(mmu.design().take_worker_reports())));
+            }
+        });
+        assert_eq!(mmu.design().take_worker_reports().len(), 2, "one of each worker");
+        end(&mmu);
+    });
+}
+
+#[test]
+fn a_shutdown_between_two_requests_for_a_report_hangs_nobody() {
+    must_end(|| {
+        for _ in 0..200 {
+            let mmu = Setup { design: "async-worker", workers: 3, ..Setup::default() }.build();
+            thread::scope(|scope| {
+                scope.spawn(|| (0..5).for_each(|_| drop(mmu.design().take_worker_reports())));
+                end(&mmu);
+            });
+        }
+    });
+}
+
+#[test]
+fn the_last_put_of_an_empty_root_does_not_move_the_end_of_the_zap() {
+    for design in DESIGNS {
+        let mmu = Setup { design: design.name, ..Setup::default() }.build();
+        let mut cpu = Cpu::new(&mmu);
+        cpu.fault(3, 1);
+        let task = mmu.task("caller", Role::Caller);
+        fast_zap(&mmu, &task);
+        let zapped = mmu.last_zap_end();
+        assert!(zapped > 0, "{}", design.name);
+        cpu.drop_root();
+        drop(task);
+        end(&cpu.close());
+        assert_eq!(mmu.last_zap_end(), zapped, "{}", design.name);
+    }
 }
