@@ -178,16 +178,20 @@ impl Sequential {
         }
     }
 
-    /// Bulk population: new leaves where nothing is; `None` where the engine must refuse (a huge leaf or an MMIO entry on the path).
+    /// Bulk population: new leaves where nothing is, a larger leaf stays; `None` where the engine must refuse (an MMIO entry on the path).
     pub fn bulk(&mut self, root: u32, map: &BulkMap) -> Option<u64> {
         let root_level = self.root_level;
         let entries = &mut self.roots.get_mut(&root)?.entries;
         let mut new = 0;
         let mut gfn = map.gfns.start;
-        while gfn < map.gfns.end {
+        'gfns: while gfn < map.gfns.end {
             for level in (map.level + 1..=root_level).rev() {
                 match entries.entry((round_down(gfn, level), level)).or_insert(Node::Table) {
                     Node::Table => {}
+                    Node::Entry(spte) if spte.is_leaf(level) => {
+                        gfn = round_down(gfn, level) + span(level);
+                        continue 'gfns;
+                    }
                     Node::Entry(_) => return None,
                 }
             }
