@@ -344,7 +344,10 @@ impl<P: Platform> TdpMmu<P> {
     pub fn uninit(&self, task: &Task<P>) -> Leftovers {
         self.design().drain(self, task);
         self.rcu.barrier();
-        let roots = self.listed_roots().count() as u64;
+        let roots = {
+            let _rcu = task.rcu_read();
+            self.listed_roots().count() as u64
+        };
         let left = Leftovers { roots, tables: self.linked_tables(), leaves: self.leaf_pages().iter().sum() };
         if left != Leftovers::default() {
             self.violation(&format!("the VM ended with {left:?}"));

@@ -106,7 +106,8 @@ impl<P: Platform> TdpMmu<P> {
         walk.finish()
     }
 
-    /// mmu_notifier unmap of `range` in address space `as_id`: every root, invalid ones too. The caller pays the debt before it returns to the host.
+    /// mmu_notifier unmap of `range` in address space `as_id`: every root, invalid ones too from 5.18 on (before, a page could be released
+    /// that an invalid root still maps: bug-history 13). The caller pays the debt before it returns to the host.
     pub fn unmap(
         &self,
         guard: &mut Guard<'_, P, Exclusive>,
@@ -116,7 +117,8 @@ impl<P: Platform> TdpMmu<P> {
     ) -> FlushDebt {
         let yields = if may_block { Yield::Allowed } else { Yield::Never };
         let mut debt = FlushDebt::none();
-        self.for_each_root(guard, Which::All, |guard, root| {
+        let which = if self.profile().unmap_invalid_roots { Which::All } else { Which::Valid };
+        self.for_each_root(guard, which, |guard, root| {
             if self.as_id(root) == as_id {
                 debt = self.zap_leafs(guard, root, range.clone(), yields, std::mem::take(&mut debt));
             }

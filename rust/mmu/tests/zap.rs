@@ -335,3 +335,24 @@ fn the_last_put_of_an_empty_root_does_not_move_the_end_of_the_zap() {
         assert_eq!(mmu.last_zap_end(), zapped, "{}", design.name);
     }
 }
+
+#[test]
+fn an_unmap_reaches_invalid_roots_from_5_18_on() {
+    for (profile, left) in [("5.15", 1), ("5.18", 0), ("6.12", 0)] {
+        let mmu = Setup { profile, design: "inline", ..Setup::default() }.build();
+        let mut cpu = Cpu::new(&mmu);
+        cpu.fault(3, 1);
+        let task = mmu.task("notifier", Role::Caller);
+        {
+            let mut guard = mmu.lock.write(&task);
+            mmu.fast_zap_invalidate(&mut guard);
+            let mut debt = mmu.unmap(&mut guard, 0, 0..512, true);
+            mmu.pay(&task, &mut debt);
+        }
+        assert_eq!(mmu.leaf_pages()[0], left, "{profile}");
+        mmu.fast_zap_finish(&task);
+        cpu.drop_root();
+        drop(task);
+        end(&cpu.close());
+    }
+}
