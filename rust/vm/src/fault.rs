@@ -69,13 +69,14 @@ impl<P: Platform> Vcpu<'_, P> {
     }
 
     /// One pass through the pipeline for `access`; `present`: hardware found a leaf that does not allow it.
-    /// Must be called outside the guest.
+    /// Leaves the guest first, as an exit does: a fast zap that holds mmu_lock waits until no vCPU is in the guest.
     ///
     /// # Errors
     /// [`VmError::Pool`] out of tables; [`VmError::HostFull`] and [`VmError::BadHva`] when the host has no page to give.
     #[inline]
     pub fn fault(&mut self, access: GuestAccess, present: bool) -> Result<FaultOutcome, VmError> {
         let GuestAccess { gfn, write, exec } = access;
+        self.leave();
         let root = self.root()?;
         let vm = self.vm;
         let (mmu, side, rules) = (vm.mmu(), vm.side(), vm.rules());

@@ -95,10 +95,12 @@ impl PrimaryMmu {
     pub fn region(&self, pages: u64, like: u64, level: u8, writable: bool) -> Result<u64, VmError> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let start = state.next + like % GIG;
-        let end = start + pages;
-        if pages == 0 || end > self.pages.len() as u64 {
-            return Err(VmError::HostFull { pages, left: (self.pages.len() as u64).saturating_sub(start) });
+        let left = (self.pages.len() as u64).saturating_sub(start);
+        // Compared so that nothing wraps, whatever was asked for.
+        if pages == 0 || pages > left {
+            return Err(VmError::HostFull { pages, left });
         }
+        let end = start + pages;
         state.next = end.next_multiple_of(GIG);
         state.vmas.insert(start, Vma { end, level: level.clamp(1, 3), writable });
         Ok(start)
@@ -385,6 +387,16 @@ mod tests {
         assert_eq!(host.fault_in(start, true).expect("backed").level, 1, "2 MiB would reach outside");
         assert!(matches!(host.fault_in(start + 10, false), Err(VmError::BadHva { .. })));
         assert!(matches!(host.fault_in(start - 1, false), Err(VmError::BadHva { .. })));
+    }
+
+    #[test]
+    fn a_region_that_would_wrap_is_refused_and_takes_no_room() {
+        let host = host();
+        for pages in [u64::MAX, u64::MAX - GIG, u64::MAX - GIG + 1] {
+            let error = host.region(pages, 0, 1, true).expect_err("more than there is");
+            assert!(matches!(error, VmError::HostFull { pages: asked, .. } if asked == pages), "{error}");
+        }
+        host.region(8 * GIG, 0, 1, true).expect("all of it is left");
     }
 
     #[test]

@@ -384,3 +384,15 @@ fn a_design_that_relies_on_the_stale_root_test_is_refused_where_faults_do_not_ma
     }
     assert!(with("inline", "5.15").is_ok(), "its last put zaps what came late");
 }
+
+#[test]
+fn a_fault_leaves_the_guest_first() {
+    let (vm, task) = vm("sync");
+    vm.add_memory(&task, 0, GIG, 1).expect("memory");
+    let mut vcpu = vm.vcpu(0).expect("free");
+    assert!(vcpu.enter().expect("room for a root") && vcpu.in_guest());
+    assert!(matches!(vcpu.fault(GuestAccess::write(5), false), Ok(FaultOutcome::Fixed { .. })));
+    assert!(!vcpu.in_guest(), "a fast zap would wait for it under the lock that the fault wants");
+    drop(vcpu);
+    assert_clean(&vm);
+}
