@@ -15,6 +15,26 @@
 //! "assumed". Note that 6.1.y is not mainline 6.1: it took the synchronous zap and the MMU-owned reference.
 //! One encoding is shared by all: bit 11 means present and 0x5a0 is frozen also under 5.10, which had neither; nothing
 //! that 5.10 does can tell.
+//!
+//! # What obeys
+//!
+//! The engine reads these switches today: nonpresent, frozen, role, passes, ownership, atomic-zap, split-in-fault,
+//! write-back, remake-dirty, spurious-if-allowed, fast-page-fault, stale-root-check, root-load-lock, root-free-lock,
+//! unmap-invalid-roots, invalid-root-owes-flush, notifier-unit, replace-flush, children-first, page-stats, and the
+//! name of the design.
+//!
+//! The others are recorded for what is not built yet, and changing them changes nothing:
+//! dirty logging (clear-split-inclusive, mark-dirty, clear-dirty-roots, clear-dirty-write, dirty-or-write,
+//! eager-split), collapsing (collapse), aging (aging), NX recovery (nx-recovery-lock, nx-skips-dirty-slots,
+//! nx-adjust-flag-test, nx-flag-before-publish), single-leaf notifiers and range zaps (set-spte-gfn, zap-range-roots,
+//! notifier-range-all, unmap-frees-tables), slot deletion without fast zap (slot-zap-quirk), the results of a fault
+//! that no guest here can tell apart (level-mismatch-retries, write-protected-result), and how the engine itself does
+//! it in one way for all: shared faults (fault-lock), RCU (grace), the `yielded` flag (yield), an exchange for
+//! volatile leaves (exclusive-write), destruction (uninit-lock).
+//!
+//! So 5.10 and 5.15 run here without their plain stores under the exclusive lock, which lose Dirty and Accessed bits,
+//! and without their unmap of whole tables; 5.10's spinlock, immediate frees and own design (in-place) are not built either. What 5.15
+//! does to invalid roots on an unmap (it skips them) and in a fault (it maps under them) is.
 
 use std::fmt;
 
