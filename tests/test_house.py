@@ -141,12 +141,13 @@ def test_the_examples_in_docstrings_are_true(name: str) -> None:
 
 
 def test_no_name_of_a_machine_or_a_registry_is_committed() -> None:
-    places = ("pyproject.toml", "run", "test", "scripts", ".ci", "python", "tests", "rust/py", "Cargo.lock")
+    places = ("pyproject.toml", "run", "test", "scripts", ".ci", "python", "tests", "rust", "benches", "docs")
+    places += ("README.md", "Cargo.toml", "Cargo.lock")
     pattern = re.compile("/(work|home|root)/|python[h]osted|127[.]0[.]0[.]1")
     for place in places:
         root = ROOT / place
         for path in [root] if root.is_file() else root.rglob("*"):
-            if path.is_file() and path.suffix not in (".so", ".pyc"):
+            if path.is_file() and path.suffix not in (".so", ".pyc", ".gz", ".png"):
                 assert not pattern.search(path.read_text()), path
 
 

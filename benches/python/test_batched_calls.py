@@ -1,7 +1,7 @@
 """What a batched call from Python costs over native: `pytest benches/python --benchmark-enable -s`.
 
-The native time of the same operations is taken by a program of this repository just before (`conftest.py`). The goal of
-DESIGN.md section 6 is at most 5 ns an operation over native. The difference is printed and in `extra_info`, never
+The native time of the same operations is taken by a program of this repository just before (`conftest.py`).
+The goal is at most 5 ns an operation over native. The difference is printed and in `extra_info`, never
 asserted: timing assertions fail on busy machines. What is asserted is that the work was done.
 """
 

@@ -44,7 +44,7 @@ def _get(value: Any, *path: str) -> Any:
 
 
 def _longest_step(run: BenchRun) -> int | None:
-    """Return the longest stretch between two reschedule checks, in ns, CPU time where a context switch fell inside."""
+    """Return the longest stretch between two reschedule checks, in ns (CPU time if switched out inside)."""
     found = [v for v in (_get(run.step_ns, "max"), run.raw.get("step_ns_dropped_cpu_max")) if v is not None]
     return max(found, default=None)
 

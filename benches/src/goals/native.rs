@@ -48,7 +48,7 @@ pub fn run(reps: u32) -> Result<Native, BenchError> {
     populate(&vm, PAGES, AdMix::Dirty)?;
     let hits = vec![7; HITS];
     let mut random = Random::new(1);
-    let scattered: Vec<u64> = (0..LOOKUPS).map(|_| random.next() % LOOKED_UP).collect();
+    let scattered: Vec<u64> = (0..LOOKUPS).map(|_| random.draw() % LOOKED_UP).collect();
     let all: Vec<u64> = (0..PAGES).collect();
     let (mut hit, mut fault, mut lookup) = (Duration::MAX, Duration::MAX, Duration::MAX);
     for _ in 0..reps.max(2) {
