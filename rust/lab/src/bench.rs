@@ -96,7 +96,7 @@ fn one(
     let outcome = run::run(&scenario(kind, plan, design, tables, false), tables, control, None)?;
     let mut row = experiment::to_run(kind, plan, design, rep, &outcome, cpus)?;
     drop(outcome);
-    // step_ns comes from a repetition of its own: its clock reads would disturb the first (measures.md).
+    // step_ns comes from a repetition of its own: its clock reads would disturb the first.
     let timed = run::run(&scenario(kind, plan, design, tables, true), tables, control, None)?;
     let (step_ns, dropped, longest) = experiment::step_ns(kind, &timed);
     (row.step_ns, row.step_ns_dropped) = (step_ns, dropped);

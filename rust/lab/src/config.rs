@@ -1,6 +1,6 @@
 //! What a run was asked to do, and what it therefore does.
 //!
-//! Precedence (measures.md): a flag comes before the design's historic default, that before the kernel profile's. Pairs that make no
+//! Precedence: a flag comes before the design's historic default, that before the kernel profile's. Pairs that make no
 //! sense are usage errors which say why.
 
 use serde::{Deserialize, Serialize};

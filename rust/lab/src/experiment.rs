@@ -436,7 +436,7 @@ struct Worked {
 }
 
 impl Worked {
-    /// DESIGN 4.2: more than four ticks of CPU without a yield, a wait for the lock, or the host taking the CPU away (which
+    /// More than four ticks of CPU without a yield, a wait for the lock, or the host taking the CPU away (which
     /// begins a new tick): it did not check as it claims.
     fn should_have_yielded(&self) -> bool {
         self.cpu_ns > 4 * self.tick_ns && self.yields == 0 && self.contended == 0 && self.switched_out == 0

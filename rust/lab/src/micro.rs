@@ -38,7 +38,7 @@ pub struct Row {
     pub of: Option<&'static str>,
     /// Operations in a round.
     pub count: u64,
-    /// What DESIGN section 6 asks for, in the unit of `ratio` if there is one, else ns.
+    /// The goal, in the unit of `ratio` if there is one, else ns.
     pub goal: Option<f64>,
 }
 

@@ -1,4 +1,4 @@
-//! The results of `bench zap` and `bench drop`: schema `tdpmmu.bench.zap/1` (DESIGN 5.2). Field names carry units.
+//! The results of `bench zap` and `bench drop`: schema `tdpmmu.bench.zap/1`, fields explained in `docs/results.md`. Field names carry units.
 
 use std::collections::BTreeMap;
 

@@ -305,7 +305,7 @@ fn account<P: Platform, M: Mode>(
 ) {
     if mmu.observer().is_some() {
         for (i, &old) in olds.iter().enumerate() {
-            // Exclusive teardown leaves empty and MMIO entries alone: no change, no event (24.3).
+            // Exclusive teardown leaves empty and MMIO entries alone: no change, no event.
             if old != new.raw() && (M::SHARED || Spte(old).is_present()) {
                 tell::<P, M>(mmu, task, At { gfn: at.gfn + i as u64, ..at }, Spte(old), new);
             }

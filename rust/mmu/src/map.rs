@@ -349,7 +349,7 @@ impl<P: Platform> TdpMmu<P> {
             expected = self.zap_huge_leaf(task, cell, at, old)?;
         }
         let role = Role(self.pool().meta(parent).role()).child().raw();
-        // The cache was topped up outside the lock (I-rule of section 18): an empty one means a caller skipped that.
+        // The cache was topped up outside the lock : an empty one means a caller skipped that.
         let table = match self.pop_table(task, cache, role, at.gfn, at.level - 1, Some((parent, slot))) {
             Ok(table) => table,
             Err(_) => {
@@ -379,7 +379,7 @@ impl<P: Platform> TdpMmu<P> {
         }
         let mut ledger = Ledger::default();
         if split {
-            // The children are 512 leaves one level down that no event announces (24.3).
+            // The children are 512 leaves one level down that no event announces.
             ledger.leaf(at.level - 1, ENTRIES as i64);
         }
         change::changed::<P, Shared>(self, task, &mut ledger, at, expected, new);

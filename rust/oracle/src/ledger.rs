@@ -10,7 +10,7 @@
 //! the free. A freed root whose count is not whole yet waits among the `late` for its missing reports.
 //!
 //! The 5.18 re-arm (0 -> 1, for the worker) is legal for [`Owner::Work`] on an invalid root only: whoever put the last reference of a valid
-//! root made the transition, and passes that reference on (zap-designs D4).
+//! root made the transition, and passes that reference on.
 //!
 //! **I5, and why it needs no allowance.** A fault tests for staleness after it took mmu_lock shared. A root turns invalid either under the
 //! exclusive lock, which no fault shares, or in the last put, when no vCPU holds the root and none can get it, the count being zero. Both sides tell

@@ -4,7 +4,7 @@
 //! [`ReferenceModel::compare`] finds every entry of the tree that differs, both ways. Present entries are counted by root at any time.
 //!
 //! **Mechanism.** A `BTreeMap` by (address space, root, gfn, level), each entry a [`Chain`](crate::chain) of reports. Four things the
-//! engine does without a report, as the kernel does (semantics 24.3), and the model knows them:
+//! engine does without a report, as the kernel does (untraced writes, `docs/rules.md`), and the model knows them:
 //!
 //! * frozen -> empty, when an atomic zap publishes. The two count as one value, *absent*. A table that was torn down all frozen and another
 //!   one, fresh and empty, that takes its place are then one history too, and need no table in the key.

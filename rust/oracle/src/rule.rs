@@ -174,7 +174,7 @@ impl Verdict {
 pub struct Rules {
     /// The entries' format.
     pub format: Format,
-    /// A huge leaf replaced by a table becomes 512 leaves that no event announces (semantics 24.3).
+    /// A huge leaf replaced by a table becomes 512 leaves that no event announces (untraced writes, `docs/rules.md`).
     pub split_in_fault: bool,
     /// Page statistics are kept.
     pub page_stats: bool,

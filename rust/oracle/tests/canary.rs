@@ -390,7 +390,7 @@ enum Flaw {
     FaultsIntoInvalidRoot,
 }
 
-/// D3 of zap-designs.md, in the flesh: gifts at invalidation, a work list for defunct roots; with one flaw, or none.
+/// The v3 patch of 2022 (never merged), in the flesh: gifts at invalidation, a work list for defunct roots; with one flaw, or none.
 struct Gifting {
     flaw: Flaw,
     work: Mutex<Vec<u32>>,

@@ -1,6 +1,6 @@
 //! need_resched in user space.
 //!
-//! **Definition** (`measures.md`): a task needs to be rescheduled once it has used `tick_ns` of CPU since it last
+//! **Definition** (`docs/rules.md`): a task needs to be rescheduled once it has used `tick_ns` of CPU since it last
 //! yielded or was switched in.
 //!
 //! **Mechanism.** CPU time never runs faster than the clock, so a comparison with the TSC says "surely not yet" for

@@ -289,7 +289,7 @@ fn every_leaf_is_built_by_the_rules() {
     assert!(built > 100_000);
 }
 
-/// The steps of kernel-semantics 2.7, each as a statement about the result.
+/// The steps of making a leaf, each as a statement about the result.
 fn check_leaf(f: &Format, m: &MakeLeaf) {
     let made = f.make_leaf(m);
     let s = made.spte;

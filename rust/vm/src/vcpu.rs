@@ -178,7 +178,7 @@ impl<'v, P: Platform> Vcpu<'v, P> {
         let role = core.role;
         let root = self.vm.mmu().load_root(&self.task, &mut core.cache, role)?;
         core.roots.install(CachedRoot { root, role });
-        // The page may have been a root before, and its translations may still be cached under its number (24, F6c).
+        // The page may have been a root before, and its translations may still be cached under its number (F6).
         core.tlb.flush_root(root);
         core.loaded_at = P::ticks();
         core.stats.loads += 1;
