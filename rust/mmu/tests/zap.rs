@@ -3,6 +3,7 @@
 mod common;
 
 use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
@@ -309,11 +310,19 @@ fn callers_that_ask_the_workers_for_reports_at_once_take_turns() {
 #[test]
 fn a_shutdown_between_two_requests_for_a_report_hangs_nobody() {
     must_end(|| {
-        for _ in 0..200 {
-            let mmu = Setup { design: "async-worker", workers: 3, ..Setup::default() }.build();
+        for _ in 0..40 {
+            // Many workers: a request is nearly always half made.
+            let mmu = Setup { design: "async-worker", workers: 48, ..Setup::default() }.build();
+            let over = AtomicBool::new(false);
             thread::scope(|scope| {
-                scope.spawn(|| (0..5).for_each(|_| drop(mmu.design().take_worker_reports())));
+                scope.spawn(|| {
+                    while !over.load(Ordering::Acquire) {
+                        drop(mmu.design().take_worker_reports());
+                    }
+                });
+                thread::sleep(Duration::from_millis(1));
                 end(&mmu);
+                over.store(true, Ordering::Release);
             });
         }
     });
