@@ -251,10 +251,20 @@ impl BenchConfig {
         let mut infos: Vec<&'static DesignInfo> = Vec::new();
         for name in &self.designs {
             if name == "all" {
-                infos.extend(DESIGNS.iter().filter(|d| !d.flawed));
+                // `all`: every design that is sound, under this profile too.
+                let sound =
+                    |d: &&DesignInfo| !d.flawed && (profile.stale_root_check || !d.needs_stale_root_check);
+                infos.extend(DESIGNS.iter().filter(sound));
                 continue;
             }
             match design::info(name) {
+                Some(info) if info.needs_stale_root_check && !profile.stale_root_check => {
+                    return usage(format!(
+                        "design {} with profile {}: that kernel's faults do not test whether their root is stale \
+                         (before 5.16), and would map under a root that was zapped already; add ,stale-root-check=true",
+                        info.name, profile.name
+                    ));
+                }
                 Some(info) => infos.push(info),
                 None => {
                     let names: Vec<_> = DESIGNS.iter().map(|d| d.name).collect();
@@ -328,6 +338,26 @@ mod tests {
             matches!(&error, LabError::Usage(m) if m.contains("inline") && m.contains("no vCPU ever drops")),
             "{error}"
         );
+    }
+
+    #[test]
+    fn designs_that_need_a_later_kernels_test_are_refused_or_left_out() {
+        let all = plan(|c| c.kernel_profile = "5.15".into()).expect("inline remains");
+        assert_eq!(all.designs.iter().map(|d| d.info.name).collect::<Vec<_>>(), ["inline"]);
+        let named = plan(|c| {
+            c.kernel_profile = "5.15".into();
+            c.designs = vec!["sync".into()];
+        });
+        assert!(
+            matches!(&named, Err(LabError::Usage(m)) if m.contains("sync") && m.contains("5.15")),
+            "{}",
+            named.is_ok()
+        );
+        let mended = plan(|c| {
+            c.kernel_profile = "5.15,stale-root-check=true".into();
+            c.designs = vec!["sync".into()];
+        });
+        assert!(mended.is_ok());
     }
 
     #[test]

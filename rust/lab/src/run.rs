@@ -93,6 +93,7 @@ const EXTRA_PAGES: u64 = 64;
 fn internal(what: &str) -> impl Fn(VmError) -> LabError + '_ {
     move |error| match error {
         VmError::Cancelled => LabError::Cancelled,
+        VmError::Config { .. } => LabError::Usage(error.to_string()),
         error => LabError::Internal(format!("{what}: {error}")),
     }
 }
@@ -600,6 +601,7 @@ impl Shared<'_> {
         all.last_free_ns = (freed > 0).then(|| P::ticks_to_ns(mmu.last_table_free().saturating_sub(t0)));
         all.freed = freed;
         all.written_back = self.vm.side().primary.frames().stats().dirtied - all.base.dirtied;
+        let _rcu = task.rcu_read();
         all.tables_after = mmu.linked_tables().max(0) as u64 + mmu.listed_roots().count() as u64;
         all.rcu_cpu_ns = mmu.rcu().stats().thread_cpu_ns.saturating_sub(all.base.rcu_cpu_ns);
         all.flushes = mmu.flushes() - all.base.flushes;

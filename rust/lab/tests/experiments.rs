@@ -153,3 +153,28 @@ fn micro_experiments_report_their_rows_against_the_limits() {
         }
     }
 }
+
+#[test]
+fn the_flagship_size_is_really_built_with_large_pages() {
+    let config =
+        json!({"memory_bytes": 64u64 << 40, "page": "1G", "designs": ["sync"], "check": false, "vcpus": 1});
+    let result = run("zap", config);
+    let r = &runs(&result)[0];
+    assert_eq!((&r["sptes"], &r["table_pages_leaked"]), (&json!(65_536), &json!(0)));
+}
+
+#[test]
+fn write_backs_and_refaults_are_those_of_the_window() {
+    let result = run("zap", json!({"memory_bytes": 64 << 20, "check": false, "working_set_bytes": 4 << 20}));
+    for r in runs(&result) {
+        assert_eq!(
+            r["written_back_frames"], 16_384,
+            "each dirty leaf once, none of the VM's end: {}",
+            r["design"]
+        );
+        assert!(r["refault"]["faults"].as_u64() >= Some(2 * 1024), "both working sets: {}", r["refault"]);
+    }
+    let kept =
+        run("drop", json!({"memory_bytes": 64 << 20, "check": false, "designs": ["sync"], "drop_loop": 10}));
+    assert_eq!(runs(&kept)[0]["written_back_frames"], 0, "nothing was torn down");
+}

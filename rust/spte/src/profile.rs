@@ -46,7 +46,7 @@ use crate::spte::Spte;
 use crate::suggest::closest;
 use crate::switch::*;
 
-/// Every zap design by name; `DESIGN.md` 2.4 of the project says what each is.
+/// Every zap design by name; `rust/mmu/src/design` holds those that exist.
 pub const DESIGNS: &[&str] = &[
     "in-place",
     "inline",

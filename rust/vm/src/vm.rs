@@ -399,7 +399,7 @@ impl<P: Platform> Vm<P> {
         let mut guard = self.mmu.lock.write(task);
         let taken = P::ticks();
         self.mmu.fast_zap_invalidate(&mut guard);
-        // In the same hold: a vCPU that takes the lock after us finds no valid root and its request pending (F6c).
+        // In the same hold: a vCPU that takes the lock after us finds no valid root and its request pending (F6).
         let kicks = self.side.request_all(task, self.reload | request::WAIT | request::NO_WAKEUP);
         self.mmu.fast_zap_in_lock(&mut guard);
         drop(guard);
