@@ -100,7 +100,8 @@ pub(crate) fn changed<P: Platform, M: Mode>(
         ledger.write_back(
             mmu,
             old.pfn(),
-            span(at.level),
+            // A huge page is one folio: its head carries the state, as in KVM (one set_pfn_dirty a leaf).
+            1,
             lost(Format::leaf_needs_dirty),
             lost(Format::leaf_needs_accessed),
         );

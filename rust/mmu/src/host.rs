@@ -8,7 +8,8 @@ use tdpmmu_platform::{Platform, Task};
 pub trait MmuHost<P: Platform>: Send + Sync {
     /// Remote TLB flush of `range` in gfns (`None`: everything): returns when no vCPU can use an older translation.
     fn flush_remote(&self, task: &Task<P>, range: Option<Range<u64>>);
-    /// The host pages `[pfn, pfn + count)` were written through SPTEs that are going away (kernels up to 6.12).
+    /// The host pages `[pfn, pfn + count)` were written through SPTEs that are going away (kernels up to 6.12); of a huge
+    /// page only the first frame is named.
     fn frames_dirty(&self, pfn: u64, count: u64);
     /// The host pages `[pfn, pfn + count)` were accessed through SPTEs that are going away (kernels up to 6.12).
     fn frames_accessed(&self, pfn: u64, count: u64);
