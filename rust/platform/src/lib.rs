@@ -27,6 +27,7 @@ pub mod rcu;
 #[cfg(not(loom))]
 mod real;
 pub mod rwlock;
+#[cfg_attr(loom, allow(dead_code))]
 mod sched;
 pub mod site;
 mod slice;
