@@ -256,7 +256,9 @@ impl Inner {
             }
         }
         self.stopped.store(true, Ordering::SeqCst);
-        self.drain_caught();
+        // Under the lock that a barrier takes once it sees `stopped`: it must not return while this thread still holds
+        // what was deferred before it.
+        self.caught(Self::drain_stopped);
         self.thread_cpu_ns.store(clock::thread_cpu_ns(), Ordering::Relaxed);
         // A barrier drawn while the thread ended looks at `stopped` once woken.
         self.completed.fetch_add(1 << 31, Ordering::SeqCst);
@@ -276,7 +278,11 @@ impl Inner {
 
     /// A panic of the owner's reclaim must not leave barriers waiting for a dead thread; `stop` rethrows it.
     fn drain_caught(&self) {
-        let result = panic::catch_unwind(AssertUnwindSafe(|| self.drain()));
+        self.caught(Self::drain);
+    }
+
+    fn caught(&self, drain: impl FnOnce(&Self)) {
+        let result = panic::catch_unwind(AssertUnwindSafe(|| drain(self)));
         if let Err(payload) = result {
             lock(&self.log).panic.get_or_insert(payload);
         }
