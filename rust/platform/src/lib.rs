@@ -41,7 +41,7 @@ pub use crate::{
         Switches,
     },
     histogram::{Histogram, Summary},
-    meter::{Histograms, Meter, MeterSnapshot, Phase},
+    meter::{Histograms, HoldSums, Meter, MeterSnapshot, Phase},
     mmu_lock::{Guard, MmuLock},
     mutex::{Mutex, MutexGuard},
     observer::{Event, NO_TASK, Observer, Owner},

@@ -91,6 +91,7 @@ pub struct Meter {
     pub longest_dropped_step_cpu_ns: Cell<u64>,
     /// CPU time inside zaps of roots, in ns.
     pub walk_cpu_ns: Cell<u64>,
+    holds: Cell<HoldSums>,
     phase: Cell<Phase>,
     phase_since: Cell<u64>,
     phase_ticks: [Cell<u64>; PHASES],
@@ -98,6 +99,19 @@ pub struct Meter {
     ticks_to_ns: fn(u64) -> u64,
     clock: fn() -> u64,
     histograms: Option<Box<RefCell<Histograms>>>,
+}
+
+/// The exclusive holds of mmu_lock since the last reset, in ticks. A lock-break ends one hold and begins the next.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HoldSums {
+    /// How many.
+    pub count: u64,
+    /// All of them together.
+    pub total_ticks: u64,
+    /// The longest.
+    pub longest_ticks: u64,
+    /// The first.
+    pub first_ticks: u64,
 }
 
 /// The histograms of a measuring task. Times in ns.
@@ -160,6 +174,7 @@ impl Meter {
             steps_dropped: Cell::new(0),
             longest_dropped_step_cpu_ns: Cell::new(0),
             walk_cpu_ns: Cell::new(0),
+            holds: Cell::default(),
             phase: Cell::new(Phase::Other),
             phase_since: Cell::new(P::ticks()),
             phase_ticks: Default::default(),
@@ -186,6 +201,29 @@ impl Meter {
     #[inline(always)]
     pub fn count_kicks(&self, n: u64) {
         add(&self.kicks, n);
+    }
+
+    /// The exclusive holds that have ended since the last reset; kept whether or not the task measures.
+    pub fn exclusive_holds(&self) -> HoldSums {
+        self.holds.get()
+    }
+
+    /// Begins a new sum of exclusive holds; a hold that is under way counts in full when it ends.
+    pub fn reset_exclusive_holds(&self) {
+        self.holds.take();
+    }
+
+    /// An exclusive hold has ended.
+    #[inline]
+    pub(crate) fn note_exclusive_hold(&self, ticks: u64) {
+        let mut holds = self.holds.get();
+        if holds.count == 0 {
+            holds.first_ticks = ticks;
+        }
+        holds.count += 1;
+        holds.total_ticks += ticks;
+        holds.longest_ticks = holds.longest_ticks.max(ticks);
+        self.holds.set(holds);
     }
 
     /// The current phase.

@@ -57,8 +57,9 @@ impl<P: Platform> MmuLock<P> {
             return None;
         }
         let mut guard = Guard::unlocked(self, task);
+        guard.since = P::ticks();
         if task.measures() {
-            guard.note_wait(P::ticks(), 0);
+            guard.note_wait(0);
         }
         guard.taken();
         Some(guard)
@@ -83,7 +84,7 @@ impl<P: Platform> MmuLock<P> {
 pub struct Guard<'a, P: Platform, M: Mode> {
     lock: &'a MmuLock<P>,
     task: &'a Task<P>,
-    /// When the hold began, in ticks; only while measuring.
+    /// When the hold began, in ticks; of a shared hold only while measuring.
     since: u64,
     debt: Cell<bool>,
     _mode: PhantomData<M>,
@@ -166,16 +167,23 @@ impl<'a, P: Platform, M: Mode> Guard<'a, P, M> {
         }
         let waited = scope.is_some();
         drop(scope);
+        if self.timed() {
+            self.since = P::ticks();
+        }
         if task.measures() {
-            let now = P::ticks();
-            self.note_wait(now, if waited { now.saturating_sub(asked) } else { 0 });
+            self.note_wait(if waited { self.since.saturating_sub(asked) } else { 0 });
         }
         self.taken();
     }
 
+    /// Exclusive holds are few and always timed; shared ones are every fault's.
+    #[inline(always)]
+    fn timed(&self) -> bool {
+        !M::SHARED || self.task.measures()
+    }
+
     #[cold]
-    fn note_wait(&mut self, now: u64, waited: u64) {
-        self.since = now;
+    fn note_wait(&self, waited: u64) {
         let ns = P::ticks_to_ns(waited);
         self.task
             .meter()
@@ -193,11 +201,14 @@ impl<'a, P: Platform, M: Mode> Guard<'a, P, M> {
     fn unlock(&mut self) {
         self.task.observe(|| Event::Unlock { shared: M::SHARED, debt: self.debt.get() });
         self.task.lock_dropped();
-        let held = if self.task.measures() { P::ticks().saturating_sub(self.since) } else { 0 };
+        let held = if self.timed() { P::ticks().saturating_sub(self.since) } else { 0 };
         if M::SHARED {
             self.lock.raw.unlock_shared();
         } else {
             self.lock.raw.unlock_exclusive();
+        }
+        if !M::SHARED {
+            self.task.meter().note_exclusive_hold(held);
         }
         if self.task.measures() {
             self.note_hold(held);

@@ -13,7 +13,8 @@ use std::{
 
 use common::{Pool, eventually, stress_time};
 use tdpmmu_platform::{
-    Event, FairRwLock, MmuLock, Observer, RawRwLock, RcuConfig, Real, Role, Task, TaskConfig,
+    Event, FairRwLock, HoldSums, MmuLock, Observer, Platform, RawRwLock, RcuConfig, Real, Role, Task,
+    TaskConfig,
 };
 
 #[test]
@@ -230,4 +231,33 @@ fn holds_and_waits_are_measured_in_their_mode() {
     assert!(h.writer_wait.summary().max.unwrap() > 0);
     assert_eq!(seen.contended, 1);
     assert!(seen.phase_ns(tdpmmu_platform::Phase::LockWait) > 0);
+}
+
+#[test]
+fn exclusive_holds_are_summed_without_measuring_and_a_lock_break_begins_a_new_one() {
+    let domain = Pool::new(0).domain(RcuConfig::default());
+    let task = Task::<Real>::new(&domain, "caller", Role::Caller, TaskConfig::default());
+    let lock = MmuLock::<Real>::new();
+    let held_for = |ticks: u64| {
+        let until = Real::ticks() + ticks;
+        while Real::ticks() < until {
+            std::hint::spin_loop();
+        }
+    };
+    drop(lock.read(&task));
+    assert_eq!(task.meter().exclusive_holds().count, 0, "shared holds do not count");
+    {
+        let mut guard = lock.write(&task);
+        held_for(1_000);
+        guard.relock();
+        held_for(100_000);
+        guard.relock();
+        assert_eq!(task.meter().exclusive_holds().count, 2, "a hold counts when it ends");
+    }
+    let holds = task.meter().exclusive_holds();
+    assert_eq!(holds.count, 3);
+    assert!(holds.first_ticks >= 1_000 && holds.longest_ticks >= 100_000, "{holds:?}");
+    assert!(holds.total_ticks >= holds.first_ticks + holds.longest_ticks, "{holds:?}");
+    task.meter().reset_exclusive_holds();
+    assert_eq!(task.meter().exclusive_holds(), HoldSums::default());
 }
