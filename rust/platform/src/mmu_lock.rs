@@ -150,6 +150,16 @@ impl<'a, P: Platform, M: Mode> Guard<'a, P, M> {
         self.lock(Phase::Yield);
     }
 
+    /// Releases the lock for `body`, which may sleep, and takes it back in the same mode: an allocation in the middle of a walk. What the
+    /// caller knew about the tables is void afterwards.
+    pub fn unlocked_for<R>(&mut self, body: impl FnOnce(&Task<P>) -> R) -> R {
+        debug_assert!(!self.task.in_rcu(), "{} drops mmu_lock inside an RCU read section", self.task.name());
+        self.unlock();
+        let done = body(self.task);
+        self.lock(Phase::LockWait);
+        done
+    }
+
     #[inline]
     fn lock(&mut self, waiting: Phase) {
         P::point(Site::LockAcquire);
