@@ -5,11 +5,12 @@ use tdpmmu_oracle::{Judge, Rules};
 use tdpmmu_spte::FormatKind;
 
 use crate::config::{BenchConfig, DesignPlan, Plan};
-use crate::experiment::{self, Kind};
+use crate::experiment;
 use crate::host::HostInfo;
 use crate::limits::{self, LimitOptions, Limits};
 use crate::memory::Estimate;
 use crate::result::{BenchResult, H, Run};
+use crate::scene::{self, Kind};
 use crate::{Control, LabError, micro, run};
 
 /// Largest guest of the untimed repetition with oracles: they follow every entry.
@@ -79,8 +80,8 @@ fn designs(kind: Kind, plan: &Plan, build: &Value, control: &Control) -> Result<
 
 fn scenario(kind: Kind, plan: &Plan, design: &DesignPlan, tables: u64, step_ns: bool) -> crate::Scenario {
     match kind {
-        Kind::Zap => experiment::zap_scenario(plan, design, tables, step_ns),
-        Kind::Drop => experiment::drop_scenario(plan, design, tables, step_ns),
+        Kind::Zap => scene::zap_scenario(plan, design, tables, step_ns),
+        Kind::Drop => scene::drop_scenario(plan, design, tables, step_ns),
     }
 }
 
@@ -103,7 +104,7 @@ fn one(
     row.step_ns_dropped_cpu_max = (dropped > 0).then_some(longest);
     drop(timed);
     if kind == Kind::Drop && plan.config.drop_loop > 0 {
-        let scenario = experiment::drop_loop_scenario(plan, design);
+        let scenario = scene::drop_loop_scenario(plan, design);
         // All of the pool is touched first: the loop goes through all of it.
         let looped = run::run(&scenario, u64::from(scenario.vm.max_tables), control, None)?;
         row.drop_loop = Some(experiment::drop_loop(&looped, plan.config.drop_loop));

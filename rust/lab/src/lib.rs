@@ -3,22 +3,24 @@
 //! **Guarantee.** What a result says was measured in this run, on real threads, with every entry present; what could not be measured is `null`. The physical limits of the host stand beside it, taken
 //! before and after. A run that cannot be true (a long zap that never yielded beside running vCPUs, a leak, a violated rule) is an error.
 //!
-//! **Mechanism.** A [`Scenario`] is an experiment as data; [`run`] executes it; [`experiment`] builds those of `bench zap|drop` and turns outcomes into results.
+//! **Mechanism.** A [`Scenario`] is an experiment as data; [`run`] executes it; [`scene`] builds those of `bench zap|drop`, [`experiment`] turns outcomes into results.
 //!
 //! | file | idea |
 //! | --- | --- |
 //! | `bench.rs` | the entry: JSON in, JSON out; repetitions, checks |
 //! | `config.rs` | the request, its rules, what follows from it |
 //! | `scenario.rs` | experiments as data |
-//! | `run.rs`, `outcome.rs` | the runner; what a run came to |
+//! | `scene/` | the scenes: which scenario a name stands for |
+//! | `run/`, `outcome.rs` | the runner; what a run came to |
 //! | `guest.rs` | guest threads: open-loop accesses |
-//! | `experiment.rs` | zap and drop |
+//! | `experiment/`, `attribution.rs` | outcomes become results; where each thread's time went |
 //! | `micro.rs` | populate, fault, walk, rcu: one operation against its limit |
 //! | `limits/` | the host's physical limits |
 //! | `result.rs` | the schema |
 //! | `memory.rs`, `host.rs`, `units.rs` | estimates and refusals; the machine; bytes for people |
 //! | `control.rs`, `error.rs` | progress and cancellation; errors by exit code |
 
+pub mod attribution;
 pub mod bench;
 pub mod config;
 mod control;
@@ -33,6 +35,7 @@ pub mod outcome;
 pub mod result;
 pub mod run;
 pub mod scenario;
+pub mod scene;
 mod units;
 
 pub use control::Control;

@@ -1,0 +1,239 @@
+//! The runner: a scenario on the real platform.
+//!
+//! **Guarantee.** Every operation really happens, on real threads. Measuring costs the measured threads nothing but clock reads at the ends of an operation. Whatever happens, also
+//! cancellation and errors, every thread is joined and the VM closed, and what it left behind is part of the outcome.
+//!
+//! **Mechanism.** Threads are scoped; each runs its ops in order. Flags are counters under futexes in spirit: spun on with sleeps of 50 us, outside all measured
+//! stretches. The first error raises the abort flag, which every wait and every guest loop tests.
+//!
+//! | file | idea |
+//! | --- | --- |
+//! | `setup.rs` | the VM, its memory, its population |
+//! | `vcpu.rs` | what a vCPU's thread does |
+//! | `caller.rs` | what a thread of the VMM does |
+//! | `window.rs` | t0, the end of the teardown, the counters in between |
+
+mod caller;
+mod setup;
+mod vcpu;
+mod window;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::Duration;
+
+use tdpmmu_oracle::Judge;
+use tdpmmu_platform::{MeterSnapshot, Observer, Platform, RcuDomain, Real, Role as TaskRole, Task};
+use tdpmmu_vm::{Vm, VmError};
+
+use self::window::Collected;
+use crate::guest::{Felt, Window};
+use crate::outcome::{Outcome, ThreadReport};
+use crate::scenario::{FLAGS, Flag, Op, Scenario, Who};
+use crate::{Control, LabError};
+
+pub use self::setup::vm_config;
+
+type P = Real;
+
+struct Shared<'a> {
+    scenario: &'a Scenario,
+    vm: &'a Vm<P>,
+    control: &'a Control,
+    abort: AtomicBool,
+    flags: [AtomicU32; FLAGS],
+    window: Arc<Window>,
+    guests: usize,
+    tables: u64,
+    collected: std::sync::Mutex<Collected>,
+}
+
+/// What a thread's measured operation cost it.
+#[derive(Default)]
+struct Paid {
+    cpu_ns: u64,
+    switched_out: u64,
+    meter: Option<MeterSnapshot>,
+}
+
+fn internal(what: &str) -> impl Fn(VmError) -> LabError + '_ {
+    move |error| match error {
+        VmError::Cancelled => LabError::Cancelled,
+        VmError::Config { .. } => LabError::Usage(error.to_string()),
+        error => LabError::Internal(format!("{what}: {error}")),
+    }
+}
+
+fn lock<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// Runs `scenario`; `tables`: page-table pages that the guest will need, touched before the clock runs; `judge` listens to everything.
+///
+/// # Errors
+/// [`LabError`]; the VM is closed and all threads joined in any case.
+pub fn run(
+    scenario: &Scenario,
+    tables: u64,
+    control: &Control,
+    judge: Option<Arc<Judge>>,
+) -> Result<Outcome, LabError> {
+    let observer = judge.clone().map(|judge| judge as Arc<dyn Observer>);
+    let vm = Vm::<P>::new(vm_config(&scenario.vm, observer)?).map_err(internal("the VM"))?;
+    let guests =
+        scenario.threads.iter().filter(|t| t.ops.iter().any(|o| matches!(o, Op::Guest { .. }))).count();
+    let shared = Shared {
+        scenario,
+        vm: &vm,
+        control,
+        abort: AtomicBool::new(false),
+        flags: Default::default(),
+        window: Arc::default(),
+        guests: guests.max(1),
+        tables,
+        collected: std::sync::Mutex::default(),
+    };
+    let result = shared.prepare().and_then(|()| shared.all_threads());
+    let mut collected = std::mem::take(&mut *lock(&shared.collected));
+    let queue = vm.mmu().design().queue_ns();
+    if let Some(judge) = &judge {
+        judge.check_quiet(vm.mmu(), &vm.task("judge", TaskRole::Observer));
+    }
+    let close = vm.close().map_err(internal("closing the VM"))?;
+    result?;
+    if let Some(judge) = &judge {
+        judge.finish(vm.mmu(), &vm.task("judge", TaskRole::Observer));
+    }
+    let pool = vm.mmu().pool().stats();
+    collected.threads.sort_by_key(|t| match t.who {
+        Who::Caller => 0,
+        Who::Vcpu(id) => id + 1,
+    });
+    Ok(Outcome {
+        t0: shared.window.t0.load(Ordering::Acquire),
+        at_t0: collected.at_t0,
+        tables_at_t0: collected.tables_at_t0,
+        populate_ns: collected.populate_ns,
+        prefault_ns: collected.prefault_ns,
+        populated: collected.populated,
+        update: collected.update,
+        marks: collected.marks,
+        last_zap_end_ns: collected.last_zap_end_ns,
+        last_free_ns: collected.last_free_ns,
+        tables_after: collected.tables_after,
+        retained: collected.retained,
+        threads: collected.threads,
+        workers: collected.workers,
+        queue,
+        rcu: vm.mmu().rcu().stats(),
+        rcu_cpu_ns: collected.rcu_cpu_ns,
+        flushes: collected.flushes,
+        kicks: collected.kicks,
+        refaults: collected.refaults,
+        pool_peak: pool.peak,
+        pool_cap_hits: pool.cap_hits,
+        freed: collected.freed,
+        written_back: collected.written_back,
+        close,
+    })
+}
+
+impl Shared<'_> {
+    fn stopped(&self) -> bool {
+        self.abort.load(Ordering::Relaxed) || self.control.cancelled()
+    }
+
+    fn raise(&self, flag: Flag) {
+        self.flags[flag as usize].fetch_add(1, Ordering::Release);
+    }
+
+    fn raised(&self, flag: Flag) -> u32 {
+        self.flags[flag as usize].load(Ordering::Acquire)
+    }
+
+    fn wait_for(&self, flag: Flag, count: u32, mut idle: impl FnMut()) -> Result<(), LabError> {
+        while self.raised(flag) < count {
+            if self.stopped() {
+                return Err(LabError::Cancelled);
+            }
+            idle();
+            std::thread::sleep(Duration::from_micros(50));
+        }
+        Ok(())
+    }
+
+    fn all_threads(&self) -> Result<(), LabError> {
+        let results: Vec<Result<(), LabError>> = std::thread::scope(|scope| {
+            let handles: Vec<_> = self
+                .scenario
+                .threads
+                .iter()
+                .map(|thread| {
+                    let name = match thread.who {
+                        Who::Vcpu(id) => format!("vcpu-{id}"),
+                        Who::Caller => "vmm".to_owned(),
+                    };
+                    let handle =
+                        std::thread::Builder::new().name(name.clone()).spawn_scoped(scope, move || {
+                            let done = match thread.who {
+                                Who::Vcpu(id) => self.vcpu_thread(&name, id, &thread.ops),
+                                Who::Caller => self.caller_thread(&name, &thread.ops),
+                            };
+                            if done.is_err() {
+                                self.abort.store(true, Ordering::Relaxed);
+                            }
+                            done
+                        });
+                    if handle.is_err() {
+                        self.abort.store(true, Ordering::Relaxed);
+                    }
+                    handle
+                })
+                .collect();
+            handles
+                .into_iter()
+                .map(|handle| match handle {
+                    Ok(handle) => {
+                        handle.join().unwrap_or_else(|_| Err(LabError::Internal("a thread panicked".into())))
+                    }
+                    Err(error) => Err(LabError::Internal(format!("the host refused a thread: {error}"))),
+                })
+                .collect()
+        });
+        // An error explains more than the cancellations that it caused elsewhere.
+        let mut cancelled = None;
+        for result in results {
+            match result {
+                Ok(()) => {}
+                Err(LabError::Cancelled) => cancelled = Some(LabError::Cancelled),
+                Err(error) => return Err(error),
+            }
+        }
+        cancelled.map_or(Ok(()), Err)
+    }
+
+    fn report(&self, name: &str, who: Who, task: &Task<P>, paid: &mut Paid, felt: Felt) {
+        let report = ThreadReport {
+            name: name.to_owned(),
+            who,
+            // What came after the measured operation is not part of it.
+            meter: paid.meter.take().unwrap_or_else(|| task.meter().take()),
+            op_cpu_ns: paid.cpu_ns,
+            switched_out: paid.switched_out,
+            felt,
+            cpu: current_cpu(),
+            run_delay_ns: P::run_delay_ns(),
+        };
+        lock(&self.collected).threads.push(report);
+    }
+
+    fn since_t0(&self, at: u64) -> u64 {
+        P::ticks_to_ns(at.saturating_sub(self.window.t0.load(Ordering::Acquire)))
+    }
+}
+
+fn current_cpu() -> Option<u32> {
+    // SAFETY: no arguments, no memory touched.
+    let cpu = unsafe { libc::sched_getcpu() };
+    u32::try_from(cpu).ok()
+}

@@ -1,0 +1,140 @@
+//! Before the clock runs: the VM, its memory, its population.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use tdpmmu_platform::{Observer, Platform, Preempt, RcuConfig, Role as TaskRole, TaskConfig};
+use tdpmmu_spte::geometry::{max_gfn, page_bytes};
+use tdpmmu_spte::{KernelProfile, Ownership, Passes};
+use tdpmmu_vm::slots::Region;
+use tdpmmu_vm::{AdMix, BulkOptions, Progress, SlotFlags, VmConfig};
+
+use super::{P, Shared, internal, lock};
+use crate::LabError;
+use crate::scenario::{Ad, By, Populate, VmSpec};
+
+/// The extra slot that a memslot update deletes: far from the guest's memory.
+pub(super) const EXTRA_SLOT: u16 = 500;
+const EXTRA_PAGES: u64 = 64;
+
+/// Settings of tasks in a scenario.
+pub(super) fn task_config(spec: &VmSpec) -> TaskConfig {
+    let preempt = match spec.preempt.as_str() {
+        "none" => Preempt::None,
+        "voluntary" => Preempt::Voluntary,
+        _ => Preempt::Full,
+    };
+    TaskConfig {
+        preempt,
+        tick_ns: spec.tick_ns,
+        measure: true,
+        attribute: true,
+        step_ns: spec.step_ns,
+        force_yield: spec.force_yield,
+    }
+}
+
+/// The VM's configuration from its spec.
+///
+/// # Errors
+/// [`LabError::Usage`] for names that do not parse.
+pub fn vm_config(spec: &VmSpec, observer: Option<Arc<dyn Observer>>) -> Result<VmConfig, LabError> {
+    let bad = |e: String| LabError::Usage(e);
+    let profile = KernelProfile::named(&spec.profile).map_err(|e| bad(e.to_string()))?;
+    let mut config = VmConfig::new(profile);
+    config.root_level = spec.levels;
+    config.maxphyaddr = if spec.levels == 5 { 52 } else { 48 };
+    config.design = Some(spec.design.clone());
+    config.passes = Some(Passes::parse(&spec.passes).map_err(|e| bad(e.to_string()))?);
+    config.ownership = Some(match spec.ownership.as_str() {
+        "vcpu" => Ownership::Vcpu,
+        "mmu" => Ownership::Mmu,
+        other => return Err(bad(format!("ownership={other:?}: expected vcpu or mmu"))),
+    });
+    config.workers = spec.workers;
+    config.vcpus = spec.vcpus;
+    config.max_tables = spec.max_tables;
+    config.max_level = spec.level;
+    config.host_pages = (spec.memory_bytes / page_bytes(1) + EXTRA_PAGES).max(1 << 20);
+    config.write_back = spec.write_back;
+    config.task = task_config(spec);
+    config.rcu = RcuConfig::default();
+    config.observer = observer;
+    Ok(config)
+}
+
+impl Shared<'_> {
+    /// Memory and memslots, and the pool's pages touched.
+    pub(super) fn prepare(&self) -> Result<(), LabError> {
+        let spec = &self.scenario.vm;
+        let task = self.vm.task("setup", TaskRole::Caller);
+        let pages = spec.memory_bytes / page_bytes(1);
+        self.vm.add_memory(&task, 0, pages, spec.level).map_err(internal("memslots"))?;
+        let extra = max_gfn(4, 48) / 2;
+        let base = if pages <= extra { extra } else { max_gfn(spec.levels, 52) - EXTRA_PAGES };
+        let hva =
+            self.vm.side().primary.region(EXTRA_PAGES, base, 1, true).map_err(internal("host memory"))?;
+        let region =
+            Region { id: EXTRA_SLOT, as_id: 0, base, pages: EXTRA_PAGES, hva, flags: SlotFlags::default() };
+        self.vm.set_memslot(&task, &region).map_err(internal("the extra memslot"))?;
+        self.control.report("touching page-table memory", 0.0);
+        let begin = P::ticks();
+        // In steps, so that an interrupt is heeded while gigabytes are touched.
+        for step in 1..=16 {
+            self.control.check()?;
+            self.vm
+                .mmu()
+                .pool()
+                .prefault(self.tables * step / 16)
+                .map_err(|e| LabError::Internal(e.to_string()))?;
+        }
+        lock(&self.collected).prefault_ns = P::ticks_to_ns(P::ticks() - begin);
+        self.scenario.populate.as_ref().map_or(Ok(()), |how| self.populate(how))
+    }
+
+    fn populate(&self, how: &Populate) -> Result<(), LabError> {
+        let spec = &self.scenario.vm;
+        let pages = spec.memory_bytes / page_bytes(1);
+        let progress = Progress::default();
+        let begin = P::ticks();
+        let done = AtomicBool::new(false);
+        let made = std::thread::scope(|scope| {
+            // Progress and cancellation are watched from beside, not from inside the measured loop.
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    if self.stopped() {
+                        progress.cancel.store(true, Ordering::Relaxed);
+                    }
+                    let fraction = progress.done.load(Ordering::Relaxed) as f64 / pages as f64;
+                    self.control.report("populating", fraction);
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+            });
+            let made = match how.by {
+                By::Bulk => self.vm.vcpu(0).and_then(|mut vcpu| {
+                    let ad = match how.ad {
+                        Ad::Clean => AdMix::Untouched,
+                        Ad::Accessed => AdMix::Clean,
+                        Ad::Dirty => AdMix::Dirty,
+                    };
+                    let options = BulkOptions { level: spec.level, ad, threads: 0 };
+                    self.vm.populate_bulk(&mut vcpu, 0..pages, &options, &progress)
+                }),
+                By::Faults => {
+                    let write = how.ad == Ad::Dirty;
+                    self.vm
+                        .populate_by_faults(0..self.guests, 0..pages, write, &progress)
+                        .map(|(made, _)| made)
+                }
+            };
+            done.store(true, Ordering::Relaxed);
+            made
+        })
+        .map_err(internal("populating"))?;
+        let mut all = lock(&self.collected);
+        all.populate_ns = P::ticks_to_ns(P::ticks() - begin);
+        all.populated = made;
+        Ok(())
+    }
+}

@@ -1,0 +1,109 @@
+//! The window of a measurement: counters at t0, stamps and counters at the end of the teardown.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
+
+use tdpmmu_mmu::Counts;
+use tdpmmu_platform::{Histogram, MeterSnapshot, Phase, Platform, RcuDomain, Task};
+use tdpmmu_spte::Ownership;
+use tdpmmu_vm::FastZapTimes;
+
+use super::{P, Shared, lock};
+use crate::outcome::ThreadReport;
+use crate::scenario::Mark;
+
+/// What the threads of a run have brought together.
+#[derive(Default)]
+pub(super) struct Collected {
+    pub(super) at_t0: Counts,
+    pub(super) tables_at_t0: u64,
+    pub(super) populate_ns: u64,
+    pub(super) prefault_ns: u64,
+    pub(super) populated: u64,
+    pub(super) update: Option<FastZapTimes>,
+    pub(super) marks: BTreeMap<Mark, Histogram>,
+    pub(super) base: Base,
+    pub(super) last_zap_end_ns: Option<u64>,
+    pub(super) last_free_ns: Option<u64>,
+    pub(super) tables_after: u64,
+    pub(super) retained: u64,
+    pub(super) refaults: (u64, u64),
+    pub(super) freed: u64,
+    pub(super) rcu_cpu_ns: u64,
+    pub(super) flushes: u64,
+    pub(super) kicks: u64,
+    pub(super) threads: Vec<ThreadReport>,
+    pub(super) workers: Vec<(MeterSnapshot, u64)>,
+    pub(super) dropped: Option<u32>,
+    pub(super) written_back: u64,
+}
+
+/// Counters at t0.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Base {
+    pub(super) rcu_cpu_ns: u64,
+    pub(super) flushes: u64,
+    pub(super) kicks: u64,
+    pub(super) frees: u64,
+    pub(super) dirtied: u64,
+}
+
+impl Shared<'_> {
+    /// Counts everything and notes the counters: just before t0.
+    pub(super) fn open_window(&self, task: &Task<P>, root: Option<u32>) {
+        let mmu = self.vm.mmu();
+        // What workers did so far belongs to nobody's window.
+        drop(mmu.design().take_worker_reports());
+        let counts = match root {
+            Some(root) => mmu.count(task, root),
+            None => mmu.count_all(task),
+        };
+        let mut all = lock(&self.collected);
+        all.at_t0 = counts;
+        all.dropped = root;
+        all.tables_at_t0 = counts.all_tables();
+        all.base = Base {
+            rcu_cpu_ns: mmu.rcu().stats().thread_cpu_ns,
+            flushes: mmu.flushes(),
+            kicks: self.vm.side().kicks(),
+            frees: mmu.pool().stats().frees,
+            dirtied: self.vm.side().primary.frames().stats().dirtied,
+        };
+    }
+
+    /// Waits for workers and grace periods, and stamps the end of the window.
+    pub(super) fn await_teardown(&self, task: &Task<P>) {
+        let mmu = self.vm.mmu();
+        {
+            let _waiting = task.phase(Phase::QueueDelay);
+            mmu.design().quiesce();
+        }
+        {
+            let _waiting = task.phase(Phase::GracePeriod);
+            mmu.rcu().barrier();
+        }
+        let now = P::ticks();
+        let t0 = self.window.t0.load(Ordering::Acquire);
+        self.window.end.store(now, Ordering::Release);
+        let reports = mmu.design().take_worker_reports();
+        let mut all = lock(&self.collected);
+        all.workers = reports.into_iter().map(|r| (r.meter, r.cpu_ns)).collect();
+        let freed = mmu.pool().stats().frees - all.base.frees;
+        let zap_end = mmu.last_zap_end();
+        all.last_zap_end_ns = (zap_end >= t0).then(|| P::ticks_to_ns(zap_end - t0));
+        all.last_free_ns = (freed > 0).then(|| P::ticks_to_ns(mmu.last_table_free().saturating_sub(t0)));
+        all.freed = freed;
+        all.written_back = self.vm.side().primary.frames().stats().dirtied - all.base.dirtied;
+        let _rcu = task.rcu_read();
+        all.tables_after = mmu.linked_tables().max(0) as u64 + mmu.listed_roots().count() as u64;
+        all.rcu_cpu_ns = mmu.rcu().stats().thread_cpu_ns.saturating_sub(all.base.rcu_cpu_ns);
+        all.flushes = mmu.flushes() - all.base.flushes;
+        all.kicks = self.vm.side().kicks() - all.base.kicks;
+        // Still listed and valid: the MMU's reference keeps it (a freed page can be a root again, but not at once).
+        let kept =
+            all.dropped.filter(|root| mmu.listed_roots().any(|r| r == *root) && !mmu.is_obsolete(*root));
+        let owned = mmu.ownership() == Ownership::Mmu;
+        all.retained = kept.filter(|_| owned).map_or(0, |root| mmu.count(task, root).all_tables());
+        self.control.report("torn down", 1.0);
+    }
+}
