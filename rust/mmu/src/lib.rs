@@ -19,6 +19,7 @@
 //! | `zap.rs` | passes, range zaps, the steps of a fast zap |
 //! | `design/` | who zaps a dead root, and when |
 //! | `populate.rs` | bulk population |
+//! | `split.rs`, `wrprot.rs` | dirty logging: eager split, write protection |
 //! | `count.rs` | full counts |
 //! | `host.rs` | what the MMU asks of the rest of KVM |
 //!
@@ -36,7 +37,9 @@ mod lockless;
 mod map;
 mod populate;
 mod root;
+mod split;
 mod walk;
+mod wrprot;
 mod zap;
 
 use std::ops::Range;

@@ -10,7 +10,7 @@
 
 use std::ops::Range;
 
-use tdpmmu_platform::{Guard, Mode, Platform, RcuGuard, Site, Task};
+use tdpmmu_platform::{Guard, Mode, Platform, RcuGuard, Shared, Site, Task};
 use tdpmmu_spte::geometry::{round_down, span};
 use tdpmmu_spte::{AtomicZapOrder, Spte};
 
@@ -162,6 +162,18 @@ impl<P: Platform, M: Mode> Entry<'_, '_, '_, P, M> {
         if self.walk.check_yield() { None } else { Some(self) }
     }
 
+    /// Gives up lock and RCU section for `body`, which may sleep. The entry is void afterwards and the walk goes on with it.
+    pub(crate) fn unlocked_for<R>(self, body: impl FnOnce(&Task<P>) -> R) -> R {
+        let walk = self.walk;
+        walk.ledger.settle(walk.mmu);
+        walk.mmu.pay(walk.task, &mut walk.debt);
+        drop(walk.rcu.take());
+        let done = walk.guard.unlocked_for(body);
+        walk.rcu = Some(walk.task.rcu_read());
+        walk.iter.mark_yielded();
+        done
+    }
+
     /// A flush of this entry's span is owed.
     pub fn owe_flush(&mut self) {
         let (gfn, level) = (self.gfn(), self.level());
@@ -173,6 +185,14 @@ impl<P: Platform, M: Mode> Entry<'_, '_, '_, P, M> {
     /// # Errors
     /// [`Lost`] in shared mode when the entry changed meanwhile; the snapshot is refreshed, nothing else happened.
     pub fn set(&mut self, new: Spte) -> Result<(), Lost> {
+        self.set_as(new, Site::SpteZap)
+    }
+
+    /// As [`Entry::set`], at a schedule site of its own.
+    ///
+    /// # Errors
+    /// [`Lost`] as for [`Entry::set`].
+    pub(crate) fn set_as(&mut self, new: Spte, site: Site) -> Result<(), Lost> {
         let Walk { mmu, iter, ledger, task, as_id, .. } = &mut *self.walk;
         let (level, gfn, table) = (iter.level(), iter.gfn(), iter.table());
         let cell = &mmu.pool().entries(table)[iter.index() as usize];
@@ -182,7 +202,7 @@ impl<P: Platform, M: Mode> Entry<'_, '_, '_, P, M> {
             "only the owner of a frozen entry may change it (rule R1)"
         );
         let was = if M::SHARED {
-            match P::cmpxchg(cell, old.raw(), new.raw(), Site::SpteZap) {
+            match P::cmpxchg(cell, old.raw(), new.raw(), site) {
                 Ok(_) => old,
                 Err(seen) => {
                     task.count(1, 0);
@@ -245,5 +265,20 @@ impl<P: Platform, M: Mode> Entry<'_, '_, '_, P, M> {
         let zapped = change::zap_leaf_batch::<P, M>(mmu, task, ledger, iter.table(), at, from..to);
         iter.handled_until(to);
         zapped
+    }
+}
+
+impl<P: Platform> Entry<'_, '_, '_, P, Shared> {
+    /// Takes W from every leaf from here to the end of this level-1 table, at most `mmu.batch` entries. The iterator moves to the last
+    /// one handled. Returns how many had it.
+    pub(crate) fn protect_leaves(&mut self) -> u64 {
+        let Walk { mmu, iter, ledger, task, as_id, end, .. } = &mut *self.walk;
+        let from = iter.index();
+        let until = (*end - round_down(iter.gfn(), 2)).min(512) as u16;
+        let to = until.min(from.saturating_add(mmu.batch()));
+        let at = change::At { as_id: *as_id, root: iter.root(), gfn: iter.gfn(), level: 1 };
+        let changed = change::protect_leaf_batch::<P>(mmu, task, ledger, iter.table(), at, from..to);
+        iter.handled_until(to);
+        changed
     }
 }

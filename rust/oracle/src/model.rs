@@ -72,7 +72,8 @@ fn core(format: &Format, level: u8, raw: u64) -> u64 {
 /// A huge leaf that became a table has 512 children from the start; no report says so.
 fn split_children(rules: &Rules, key: Key, edge: Edge, work: &mut Vec<(Key, Edge)>) {
     let (was, is) = (Spte(edge.from), Spte(edge.to));
-    if !rules.split_in_fault || !was.is_leaf(key.level) || !is.is_table(key.level) {
+    // Whoever split it, a fault or dirty logging: a kernel that zaps first goes through empty.
+    if !was.is_leaf(key.level) || !is.is_table(key.level) {
         return;
     }
     let level = key.level - 1;

@@ -20,12 +20,11 @@
 //!
 //! The engine reads these switches today: nonpresent, frozen, role, passes, ownership, atomic-zap, split-in-fault,
 //! write-back, remake-dirty, spurious-if-allowed, fast-page-fault, stale-root-check, root-load-lock, root-free-lock,
-//! unmap-invalid-roots, invalid-root-owes-flush, notifier-unit, replace-flush, children-first, page-stats, and the
-//! name of the design.
+//! unmap-invalid-roots, invalid-root-owes-flush, notifier-unit, replace-flush, children-first, page-stats, eager-split,
+//! clear-dirty-roots, clear-dirty-write, and the name of the design.
 //!
 //! The others are recorded for what is not built yet, and changing them changes nothing:
-//! dirty logging (clear-split-inclusive, mark-dirty, clear-dirty-roots, clear-dirty-write, dirty-or-write,
-//! eager-split), collapsing (collapse), aging (aging), NX recovery (nx-recovery-lock, nx-skips-dirty-slots,
+//! dirty logging (clear-split-inclusive, mark-dirty, dirty-or-write), collapsing (collapse), aging (aging), NX recovery (nx-recovery-lock, nx-skips-dirty-slots,
 //! nx-adjust-flag-test, nx-flag-before-publish), single-leaf notifiers and range zaps (set-spte-gfn, zap-range-roots,
 //! notifier-range-all, unmap-frees-tables), slot deletion without fast zap (slot-zap-quirk), the results of a fault
 //! that no guest here can tell apart (level-mismatch-retries, write-protected-result), and how the engine itself does

@@ -11,6 +11,7 @@
 //! | --- | --- |
 //! | `vm.rs` | the VM: memslot updates, fast zap, notifier, teardown |
 //! | `config.rs` | what a VM is made from |
+//! | `dirty.rs` | dirty logging |
 //! | `vcpu.rs` | the run loop: entry, exit, requests, roots, accesses |
 //! | `fault.rs` | the fault pipeline |
 //! | `request.rs` | vCPU mode, requests, kicks |
@@ -29,6 +30,7 @@
 #![warn(missing_docs)]
 
 mod config;
+mod dirty;
 mod error;
 mod fault;
 pub mod frames;

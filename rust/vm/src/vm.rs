@@ -26,7 +26,7 @@ use crate::host::PrimaryMmu;
 use crate::request::{self, VcpuState};
 use crate::root_cache::RootCache;
 use crate::side::HostSide;
-use crate::slot::{MemSlot, SlotFlags};
+use crate::slot::SlotFlags;
 use crate::slots::{Change, MAX_SLOT_PAGES, Memslots, Region, SlotSet, SlotWriter, plan};
 use crate::tlb::Tlb;
 use crate::vcpu::{Vcpu, VcpuCore, VcpuStats};
@@ -49,12 +49,14 @@ pub struct FastZapTimes {
     pub t0: u64,
     /// Waiting for mmu_lock, exclusive.
     pub lock_wait_ns: u64,
-    /// The first exclusive hold.
+    /// The first exclusive hold, up to the first unlock or lock-break.
     pub exclusive_hold_ns: u64,
-    /// All exclusive holds.
+    /// All exclusive holds of the calling task, without the breaks between them.
     pub exclusive_total_ns: u64,
     /// The longest exclusive hold.
     pub exclusive_longest_ns: u64,
+    /// Exclusive holds: one more than lock-breaks.
+    pub exclusive_holds: u64,
     /// Until every vCPU was out of the guest (part of the hold).
     pub kick_wait_ns: u64,
     /// vCPUs that were in the guest.
@@ -114,7 +116,7 @@ impl CloseReport {
 pub struct Vm<P: Platform> {
     mmu: Arc<TdpMmu<P>>,
     side: Arc<HostSide<P>>,
-    slots_lock: Mutex<P, SlotWriter<P>>,
+    pub(crate) slots_lock: Mutex<P, SlotWriter<P>>,
     vcpus: Vec<StdMutex<VcpuCore<P>>>,
     states: Vec<Arc<VcpuState>>,
     rules: Rules,
@@ -237,7 +239,7 @@ impl<P: Platform> Vm<P> {
     }
 
     /// Tested under the lock that an operation runs in, which [`Vm::close`] takes as well: what got past it runs to its end first.
-    fn open(&self) -> Result<(), VmError> {
+    pub(crate) fn open(&self) -> Result<(), VmError> {
         if self.closing.load(Ordering::Acquire) { Err(VmError::Closed) } else { Ok(()) }
     }
 
@@ -315,9 +317,7 @@ impl<P: Platform> Vm<P> {
                 let (as_id, gfns) = (new.as_id, new.gfns());
                 let generation = slots.install(new);
                 if starts_logging {
-                    // Writable SPTEs from before would let writes pass unseen. Zapping the leaves is coarser than KVM's write
-                    // protection, and as complete.
-                    self.zap_gfns(task, as_id, gfns);
+                    self.start_dirty_log(task, as_id, gfns);
                 }
                 (SlotUpdate::Flags, generation)
             }
@@ -395,6 +395,7 @@ impl<P: Platform> Vm<P> {
     /// kvm_mmu_zap_all_fast; the writer stands for slots_lock.
     fn fast_zap_locked(&self, task: &Task<P>, _slots_lock: &mut SlotWriter<P>) -> FastZapTimes {
         let ns = |from: u64, to: u64| P::ticks_to_ns(to.saturating_sub(from));
+        task.meter().reset_exclusive_holds();
         let t0 = P::ticks();
         let mut guard = self.mmu.lock.write(task);
         let taken = P::ticks();
@@ -406,25 +407,20 @@ impl<P: Platform> Vm<P> {
         let released = P::ticks();
         self.mmu.fast_zap_finish(task);
         let done = P::ticks();
-        let hold = ns(taken, released);
+        // Summed by the lock itself: a design that zaps under the exclusive lock breaks it, and holds it again.
+        let holds = task.meter().exclusive_holds();
         FastZapTimes {
             t0,
             lock_wait_ns: ns(t0, taken),
-            exclusive_hold_ns: hold,
-            exclusive_total_ns: hold,
-            exclusive_longest_ns: hold,
+            exclusive_hold_ns: P::ticks_to_ns(holds.first_ticks),
+            exclusive_total_ns: P::ticks_to_ns(holds.total_ticks),
+            exclusive_longest_ns: P::ticks_to_ns(holds.longest_ticks),
+            exclusive_holds: holds.count,
             kick_wait_ns: kicks.wait_ns,
             kicked: kicks.kicked,
             zap_ns: ns(released, done),
             total_ns: ns(t0, done),
         }
-    }
-
-    /// Zaps the leaves of a gfn range in all roots of an address space, and flushes.
-    fn zap_gfns(&self, task: &Task<P>, as_id: u8, gfns: Range<u64>) {
-        let mut guard = self.mmu.lock.write(task);
-        let mut debt = self.mmu.unmap(&mut guard, as_id, gfns, true);
-        self.mmu.pay(task, &mut debt);
     }
 
     /// The host takes a range of its virtual pages away (munmap, MADV_DONTNEED, reclaim): begin, the host's own unmap, end. `may_block` false: the OOM
@@ -479,33 +475,6 @@ impl<P: Platform> Vm<P> {
             at = end;
         }
         hvas.into_iter().try_fold(0, |sum, hvas| Ok(sum + self.unmap_hva(task, hvas, may_block)?))
-    }
-
-    /// KVM_GET_DIRTY_LOG and CLEAR in one: the gfns written since the last call, ascending; their SPTEs are taken away so that the next write is seen.
-    ///
-    /// # Errors
-    /// [`VmError::NoSlot`] without such a slot, or when it does not log.
-    pub fn take_dirty_log(&self, task: &Task<P>, as_id: u8, id: u16) -> Result<Vec<u64>, VmError> {
-        let slots = self.slots_lock.lock();
-        self.open()?;
-        let set = slots.set();
-        let slot: &Arc<MemSlot> = set.by_id(as_id, id).ok_or(VmError::NoSlot { as_id, id })?;
-        let dirty = slot.dirty.as_ref().ok_or(VmError::NoSlot { as_id, id })?;
-        let mut gfns = Vec::new();
-        for word in 0..dirty.words() {
-            let mut bits = dirty.take_word(word);
-            if bits == 0 {
-                continue;
-            }
-            let base = slot.base + word as u64 * 64;
-            // Clear first, protect second: a write in between sets the bit again and is reported twice, never lost.
-            self.zap_gfns(task, as_id, base..base + 64);
-            while bits != 0 {
-                gfns.push(base + u64::from(bits.trailing_zeros()));
-                bits &= bits - 1;
-            }
-        }
-        Ok(gfns)
     }
 
     /// The end of the VM, as when its process dies: vCPUs stop, the memory goes (zap_all), vCPUs put their roots, the MMU is torn down, every table must be back.

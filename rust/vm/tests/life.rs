@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering;
 
 use tdpmmu_platform::{Real, Role as TaskRole, Task};
-use tdpmmu_spte::KernelProfile;
+use tdpmmu_spte::{EagerSplit, FormatKind, KernelProfile};
 use tdpmmu_vm::{
     AccessOutcome, AdMix, BulkOptions, FaultOutcome, GuestAccess, Progress, Region, SlotFlags, SlotUpdate,
     Vm, VmConfig, VmError,
@@ -207,29 +207,73 @@ fn memslot_updates_follow_kvms_rules_and_name_both_ranges() {
 #[test]
 fn a_write_is_in_the_dirty_log_once_and_again_after_the_next_write() {
     let (vm, task) = vm("sync");
-    let hva = vm.side().primary.region(GIG, 0, 3, true).expect("room");
-    let plain = Region { id: 0, as_id: 0, base: 0, pages: GIG, hva, flags: SlotFlags::default() };
+    let hva = vm.side().primary.region(2 * GIG, 0, 3, true).expect("room");
+    let plain = Region { id: 0, as_id: 0, base: 0, pages: 2 * GIG, hva, flags: SlotFlags::default() };
     vm.set_memslot(&task, &plain).expect("room");
-    {
-        let mut vcpu = vm.vcpu(0).expect("free");
-        vcpu.access(GuestAccess::write(7)).expect("mapped huge and writable before logging");
-    }
-    vm.set_memslot(&task, &Region { flags: SlotFlags { log_dirty: true, readonly: false }, ..plain })
-        .expect("flags");
     let mut vcpu = vm.vcpu(0).expect("free");
-    for gfn in [7, 64, 7, 700] {
-        vcpu.access(GuestAccess::write(gfn)).expect("mapped");
-    }
-    // A read maps writable where the host does, and is reported for that: KVM errs on this side.
-    vcpu.access(GuestAccess::read(9)).expect("mapped");
+    vcpu.access(GuestAccess::write(7)).expect("mapped huge and writable before logging");
     vcpu.leave();
-    assert_eq!(vm.take_dirty_log(&task, 0, 0).expect("logs"), [7, 9, 64, 700]);
+    let logging = Region { flags: SlotFlags { log_dirty: true, readonly: false }, ..plain };
+    vm.set_memslot(&task, &logging).expect("flags");
+    assert_eq!(vm.mmu().leaf_pages(), [GIG as i64, 0, 0], "split, and nothing unmapped");
+    for gfn in [7, 64, 700] {
+        let outcome = vcpu.access(GuestAccess::write(gfn)).expect("mapped");
+        assert_eq!(outcome, AccessOutcome::FastFault, "gfn {gfn}: protected, and fixed without mmu_lock");
+    }
+    assert_eq!(vcpu.access(GuestAccess::write(7)).expect("mapped"), AccessOutcome::TlbHit);
+    // A read of what is mapped is no fault. One that faults maps writable where the host does, and is reported for that: KVM errs on this side.
+    assert_eq!(vcpu.access(GuestAccess::read(9)).expect("mapped"), AccessOutcome::Walk);
+    assert_eq!(vcpu.access(GuestAccess::read(GIG + 9)).expect("memory"), AccessOutcome::SlowFault);
+    vcpu.leave();
+    assert_eq!(vm.take_dirty_log(&task, 0, 0).expect("logs"), [7, 64, 700, GIG + 9]);
     assert_eq!(vm.take_dirty_log(&task, 0, 0).expect("logs"), []);
-    vcpu.access(GuestAccess::write(64)).expect("seen again");
+    assert_eq!(vcpu.access(GuestAccess::write(64)).expect("seen again"), AccessOutcome::FastFault);
     vcpu.leave();
     assert_eq!(vm.take_dirty_log(&task, 0, 0).expect("logs"), [64]);
+    assert_eq!(vm.mmu().leaf_pages(), [GIG as i64 + 1, 0, 0], "harvesting unmaps nothing");
     drop(vcpu);
     assert_clean(&vm);
+}
+
+#[test]
+fn dirty_logging_works_as_each_kernel_does_it() {
+    for (profile, design) in
+        [("5.10", "inline"), ("5.15", "inline"), ("5.18", "async-worker"), ("6.1", "sync"), ("7.2", "sync")]
+    {
+        let kernel = KernelProfile::named(profile).expect("known");
+        let vm = Vm::<Real>::new(VmConfig {
+            profile: kernel,
+            format: kernel.format(FormatKind::Npt),
+            ..config(design)
+        })
+        .expect("a small VM");
+        let task = vm.task("test", TaskRole::Caller);
+        let hva = vm.side().primary.region(1024, 0, 2, true).expect("room");
+        let plain = Region { id: 3, as_id: 0, base: 0, pages: 1024, hva, flags: SlotFlags::default() };
+        vm.set_memslot(&task, &plain).expect("room");
+        let mut vcpu = vm.vcpu(0).expect("free");
+        for gfn in [1, 513] {
+            vcpu.access(GuestAccess::write(gfn)).expect("two huge pages");
+        }
+        vcpu.leave();
+        let flags = SlotFlags { log_dirty: true, readonly: false };
+        vm.set_memslot(&task, &Region { flags, ..plain }).expect("flags");
+        let splits = kernel.eager_split != EagerSplit::None;
+        let expected = if splits { [1024, 0] } else { [0, 2] };
+        assert_eq!(vm.mmu().count_all(&task).leaves[1..3], expected, "{profile}");
+        assert_eq!(vcpu.access(GuestAccess::read(600)).expect("mapped"), AccessOutcome::Walk, "{profile}");
+        let fast = splits && kernel.fast_page_fault;
+        let outcome = vcpu.access(GuestAccess::write(514)).expect("mapped");
+        assert_eq!(outcome == AccessOutcome::FastFault, fast, "{profile}: {outcome:?}");
+        vcpu.leave();
+        assert_eq!(vm.take_dirty_log(&task, 0, 3).expect("logs"), [514], "{profile}");
+        assert_eq!(vm.take_dirty_log(&task, 0, 3).expect("logs"), [], "{profile}");
+        vcpu.access(GuestAccess::write(514)).expect("seen again");
+        vcpu.leave();
+        assert_eq!(vm.take_dirty_log(&task, 0, 3).expect("logs"), [514], "{profile}");
+        drop(vcpu);
+        assert_clean(&vm);
+    }
 }
 
 #[test]
