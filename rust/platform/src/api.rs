@@ -16,6 +16,7 @@ use std::{
 use crate::{
     rcu::{QuickSection, RcuConfig, RcuStats},
     site::Site,
+    timeline::Timeline,
 };
 
 /// How often a thread was taken off its CPU.
@@ -188,6 +189,11 @@ pub trait RcuDomain: Send + Sync + Sized + 'static {
     /// deferring thread as soon as no reader is in the way, at the latest by `barrier` or the drop of the domain.
     fn stop(&self);
 }
+
+    /// The timeline that the domain keeps, if it keeps one.
+    fn timeline(&self) -> Option<&Arc<Timeline>> {
+        None
+    }
 
 /// A thread's side of RCU. Sections nest.
 pub trait RcuReader: Send {

@@ -7,6 +7,7 @@
 //! * [`rcu`]: read sections for two plain stores, deferred freeing of whole chains.
 //! * [`task`]: "current": time slice, read sections, steps; [`meter`]: what it measures.
 //! * [`queue`], [`mutex`]: work and sleeping locks. [`clock`]: TSC. [`observer`]: who listens.
+//! * [`timeline`]: recordings of what tasks did when; off unless asked for.
 //!
 //! Under `--cfg loom` the protocols are compiled over loom's types (see `primitive`), and `Real` is left out.
 
@@ -32,6 +33,7 @@ mod sched;
 pub mod site;
 mod slice;
 pub mod task;
+pub mod timeline;
 
 #[cfg(not(loom))]
 pub use crate::real::Real;
@@ -50,4 +52,5 @@ pub use crate::{
     rwlock::FairRwLock,
     site::Site,
     task::{PhaseScope, Preempt, RcuGuard, Role, Task, TaskConfig},
+    timeline::{Mark, Moment, Recording, Timeline},
 };

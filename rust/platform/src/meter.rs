@@ -6,7 +6,7 @@
 
 use std::cell::{Cell, RefCell};
 
-use crate::{api::Platform, histogram::Histogram};
+use crate::{api::Platform, histogram::Histogram, timeline::Recording};
 
 /// What a task's time is attributed to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -99,6 +99,7 @@ pub struct Meter {
     ticks_to_ns: fn(u64) -> u64,
     clock: fn() -> u64,
     histograms: Option<Box<RefCell<Histograms>>>,
+    recording: Option<Box<RefCell<Recording>>>,
 }
 
 /// The exclusive holds of mmu_lock since the last reset, in ticks. A lock-break ends one hold and begins the next.
@@ -160,7 +161,7 @@ pub(crate) fn add(cell: &Cell<u64>, n: u64) {
 }
 
 impl Meter {
-    pub(crate) fn new<P: Platform>(measure: bool) -> Self {
+    pub(crate) fn new<P: Platform>(measure: bool, recording: Option<Recording>) -> Self {
         Meter {
             entry_reads: Cell::new(0),
             entry_writes: Cell::new(0),
@@ -182,6 +183,7 @@ impl Meter {
             ticks_to_ns: P::ticks_to_ns,
             clock: P::ticks,
             histograms: measure.then(Box::default),
+            recording: recording.map(|recording| Box::new(RefCell::new(recording))),
         }
     }
 
@@ -240,7 +242,16 @@ impl Meter {
         let stretch = now - self.phase_since.replace(now);
         add(&self.phase_ticks[from as usize], stretch);
         add(&self.elapsed_ticks, stretch);
+        self.record(|recording| recording.slice(from, now - stretch, now));
         from
+    }
+
+    /// Records, if the task does.
+    #[inline(always)]
+    pub(crate) fn record(&self, what: impl FnOnce(&mut Recording)) {
+        if let Some(recording) = &self.recording {
+            what(&mut recording.borrow_mut());
+        }
     }
 
     #[inline]
@@ -271,6 +282,7 @@ impl Meter {
             phase_ticks,
             elapsed_ticks: self.elapsed_ticks.take(),
             histograms: self.histograms.as_ref().map(|h| Box::new(h.take())),
+            recording: self.recording.as_ref().map(|r| Box::new(r.borrow_mut().take())),
         }
     }
 }
@@ -310,6 +322,8 @@ pub struct MeterSnapshot {
     pub elapsed_ticks: u64,
     /// The histograms of a measuring task.
     pub histograms: Option<Box<Histograms>>,
+    /// What a recording task did; its slices add up to `phase_ticks`.
+    pub recording: Option<Box<Recording>>,
 }
 
 impl MeterSnapshot {
@@ -318,7 +332,7 @@ impl MeterSnapshot {
         self.phase_ns[phase as usize]
     }
 
-    /// Adds another task's measurements.
+    /// Adds another task's measurements; recordings stay what they are, each of one task.
     pub fn merge(&mut self, other: &MeterSnapshot) {
         for (mine, others) in [
             (&mut self.entry_reads, other.entry_reads),

@@ -189,7 +189,7 @@ impl<'a, P: Platform, M: Mode> Guard<'a, P, M> {
     /// Exclusive holds are few and always timed; shared ones are every fault's.
     #[inline(always)]
     fn timed(&self) -> bool {
-        !M::SHARED || self.task.measures()
+        !M::SHARED || self.task.is_timed()
     }
 
     #[cold]
@@ -211,28 +211,28 @@ impl<'a, P: Platform, M: Mode> Guard<'a, P, M> {
     fn unlock(&mut self) {
         self.task.observe(|| Event::Unlock { shared: M::SHARED, debt: self.debt.get() });
         self.task.lock_dropped();
-        let held = if self.timed() { P::ticks().saturating_sub(self.since) } else { 0 };
+        let until = if self.timed() { P::ticks().max(self.since) } else { 0 };
         if M::SHARED {
             self.lock.raw.unlock_shared();
         } else {
             self.lock.raw.unlock_exclusive();
         }
         if !M::SHARED {
-            self.task.meter().note_exclusive_hold(held);
+            self.task.meter().note_exclusive_hold(until - self.since);
         }
-        if self.task.measures() {
-            self.note_hold(held);
+        if self.task.is_timed() {
+            self.note_hold(until);
         }
         P::point(Site::LockRelease);
     }
 
     /// After the release: the histogram is not paid for by those who wait.
     #[cold]
-    fn note_hold(&self, held: u64) {
-        let ns = P::ticks_to_ns(held);
-        self.task
-            .meter()
-            .histograms(|h| if M::SHARED { h.read_hold.record(ns) } else { h.write_hold.record(ns) });
+    fn note_hold(&self, until: u64) {
+        let meter = self.task.meter();
+        meter.record(|recording| recording.hold(M::SHARED, self.since, until));
+        let ns = P::ticks_to_ns(until - self.since);
+        meter.histograms(|h| if M::SHARED { h.read_hold.record(ns) } else { h.write_hold.record(ns) });
     }
 }
 

@@ -21,6 +21,7 @@ use crate::{
     rcu::QuickSection,
     site::Site,
     slice::Slice,
+    timeline::{Mark, Moment, Recording, Timeline},
 };
 
 /// What a task is for.
@@ -81,6 +82,8 @@ pub struct TaskConfig {
     pub step_ns: bool,
     /// Attribute time to phases; off, all of it is `Phase::Other`.
     pub attribute: bool,
+    /// Keep a [`Recording`] of phases, holds and read sections.
+    pub record: bool,
 }
 
 impl Default for TaskConfig {
@@ -92,6 +95,7 @@ impl Default for TaskConfig {
             force_yield: None,
             step_ns: false,
             attribute: true,
+            record: false,
         }
     }
 }
@@ -99,8 +103,11 @@ impl Default for TaskConfig {
 /// A thread's own state. Neither shared nor used by two threads at once.
 pub struct Task<P: Platform> {
     reader: <P::Rcu as RcuDomain>::Reader,
-    /// Measuring: sections and holds are timed.
+    /// Measuring: histograms and steps.
     measure: bool,
+    /// Measuring or recording: sections and holds are timed.
+    timed: bool,
+    timeline: Option<Arc<Timeline>>,
     observer: Option<Arc<dyn Observer>>,
     meter: Meter,
     slice: Slice<P>,
@@ -137,15 +144,20 @@ impl<P: Platform> Task<P> {
         observer: Option<Arc<dyn Observer>>,
     ) -> Self {
         let reader = rcu.register(name);
-        if config.measure {
+        let timed = config.measure || config.record;
+        if timed {
             // Sections are timed, which the quick path does not.
             reader.set_slow();
         }
+        let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
+        let recording = config.record.then(|| Recording::new(id, name, role));
         Task {
             reader,
             measure: config.measure,
+            timed,
+            timeline: rcu.timeline().cloned(),
             observer,
-            meter: Meter::new::<P>(config.measure),
+            meter: Meter::new::<P>(config.measure, recording),
             slice: Slice::new(config.tick_ns),
             config,
             held: Cell::new(0),
@@ -155,7 +167,7 @@ impl<P: Platform> Task<P> {
             step_preempted: Cell::new(0),
             step_cpu: Cell::new(0),
             section_since: Cell::new(0),
-            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
+            id,
             name: name.into(),
             role,
         }
@@ -203,6 +215,14 @@ impl<P: Platform> Task<P> {
     pub fn observe(&self, event: impl FnOnce() -> Event) {
         if let Some(observer) = &self.observer {
             observer.event(self.id, &event());
+        }
+    }
+
+    /// Puts a mark on the timeline of the task's RCU domain, if it keeps one.
+    #[inline]
+    pub fn mark(&self, moment: Moment, root: u32) {
+        if let Some(timeline) = &self.timeline {
+            timeline.mark(Mark { at: P::ticks(), task: self.id, moment, root });
         }
     }
 
@@ -289,6 +309,10 @@ impl<P: Platform> Task<P> {
         self.measure
     }
 
+    pub(crate) fn is_timed(&self) -> bool {
+        self.timed
+    }
+
     /// mmu_lock was taken.
     #[inline(always)]
     pub(crate) fn lock_taken(&self) {
@@ -356,14 +380,14 @@ impl<P: Platform> Task<P> {
     #[cold]
     fn rcu_enter_slow(&self) {
         self.reader.enter();
-        if self.measure {
+        if self.timed {
             self.section_begins();
         }
     }
 
     #[cold]
     fn rcu_leave_slow(&self) {
-        if self.measure {
+        if self.timed {
             self.section_ends();
         }
         self.reader.leave();
@@ -372,7 +396,7 @@ impl<P: Platform> Task<P> {
     fn section_begins(&self) {
         if self.reader.depth() == 1 {
             self.section_since.set(P::ticks());
-            if self.held.get() == 0 {
+            if self.measure && self.held.get() == 0 {
                 self.step_begins();
             }
         }
@@ -380,9 +404,11 @@ impl<P: Platform> Task<P> {
 
     fn section_ends(&self) {
         if self.reader.depth() == 1 {
-            let stretch = P::ticks().saturating_sub(self.section_since.get());
-            self.meter.histograms(|h| h.rcu_section.record(P::ticks_to_ns(stretch)));
-            if self.held.get() == 0 {
+            let since = self.section_since.get();
+            let until = P::ticks().max(since);
+            self.meter.record(|recording| recording.section(since, until));
+            self.meter.histograms(|h| h.rcu_section.record(P::ticks_to_ns(until - since)));
+            if self.measure && self.held.get() == 0 {
                 self.step_ends();
             }
         }

@@ -13,7 +13,8 @@ use std::{
 
 use common::{LIVE, Pool, eventually, stress_time};
 use tdpmmu_platform::{
-    Event, Flavour, Observer, RcuConfig, RcuDomain, RcuReader, Real, Reclaim, Role, Task, TaskConfig,
+    Event, Flavour, Moment, Observer, Phase, Platform, RcuConfig, RcuDomain, RcuReader, Real, Reclaim, Role,
+    Task, TaskConfig,
 };
 
 fn flavours() -> impl Iterator<Item = RcuConfig> {
@@ -306,4 +307,41 @@ fn readers_never_meet_a_reclaimed_object_under_stress() {
         assert!(looked.load(Ordering::Relaxed) > 0);
         assert_eq!(domain.stats().backlog, 0);
     }
+}
+
+#[test]
+fn a_log_tells_what_waited_and_when_it_was_freed() {
+    let pool = Pool::new(600);
+    let domain = pool.domain(RcuConfig { log: true, batch_delay_ns: 0, ..RcuConfig::default() });
+    let timeline = domain.timeline().expect("it logs").clone();
+    let task = Task::<Real>::new(&domain, "marks", Role::Caller, TaskConfig::default());
+    task.mark(Moment::RootInvalidate, 5);
+    let ids: Vec<u32> = (0..600).collect();
+    for some in ids.chunks(3) {
+        pool.defer(&domain, some);
+    }
+    domain.barrier();
+    task.mark(Moment::RootFree, 5);
+    domain.stop();
+    let log = timeline.take();
+    assert_eq!(log.batches.iter().map(|batch| batch.pages).sum::<u64>(), 600);
+    for batch in &log.batches {
+        assert!(batch.queued <= batch.taken && batch.taken <= batch.freeing && batch.freeing <= batch.freed);
+    }
+    let stats = domain.stats();
+    let peak = log.backlog.iter().map(|point| point.1).max();
+    assert!(peak.unwrap() <= stats.backlog_peak);
+    assert_eq!(log.backlog.last().unwrap().1, 0, "all of it was freed");
+    assert!(log.backlog.is_sorted_by_key(|point| point.0));
+    let phase_ns = |phase| {
+        let slices = log.rcu.iter().filter(|slice| slice.phase == phase);
+        Real::ticks_to_ns(slices.map(|slice| slice.to - slice.from).sum())
+    };
+    assert!(log.rcu.windows(2).all(|pair| pair[0].to == pair[1].from));
+    assert!(phase_ns(Phase::GracePeriod).abs_diff(stats.waiting_ns) <= 1);
+    assert!(phase_ns(Phase::Free).abs_diff(stats.freeing_ns) <= 1 && stats.freeing_ns > 0);
+    let marks: Vec<_> = log.marks.iter().map(|mark| (mark.moment, mark.root, mark.task)).collect();
+    assert_eq!(marks, [(Moment::RootInvalidate, 5, task.id()), (Moment::RootFree, 5, task.id())]);
+    assert_eq!(log.lost, 0);
+    assert!(pool.domain(RcuConfig::default()).timeline().is_none());
 }

@@ -20,6 +20,7 @@ const MEASURE: TaskConfig = TaskConfig {
     force_yield: None,
     step_ns: false,
     attribute: true,
+    record: false,
 };
 
 #[test]
@@ -165,4 +166,46 @@ fn a_task_that_ends_inside_a_leaked_section_does_not_block_grace_periods() {
     std::mem::forget(task.rcu_read());
     drop(task);
     domain.synchronize();
+}
+
+#[test]
+fn the_slices_of_a_recording_follow_each_other_and_add_up_to_the_phases() {
+    let (_domain, task) = task(TaskConfig { record: true, ..TaskConfig::default() });
+    let lock = MmuLock::<Real>::new();
+    let mut last = None;
+    for round in 0..2 {
+        for _ in 0..50 {
+            let _work = task.phase(Phase::SpteWork);
+            {
+                let _section = task.rcu_read();
+                let _nested = task.rcu_read();
+            }
+            let mut guard = lock.write(&task);
+            let _flush = task.phase(Phase::Flush);
+            std::hint::spin_loop();
+            guard.relock();
+            drop(guard);
+            drop(lock.read(&task));
+        }
+        let seen = task.meter().take();
+        let recording = seen.recording.as_ref().expect("it records");
+        assert_eq!((recording.task, &*recording.name, recording.role), (task.id(), "task", Role::Caller));
+        assert_eq!(recording.phase_ticks(), seen.phase_ticks, "round {round}");
+        assert!(recording.slices.windows(2).all(|pair| pair[0].to == pair[1].from));
+        assert!(recording.slices.windows(2).all(|pair| pair[0].phase != pair[1].phase));
+        let modes = |shared| recording.holds.iter().filter(|hold| hold.shared == shared).count();
+        assert_eq!((modes(false), modes(true), recording.sections.len()), (100, 50, 50));
+        // What a `take` ends, the next recording continues.
+        let begin = recording.slices.first().map(|slice| slice.from);
+        assert!(last.is_none() || last == begin);
+        last = recording.slices.last().map(|slice| slice.to);
+    }
+    drop(task);
+}
+
+#[test]
+fn a_task_that_does_not_record_hands_no_recording_over() {
+    let (_domain, task) = task(MEASURE);
+    drop(task.phase(Phase::Flush));
+    assert!(task.meter().take().recording.is_none());
 }

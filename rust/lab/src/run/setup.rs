@@ -34,6 +34,7 @@ pub(super) fn task_config(spec: &VmSpec) -> TaskConfig {
         force_yield: spec.force_yield,
     }
 }
+        record: false,
 
 /// The VM's configuration from its spec.
 ///

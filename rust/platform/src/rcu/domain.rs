@@ -39,8 +39,10 @@ use crate::{
     api::{JoinHandle, NIL, Platform, RcuDomain, RcuReader, Reclaim},
     clock, futex,
     histogram::Histogram,
+    meter::Phase,
     observer::{Event, NO_TASK},
     real::Real,
+    timeline::{Batch, Timeline},
 };
 
 /// States of [`Inner::nap`].
@@ -75,9 +77,40 @@ struct Inner {
     backlog_peak: AtomicU64,
     grace_periods: AtomicU64,
     thread_cpu_ns: AtomicU64,
-    /// Chains taken after the stop whose readers were still inside: first id, and when queued.
-    parked: Mutex<Vec<(u32, u64)>>,
+    /// Chains taken after the stop whose readers were still inside.
+    parked: Mutex<Vec<Taken>>,
     log: Mutex<Log>,
+    /// What the RCU thread is at.
+    at: Mutex<At>,
+    timeline: Option<Arc<Timeline>>,
+}
+
+/// A chain taken from the stack; times in ticks.
+#[derive(Clone, Copy)]
+struct Taken {
+    head: u32,
+    queued: u64,
+    taken: u64,
+}
+
+/// The RCU thread's time: waiting for a grace period, freeing, neither.
+struct At {
+    phase: Phase,
+    since: u64,
+    waiting_ticks: u64,
+    freeing_ticks: u64,
+}
+
+impl At {
+    /// Waiting and freeing up to `now`, in ticks.
+    fn spent(&self, now: u64) -> (u64, u64) {
+        let stretch = now.saturating_sub(self.since);
+        match self.phase {
+            Phase::GracePeriod => (self.waiting_ticks + stretch, self.freeing_ticks),
+            Phase::Free => (self.waiting_ticks, self.freeing_ticks + stretch),
+            _ => (self.waiting_ticks, self.freeing_ticks),
+        }
+    }
 }
 
 struct Log {
@@ -166,26 +199,52 @@ impl Inner {
         }
     }
 
+    /// Takes the whole stack.
+    fn take(&self) -> Option<Taken> {
+        // Before the take: afterwards a new first callback may overwrite it.
+        let queued = self.first_queued.load(Ordering::Relaxed);
+        let head = self.chain.take();
+        (head != NIL).then(|| Taken { head, queued, taken: clock::ticks() })
+    }
+
     /// Hands a taken chain over; its grace period is over.
-    fn hand_over(&self, head: u32, queued: u64) {
-        let waited = clock::ticks_to_ns(clock::ticks().saturating_sub(queued));
+    fn hand_over(&self, chain: Taken) {
+        let freeing = clock::ticks();
+        let waited = clock::ticks_to_ns(freeing.saturating_sub(chain.queued));
         lock(&self.log).grace_period_ns.record(waited);
-        let freed = self.reclaim.reclaim(head);
+        if let Some(timeline) = &self.timeline {
+            timeline.point(freeing, self.backlog());
+        }
+        let freed = self.reclaim.reclaim(chain.head);
         self.reclaimed.fetch_add(freed as u64, Ordering::Relaxed);
+        if let Some(timeline) = &self.timeline {
+            let (now, Taken { queued, taken, .. }) = (clock::ticks(), chain);
+            timeline.point(now, self.backlog());
+            timeline.batch(Batch { queued, taken, freeing, freed: now, pages: freed as u64 });
+        }
+    }
+
+    /// The RCU thread goes on to `phase`.
+    fn turns_to(&self, phase: Phase) {
+        let mut at = lock(&self.at);
+        let (was, since) = (at.phase, at.since);
+        let now = clock::ticks().max(since);
+        (at.waiting_ticks, at.freeing_ticks) = at.spent(now);
+        (at.phase, at.since) = (phase, now);
+        drop(at);
+        if let Some(timeline) = &self.timeline {
+            timeline.rcu_slice(was, since, now);
+        }
     }
 
     /// Takes, waits, reclaims, until nothing is left; with a barrier waiting, once: what is deferred meanwhile is none of its
     /// business, and a stream of callbacks must not hold it up for ever.
     fn drain(&self) {
-        loop {
-            // Before the take: afterwards a new first callback may overwrite it.
-            let queued = self.first_queued.load(Ordering::Relaxed);
-            let head = self.chain.take();
-            if head == NIL {
-                break;
-            }
+        while let Some(chain) = self.take() {
+            self.turns_to(Phase::GracePeriod);
             self.grace_period();
-            self.hand_over(head, queued);
+            self.turns_to(Phase::Free);
+            self.hand_over(chain);
             if self.drawn.load(Ordering::SeqCst) != self.completed.load(Ordering::Relaxed) {
                 break;
             }
@@ -202,8 +261,8 @@ impl Inner {
         let target = self.epoch.begin();
         if self.epoch.is_over(target, |_| ()) {
             self.grace_periods.fetch_add(1, Ordering::Relaxed);
-            for (head, queued) in parked.drain(..) {
-                self.hand_over(head, queued);
+            for chain in parked.drain(..) {
+                self.hand_over(chain);
             }
         }
     }
@@ -217,17 +276,13 @@ impl Inner {
             return;
         }
         self.grace_period();
-        for (head, queued) in parked.drain(..) {
-            self.hand_over(head, queued);
+        for chain in parked.drain(..) {
+            self.hand_over(chain);
         }
     }
 
-    fn park_all(&self, parked: &mut Vec<(u32, u64)>) {
-        let queued = self.first_queued.load(Ordering::Relaxed);
-        let head = self.chain.take();
-        if head != NIL {
-            parked.push((head, queued));
-        }
+    fn park_all(&self, parked: &mut Vec<Taken>) {
+        parked.extend(self.take());
     }
 
     /// The body of the RCU thread.
@@ -242,11 +297,13 @@ impl Inner {
                 continue;
             }
             if !urgent && self.config.batch_delay_ns > 0 {
+                self.turns_to(Phase::GracePeriod);
                 self.nap(GATHERING, Some(self.config.batch_delay_ns), || false);
             }
             // Read before the take: what was deferred before these were drawn is in what is taken.
             let drawn = self.drawn.load(Ordering::SeqCst);
             self.drain_caught();
+            self.turns_to(Phase::Other);
             self.thread_cpu_ns.store(clock::thread_cpu_ns(), Ordering::Relaxed);
             if self.completed.swap(drawn, Ordering::SeqCst) != drawn {
                 futex::wake(&self.completed, u32::MAX);
@@ -292,7 +349,8 @@ impl Inner {
 impl Domain {
     fn build(reclaim: Arc<dyn Reclaim>, config: RcuConfig) -> (Arc<Self>, io::Result<()>) {
         // Conversions in the RCU thread must not begin with a calibration.
-        clock::ticks_to_ns(1);
+        let interval = clock::ns_to_ticks(Timeline::INTERVAL_NS);
+        let timeline = config.log.then(|| Arc::new(Timeline::new(interval)));
         let inner = Arc::new(Inner {
             epoch: Arc::new(Epoch::new(Asymmetric::new(config.flavour))),
             chain: Chain::new(),
@@ -317,6 +375,13 @@ impl Domain {
                 thread_error: None,
                 panic: None,
             }),
+            at: Mutex::new(At {
+                phase: Phase::Other,
+                since: clock::ticks(),
+                waiting_ticks: 0,
+                freeing_ticks: 0,
+            }),
+            timeline,
         });
         let body = inner.clone();
         let started = Real::spawn("tdpmmu-rcu", Box::new(move || body.run()));
@@ -356,6 +421,9 @@ impl RcuDomain for Domain {
         if backlog > inner.backlog_peak.load(Ordering::Relaxed) {
             inner.backlog_peak.fetch_max(backlog, Ordering::Relaxed);
         }
+        if let Some(timeline) = &inner.timeline {
+            timeline.grown(clock::ticks(), backlog);
+        }
         inner.chain.splice(head, tail_link, || inner.first_queued.store(clock::ticks(), Ordering::Relaxed));
         // After the push: see "Sleep" and "Stop" in the module's text.
         if inner.nap.load(Ordering::SeqCst) == IDLE {
@@ -389,8 +457,13 @@ impl RcuDomain for Domain {
         inner.drain_stopped();
     }
 
+    fn timeline(&self) -> Option<&Arc<Timeline>> {
+        self.inner.timeline.as_ref()
+    }
+
     fn stats(&self) -> RcuStats {
         let inner = &*self.inner;
+        let (waiting, freeing) = lock(&inner.at).spent(clock::ticks());
         let log = lock(&inner.log);
         RcuStats {
             flavour: self.flavour(),
@@ -401,6 +474,8 @@ impl RcuDomain for Domain {
             backlog_peak: inner.backlog_peak.load(Ordering::Relaxed),
             stalls: log.stalls.clone(),
             stall_count: log.stall_count,
+            waiting_ns: clock::ticks_to_ns(waiting),
+            freeing_ns: clock::ticks_to_ns(freeing),
             thread_cpu_ns: inner.thread_cpu_ns.load(Ordering::Relaxed),
             thread_error: log.thread_error.clone(),
         }

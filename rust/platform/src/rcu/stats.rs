@@ -17,11 +17,19 @@ pub struct RcuConfig {
     pub stall_ns: u64,
     /// Told of stalls.
     pub observer: Option<Arc<dyn Observer>>,
+    /// Keep a [`Timeline`](crate::Timeline): marks of the tasks, batches, the backlog over time.
+    pub log: bool,
 }
 
 impl Default for RcuConfig {
     fn default() -> Self {
-        RcuConfig { flavour: None, batch_delay_ns: 200_000, stall_ns: 10_000_000_000, observer: None }
+        RcuConfig {
+            flavour: None,
+            batch_delay_ns: 200_000,
+            stall_ns: 10_000_000_000,
+            observer: None,
+            log: false,
+        }
     }
 }
 
@@ -32,6 +40,7 @@ impl fmt::Debug for RcuConfig {
             .field("batch_delay_ns", &self.batch_delay_ns)
             .field("stall_ns", &self.stall_ns)
             .field("observer", &self.observer.is_some())
+            .field("log", &self.log)
             .finish()
     }
 }
@@ -68,6 +77,10 @@ pub struct RcuStats {
     pub stall_count: u64,
     /// CPU time of the RCU thread in ns, as of its last batch.
     pub thread_cpu_ns: u64,
+    /// Time that the RCU thread has spent waiting for grace periods, the gathering of their batches included, up to now, in ns.
+    pub waiting_ns: u64,
+    /// Time that the RCU thread has spent handing batches over to be freed, up to now, in ns.
+    pub freeing_ns: u64,
     /// Why the domain works without its thread, if it does.
     pub thread_error: Option<String>,
 }
