@@ -28,7 +28,7 @@ fn main() {
             maxphyaddr: 52,
             passes: Passes::parse(passes).expect("passes"),
             ownership: design::info("sync").expect("sync").ownership,
-            design: design::build("sync", 1).expect("sync"),
+            design: design::build("sync", &design::DesignOptions::default()).expect("sync"),
             max_tables,
             hugepages: true,
             batch: 512,

@@ -43,7 +43,7 @@ mod wrprot;
 mod zap;
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex as StdMutex, PoisonError};
 
 use tdpmmu_platform::{
@@ -55,7 +55,10 @@ use tdpmmu_table::{PoolConfig, PoolError, TableCache, TablePool, Tally};
 
 pub use count::Counts;
 pub use debt::FlushDebt;
-pub use design::{DESIGNS, DesignInfo, Held, OtherOwnership, UnknownDesign, WorkerReport, ZapDesign};
+pub use design::{
+    DESIGNS, DesignInfo, DesignOptions, Held, Obligations, OtherOwnership, QueueKind, UnknownDesign,
+    WorkerReport, ZapDesign, ZapQueue,
+};
 pub use host::{MmuHost, NoHost};
 pub use iter::{MAX_LEVEL, TdpIter};
 pub use lockless::{FastOutcome, LocklessWalk};
@@ -125,6 +128,7 @@ pub struct TdpMmu<P: Platform> {
     flushes: AtomicU64,
     zap_end: AtomicU64,
     violations: StdMutex<Vec<String>>,
+    users: AtomicU32,
 }
 
 impl<P: Platform> TdpMmu<P> {
@@ -152,6 +156,7 @@ impl<P: Platform> TdpMmu<P> {
             flushes: AtomicU64::new(0),
             zap_end: AtomicU64::new(0),
             violations: StdMutex::default(),
+            users: AtomicU32::new(1),
             config,
         });
         design.attach(Arc::downgrade(&mmu)).map_err(MmuError::Thread)?;
@@ -325,6 +330,29 @@ impl<P: Platform> TdpMmu<P> {
     /// Remote flushes so far.
     pub fn flushes(&self) -> u64 {
         self.flushes.load(Ordering::Relaxed)
+    }
+
+    /// References of the VM's users (kvm->users_count): one of its file descriptors, and one of each item in a queue that is not the VM's own.
+    pub fn users(&self) -> u32 {
+        self.users.load(Ordering::Acquire)
+    }
+
+    /// Takes a user reference; false when none is left: the VM is dying, and nobody may begin to hold it.
+    pub fn get_user(&self) -> bool {
+        let more = |users: u32| (users != 0).then_some(users + 1);
+        self.users.fetch_update(Ordering::AcqRel, Ordering::Acquire, more).is_ok()
+    }
+
+    /// Gives a user reference back; returns how many are left.
+    pub fn put_user(&self) -> u32 {
+        let less = |users: u32| users.checked_sub(1);
+        match self.users.fetch_update(Ordering::AcqRel, Ordering::Acquire, less) {
+            Ok(users) => users - 1,
+            Err(_) => {
+                self.violation("a user reference was given back that nobody held");
+                0
+            }
+        }
     }
 
     /// Records that an invariant was found broken. Reported, never ignored: a result with violations is no result.

@@ -118,19 +118,19 @@ impl<P: Platform> TdpMmu<P> {
         got.is_ok()
     }
 
-    /// Drops a reference; true when it was the last. An underflow is counted, and the count pinned at zero.
+    /// Drops a reference; true when it was the last. A reference that nobody holds is refused and counted.
     fn drop_ref(&self, task: &Task<P>, root: u32, owner: Owner) -> bool {
         P::point(Site::RootRef);
-        let refs = self.pool().meta(root).refs.fetch_sub(1, Ordering::AcqRel);
+        let refs = &self.pool().meta(root).refs;
+        let had =
+            refs.fetch_update(Ordering::AcqRel, Ordering::Acquire, |refs| refs.checked_sub(1)).unwrap_or(0);
         if let Some(observer) = self.observer() {
-            observer.event(task.id(), &Event::RootPut { root, refs: refs.wrapping_sub(1), owner });
+            observer.event(task.id(), &Event::RootPut { root, refs: had.wrapping_sub(1), owner });
         }
-        if refs == 0 {
-            self.pool().meta(root).refs.store(0, Ordering::Release);
+        if had == 0 {
             self.violation("a root was put that nobody held");
-            return false;
         }
-        refs == 1
+        had == 1
     }
 
     /// Puts a reference; the design decides what the last one does. `held` says how mmu_lock is held.

@@ -20,6 +20,15 @@ use crate::walk::{Walk, Yield};
 impl<P: Platform> TdpMmu<P> {
     /// Empties `root` in the configured passes. The root must be referenced, or unreachable and `Yield::Never`.
     pub fn zap_root<M: Mode>(&self, guard: &mut Guard<'_, P, M>, root: u32, yields: Yield) {
+        self.zap_passes(guard, root, yields, false);
+    }
+
+    /// As [`TdpMmu::zap_root`], of a root that guests may run on again at the next yield: what is owed is paid before each yield and at the end (5.10-5.12).
+    pub fn zap_valid_root(&self, guard: &mut Guard<'_, P, Exclusive>, root: u32, yields: Yield) {
+        self.zap_passes(guard, root, yields, true);
+    }
+
+    fn zap_passes<M: Mode>(&self, guard: &mut Guard<'_, P, M>, root: u32, yields: Yield, owes: bool) {
         let task = guard.task();
         let _work = task.phase(Phase::SpteWork);
         if let Some(observer) = self.observer() {
@@ -28,7 +37,7 @@ impl<P: Platform> TdpMmu<P> {
         let cpu = if task.config().measure { P::thread_cpu_ns() } else { 0 };
         let mut zapped = false;
         for level in self.passes().iter(self.root_level()) {
-            zapped |= self.zap_pass(guard, root, level, yields);
+            zapped |= self.zap_pass(guard, root, level, yields, owes);
         }
         if task.config().measure {
             let spent = &task.meter().walk_cpu_ns;
@@ -44,7 +53,14 @@ impl<P: Platform> TdpMmu<P> {
     }
 
     /// One pass; whether it changed an entry.
-    fn zap_pass<M: Mode>(&self, guard: &mut Guard<'_, P, M>, root: u32, level: u8, yields: Yield) -> bool {
+    fn zap_pass<M: Mode>(
+        &self,
+        guard: &mut Guard<'_, P, M>,
+        root: u32,
+        level: u8,
+        yields: Yield,
+        owes: bool,
+    ) -> bool {
         let mut zapped = false;
         let empty = self.format().empty();
         // The kernel checks at each entry, which costs it a flag test and us a clock read: in an empty stretch of an upper
@@ -62,11 +78,20 @@ impl<P: Platform> TdpMmu<P> {
                 continue;
             }
             if level == 1 {
-                zapped |= entry.zap_leaves() > 0;
+                let before = entry.gfn();
+                let any = entry.zap_leaves() > 0;
+                zapped |= any;
+                if owes && any {
+                    let end = walk.iter.gfn() + 1;
+                    walk.debt.owe(before..end);
+                }
                 continue;
             }
             while entry.old().is_present() {
                 zapped |= entry.set(empty).is_ok();
+                if owes {
+                    entry.owe_flush();
+                }
             }
         }
         walk.finish_and_flush();

@@ -108,7 +108,7 @@ fn a_load_that_loses_to_the_last_put_never_gets_the_invalid_root() {
         maxphyaddr: 52,
         passes: design::effective_passes(None, info, &profile),
         ownership: info.ownership,
-        design: design::build(info.name, 1).expect("a known design"),
+        design: design::build(info.name, &design::DesignOptions::default()).expect("a known design"),
         max_tables: 256,
         hugepages: false,
         batch: 512,

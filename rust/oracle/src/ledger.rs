@@ -97,7 +97,7 @@ impl RootLedger {
                 }
             }
             Event::RootZapBegin { root } => {
-                let unlisted_is_fine = self.rules.valid_may_die;
+                let unlisted_is_fine = self.rules.design.last_put_zaps;
                 let Some(r) = self.known(root, verdict) else { return };
                 r.zapping += 1;
                 if r.holds() <= 0 && !unlisted_is_fine {
@@ -223,7 +223,7 @@ impl RootLedger {
             verdict.broken(Rule::UnknownRoot, Some(root), None, "freed, but no live root".to_owned());
             return;
         };
-        if r.valid && !self.rules.valid_may_die {
+        if r.valid && !self.rules.design.last_put_zaps {
             verdict.broken(
                 Rule::FreedValid,
                 Some(root),
@@ -231,7 +231,7 @@ impl RootLedger {
                 "freed without having been invalid".to_owned(),
             );
         }
-        if !r.valid && r.scheduled == 0 && self.rules.schedules {
+        if !r.valid && r.scheduled == 0 && self.rules.design.schedules {
             let what = "invalidated, never scheduled to be zapped, and freed".to_owned();
             verdict.broken(Rule::NeverScheduled, Some(root), None, what);
         }
@@ -277,7 +277,7 @@ impl RootLedger {
                 let what = format!("the fast zap returned and the root is still held by {}", r.owners_text());
                 verdict.broken(Rule::GiftKept, Some(root), None, what);
             }
-            if self.rules.schedules && r.scheduled == 0 {
+            if self.rules.design.schedules && r.scheduled == 0 {
                 let what = "invalidated by a fast zap and not scheduled".to_owned();
                 verdict.broken(Rule::NeverScheduled, Some(root), None, what);
             }

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use tdpmmu_mmu::{Obligations, design};
 use tdpmmu_platform::Owner;
 use tdpmmu_spte::{Format, KernelProfile, SplitInFault};
 
@@ -178,23 +179,19 @@ pub struct Rules {
     pub split_in_fault: bool,
     /// Page statistics are kept.
     pub page_stats: bool,
-    /// The last put of a *valid* root zaps it in place, unlisted, unreferenced, and frees it (5.13-5.17).
-    pub valid_may_die: bool,
-    /// Each valid -> invalid transition schedules the root once (5.18 on); else a fast zap gifts on every visit (5.13-5.17).
-    pub schedules: bool,
+    /// What the design promises, and which freedoms it takes.
+    pub design: Obligations,
 }
 
 impl Rules {
-    /// The rules of `profile` with `format` under the zap design named `design`. A design that is not known is judged as a modern
-    /// one: invalidate first, schedule once.
+    /// The rules of `profile` with `format` under the zap design named `design`. A design that is not known is judged without
+    /// any freedom: invalidate first, schedule once, wait for everybody.
     pub fn of(profile: &KernelProfile, format: Format, design: &str) -> Self {
-        let inline = design == "inline";
         Self {
             format,
             split_in_fault: profile.split_in_fault == SplitInFault::Split,
             page_stats: profile.page_stats,
-            valid_may_die: inline,
-            schedules: !inline,
+            design: design::info(design).map_or(Obligations::STRICT, |info| info.obligations),
         }
     }
 }

@@ -78,6 +78,14 @@ pub trait Platform: Sized + Send + Sync + 'static {
     /// The calling thread serves others from now on: being woken, it does not take the CPU from whoever runs (a vCPU that
     /// queues work would else pay for the worker's first time slice). Nothing where the host has no such thing.
     fn background();
+    /// The CPUs that the calling thread may run on, ascending; empty where the host does not say.
+    fn cpus() -> Vec<usize> {
+        Vec::new()
+    }
+    /// Binds the calling thread to one CPU; nothing where the platform has none. Errors: what the host says.
+    fn pin(_cpu: usize) -> io::Result<()> {
+        Ok(())
+    }
     /// Starts a thread. Errors: what the host says, and a NUL in `name`.
     fn spawn(name: &str, body: Box<dyn FnOnce() + Send>) -> io::Result<JoinHandle>;
 }
@@ -182,6 +190,11 @@ pub trait RcuDomain: Send + Sync + Sized + 'static {
     /// Waits until everything deferred before the call is reclaimed. Not inside a read section.
     fn barrier(&self);
 
+    /// The timeline that the domain keeps, if it keeps one.
+    fn timeline(&self) -> Option<&Arc<Timeline>> {
+        None
+    }
+
     /// What the domain has counted and measured so far.
     fn stats(&self) -> RcuStats;
 
@@ -189,11 +202,6 @@ pub trait RcuDomain: Send + Sync + Sized + 'static {
     /// deferring thread as soon as no reader is in the way, at the latest by `barrier` or the drop of the domain.
     fn stop(&self);
 }
-
-    /// The timeline that the domain keeps, if it keeps one.
-    fn timeline(&self) -> Option<&Arc<Timeline>> {
-        None
-    }
 
 /// A thread's side of RCU. Sections nest.
 pub trait RcuReader: Send {

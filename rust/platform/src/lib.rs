@@ -47,7 +47,7 @@ pub use crate::{
     mmu_lock::{Guard, MmuLock},
     mutex::{Mutex, MutexGuard},
     observer::{Event, NO_TASK, Observer, Owner},
-    queue::WorkQueue,
+    queue::{Serve, WorkQueue},
     rcu::{Flavour, RcuConfig, RcuStats, Stall},
     rwlock::FairRwLock,
     site::Site,

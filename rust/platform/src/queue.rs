@@ -1,14 +1,17 @@
 //! A queue of work and its workers.
 //!
-//! **Guarantee.** Items start in the order in which they were queued. [`WorkQueue::flush`] returns when everything
-//! queued before the call has run to its end, whatever is queued meanwhile. [`WorkQueue::shutdown`] runs what
-//! is queued, then ends the workers.
+//! **Guarantee.** Items start in the order in which they were queued, each owner's for itself when some are held. [`WorkQueue::flush`] returns when
+//! everything queued before the call has run to its end, whatever is queued meanwhile; [`WorkQueue::flush_for`] the same of one
+//! owner's items, whatever others have in the queue. [`WorkQueue::shutdown`] runs what is queued, then ends the workers.
 //!
 //! **Mechanism.** Items are numbered as they are queued. What is not done is the queue, whose front has the smallest
 //! number, and at most one item per worker; the smallest number of both is how far everything is done.
+//!
+//! **Fault injection.** [`WorkQueue::hold_for`] keeps one owner's items from being started: a worker that is late, without a clock in the test.
 
 use std::{
     any::Any,
+    cell::Cell,
     collections::VecDeque,
     io,
     panic::{self, AssertUnwindSafe},
@@ -26,26 +29,57 @@ use crate::{
     site::Site,
 };
 
+/// A worker: made by its own thread, which then calls it.
+pub trait Serve<T> {
+    /// Runs an item.
+    fn run(&self, item: &T);
+    /// Called after each item, before each sleep, and soon after each [`WorkQueue::nudge`].
+    fn between(&self) {}
+}
+
+struct Closure<C, R> {
+    context: C,
+    run: Arc<R>,
+}
+
+impl<C, T, R: Fn(&C, &T)> Serve<T> for Closure<C, R> {
+    fn run(&self, item: &T) {
+        (self.run)(&self.context, item);
+    }
+}
+
+type Body<P, T> = Arc<dyn Fn(&Shared<P, T>, usize) + Send + Sync>;
+
 /// A first-in first-out queue served by worker threads.
 pub struct WorkQueue<P: Platform, T: Send + 'static> {
+    name: String,
     shared: Arc<Shared<P, T>>,
+    body: Body<P, T>,
     threads: Mutex<P, Vec<JoinHandle>>,
 }
 
 struct Shared<P: Platform, T> {
     state: Mutex<P, State<T>>,
-    /// Changes with each item queued and with the shutdown: idle workers sleep on it.
+    /// Changes with each item queued, each nudge and the shutdown: idle workers sleep on it.
     work: AtomicU32,
     /// Changes with each item done: flushers sleep on it.
     done: AtomicU32,
 }
 
+struct Item<T> {
+    number: u64,
+    owner: u64,
+    queued: u64,
+    what: T,
+}
+
 struct State<T> {
-    /// Number, time queued in ticks, item.
-    items: VecDeque<(u64, u64, T)>,
+    items: VecDeque<Item<T>>,
     next: u64,
-    /// What each worker is at.
-    running: Vec<Option<u64>>,
+    /// What each worker is at: number and owner.
+    running: Vec<Option<(u64, u64)>>,
+    /// Owners whose items are held back.
+    held: Vec<u64>,
     idle: u32,
     flushers: u32,
     stopping: bool,
@@ -54,11 +88,26 @@ struct State<T> {
 }
 
 impl<T> State<T> {
-    /// Every item with a smaller number is done.
-    fn done_below(&self) -> u64 {
-        let queued = self.items.front().map(|(number, ..)| *number);
-        self.running.iter().flatten().copied().chain(queued).min().unwrap_or(self.next)
+    /// Every item with a smaller number is done, of one owner or of all.
+    fn done_below(&self, owner: Option<u64>) -> u64 {
+        let counts = |of: u64| owner.is_none_or(|owner| owner == of);
+        let queued = self.items.iter().find(|item| counts(item.owner)).map(|item| item.number);
+        let running = self.running.iter().flatten().filter(|(_, of)| counts(*of)).map(|(number, _)| *number);
+        running.chain(queued).min().unwrap_or(self.next)
     }
+
+    fn take(&mut self) -> Option<Item<T>> {
+        if self.held.is_empty() {
+            return self.items.pop_front();
+        }
+        let free = self.items.iter().position(|item| !self.held.contains(&item.owner))?;
+        self.items.remove(free)
+    }
+}
+
+thread_local! {
+    /// The queue that this thread serves, by the address of its shared part.
+    static SERVES: Cell<usize> = const { Cell::new(0) };
 }
 
 impl<P: Platform, T: Send + 'static> WorkQueue<P, T> {
@@ -76,6 +125,16 @@ impl<P: Platform, T: Send + 'static> WorkQueue<P, T> {
         init: impl Fn(usize) -> C + Send + Sync + 'static,
         run: impl Fn(&C, &T) + Send + Sync + 'static,
     ) -> io::Result<Self> {
+        let run = Arc::new(run);
+        Self::served(name, workers, move |index| Closure { context: init(index), run: run.clone() })
+    }
+
+    /// Like [`WorkQueue::new`], with workers that `init` makes, each in its own thread, from its index.
+    pub fn served<S: Serve<T> + 'static>(
+        name: &str,
+        workers: usize,
+        init: impl Fn(usize) -> S + Send + Sync + 'static,
+    ) -> io::Result<Self> {
         if workers == 0 {
             let message = format!("work queue {name:?}: 0 workers would never run anything");
             return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
@@ -84,7 +143,8 @@ impl<P: Platform, T: Send + 'static> WorkQueue<P, T> {
             state: Mutex::new(State {
                 items: VecDeque::new(),
                 next: 0,
-                running: vec![None; workers],
+                running: Vec::new(),
+                held: Vec::new(),
                 idle: 0,
                 flushers: 0,
                 stopping: false,
@@ -94,24 +154,54 @@ impl<P: Platform, T: Send + 'static> WorkQueue<P, T> {
             work: AtomicU32::new(0),
             done: AtomicU32::new(0),
         });
-        let queue = WorkQueue { shared, threads: Mutex::new(Vec::new()) };
-        let body = Arc::new((init, run));
-        for index in 0..workers {
-            let (shared, body) = (queue.shared.clone(), body.clone());
-            let work = move || {
-                P::background();
-                let context = (body.0)(index);
-                shared.serve(index, |item| (body.1)(&context, item));
-            };
-            // On an error the queue is dropped, which ends the workers there are.
-            let handle = P::spawn(&format!("{name}/{index}"), Box::new(work))?;
-            queue.threads.lock().push(handle);
-        }
+        let body: Body<P, T> = Arc::new(move |shared, index| shared.serve(index, &init(index)));
+        let queue = WorkQueue { name: name.to_owned(), shared, body, threads: Mutex::new(Vec::new()) };
+        // On an error the queue is dropped, which ends the workers there are.
+        queue.grow(workers)?;
         Ok(queue)
     }
 
-    /// Queues an item. After `shutdown` it is run by nobody and dropped; returns whether it was queued.
+    /// Starts workers until there are `workers`; nothing after a shutdown. Errors: a thread could not be started (those
+    /// started before stay).
+    pub fn grow(&self, workers: usize) -> io::Result<()> {
+        let mut threads = self.threads.lock();
+        loop {
+            let index = {
+                let mut state = self.shared.state.lock();
+                if state.stopping || state.running.len() >= workers {
+                    return Ok(());
+                }
+                state.running.push(None);
+                state.running.len() - 1
+            };
+            let (shared, body) = (self.shared.clone(), self.body.clone());
+            let work = move || {
+                P::background();
+                SERVES.set(Arc::as_ptr(&shared).addr());
+                body(&shared, index);
+            };
+            match P::spawn(&format!("{}/{index}", self.name), Box::new(work)) {
+                Ok(handle) => threads.push(handle),
+                Err(error) => {
+                    self.shared.state.lock().running.pop();
+                    return Err(error);
+                }
+            }
+        }
+    }
+
+    /// Workers started so far.
+    pub fn workers(&self) -> usize {
+        self.shared.state.lock().running.len()
+    }
+
+    /// Queues an item of owner 0. After `shutdown` it is run by nobody and dropped; returns whether it was queued.
     pub fn queue(&self, item: T) -> bool {
+        self.queue_for(0, item)
+    }
+
+    /// Queues an item of `owner`, as [`WorkQueue::queue`] does.
+    pub fn queue_for(&self, owner: u64, item: T) -> bool {
         P::point(Site::QueueWork);
         let mut state = self.shared.state.lock();
         if state.stopping {
@@ -119,7 +209,7 @@ impl<P: Platform, T: Send + 'static> WorkQueue<P, T> {
         }
         let number = state.next;
         state.next += 1;
-        state.items.push_back((number, P::ticks(), item));
+        state.items.push_back(Item { number, owner, queued: P::ticks(), what: item });
         self.shared.work.fetch_add(1, Ordering::Release);
         let idle = state.idle > 0;
         drop(state);
@@ -131,11 +221,20 @@ impl<P: Platform, T: Send + 'static> WorkQueue<P, T> {
 
     /// Waits until everything queued so far has run. Not from a worker: it would wait for itself.
     pub fn flush(&self) {
+        self.flush_owner(None);
+    }
+
+    /// Waits until everything that `owner` has queued so far has run. Not from a worker.
+    pub fn flush_for(&self, owner: u64) {
+        self.flush_owner(Some(owner));
+    }
+
+    fn flush_owner(&self, owner: Option<u64>) {
         P::point(Site::QueueFlush);
         let shared = &*self.shared;
         let mut state = shared.state.lock();
         let target = state.next;
-        while state.done_below() < target {
+        while state.done_below(owner) < target {
             state.flushers += 1;
             let seen = shared.done.load(Ordering::Acquire);
             drop(state);
@@ -145,19 +244,41 @@ impl<P: Platform, T: Send + 'static> WorkQueue<P, T> {
         }
     }
 
-    /// Runs what is queued, then ends the workers; idempotent. A panic of `run` is rethrown here, once.
+    /// Keeps the items of `owner` from being started; what runs goes on. Ended by [`WorkQueue::release_for`] and by the shutdown.
+    pub fn hold_for(&self, owner: u64) {
+        let mut state = self.shared.state.lock();
+        if !state.stopping {
+            state.held.push(owner);
+        }
+    }
+
+    /// Lets the items of `owner` be started again.
+    pub fn release_for(&self, owner: u64) {
+        self.shared.state.lock().held.retain(|held| *held != owner);
+        self.nudge();
+    }
+
+    /// Wakes every worker that sleeps, so that it calls [`Serve::between`].
+    pub fn nudge(&self) {
+        self.shared.work.fetch_add(1, Ordering::Release);
+        P::futex_wake(&self.shared.work, u32::MAX);
+    }
+
+    /// Runs what is queued, held or not, then ends the workers; idempotent. A panic of `run` is rethrown here, once.
+    /// Called by a worker of the queue itself it waits for nobody: the workers end when nothing is left.
     pub fn shutdown(&self) {
-        let mut threads = self.threads.lock();
         let mut state = self.shared.state.lock();
         state.stopping = true;
-        self.shared.work.fetch_add(1, Ordering::Release);
+        state.held.clear();
         drop(state);
-        P::futex_wake(&self.shared.work, u32::MAX);
+        self.nudge();
+        if SERVES.get() == Arc::as_ptr(&self.shared).addr() {
+            return;
+        }
         let mut payload = None;
-        for handle in threads.drain(..) {
+        for handle in self.threads.lock().drain(..) {
             payload = payload.or(handle.join().err());
         }
-        drop(threads);
         payload = self.shared.state.lock().panic.take().or(payload);
         if let Some(payload) = payload.filter(|_| !thread::panicking()) {
             panic::resume_unwind(payload);
@@ -181,18 +302,18 @@ impl<P: Platform, T: Send + 'static> WorkQueue<P, T> {
 }
 
 impl<P: Platform, T> Shared<P, T> {
-    fn serve(&self, index: usize, run: impl Fn(&T)) {
+    fn serve(&self, index: usize, worker: &impl Serve<T>) {
         let mut state = self.state.lock();
         loop {
-            if let Some((number, queued, item)) = state.items.pop_front() {
-                state.running[index] = Some(number);
+            if let Some(Item { number, owner, queued, what }) = state.take() {
+                state.running[index] = Some((number, owner));
                 state.delay_ns.record(P::ticks_to_ns(P::ticks().saturating_sub(queued)));
                 drop(state);
                 P::point(Site::QueueRun);
                 // A panic must not leave a flush waiting for an item that will never be done.
                 let result = panic::catch_unwind(AssertUnwindSafe(|| {
-                    run(&item);
-                    drop(item);
+                    worker.run(&what);
+                    drop(what);
                 }));
                 P::point(Site::QueueRun);
                 state = self.state.lock();
@@ -201,16 +322,19 @@ impl<P: Platform, T> Shared<P, T> {
                     state.panic.get_or_insert(payload);
                 }
                 self.done.fetch_add(1, Ordering::Release);
-                if state.flushers > 0 {
-                    drop(state);
+                let flushers = state.flushers > 0;
+                drop(state);
+                if flushers {
                     P::futex_wake(&self.done, u32::MAX);
-                    state = self.state.lock();
                 }
+                worker.between();
+                state = self.state.lock();
             } else if state.stopping {
                 return;
             } else {
                 let seen = self.work.load(Ordering::Acquire);
                 drop(state);
+                worker.between();
                 let more = self.linger(seen);
                 state = self.state.lock();
                 if !more && self.work.load(Ordering::Relaxed) == seen {

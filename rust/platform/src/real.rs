@@ -119,6 +119,14 @@ impl Platform for Real {
         sched::background();
     }
 
+    fn cpus() -> Vec<usize> {
+        sched::cpus()
+    }
+
+    fn pin(cpu: usize) -> io::Result<()> {
+        sched::pin(cpu)
+    }
+
     fn spawn(name: &str, body: Box<dyn FnOnce() + Send>) -> io::Result<JoinHandle> {
         // std panics on a NUL in a thread's name; an error is what the caller can handle.
         if name.contains('\0') {

@@ -1,4 +1,6 @@
-//! How the host's scheduler is to treat the calling thread.
+//! How the host's scheduler is to treat the calling thread, and where.
+
+use std::io;
 
 /// Makes the calling thread a batch task: being woken, it does not take the CPU from whoever runs. A refusal costs latency, nothing else.
 pub(crate) fn background() {
@@ -6,4 +8,34 @@ pub(crate) fn background() {
     let param: libc::sched_param = unsafe { std::mem::zeroed() };
     // SAFETY: acts on the calling thread only; `param` outlives the call.
     unsafe { libc::sched_setscheduler(0, libc::SCHED_BATCH, &param) };
+}
+
+/// The CPUs that the calling thread may run on, ascending; empty when the host does not say.
+pub(crate) fn cpus() -> Vec<usize> {
+    // SAFETY: all zeroes is the empty cpu_set_t.
+    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+    // SAFETY: acts on the calling thread; `set` is as large as the size given.
+    let failed = unsafe { libc::sched_getaffinity(0, size_of_val(&set), &raw mut set) } != 0;
+    if failed {
+        return Vec::new();
+    }
+    // SAFETY: each number is below CPU_SETSIZE, as many as the set has bits.
+    (0..libc::CPU_SETSIZE as usize).filter(|&cpu| unsafe { libc::CPU_ISSET(cpu, &set) }).collect()
+}
+
+/// Binds the calling thread to one CPU.
+pub(crate) fn pin(cpu: usize) -> io::Result<()> {
+    if cpu >= libc::CPU_SETSIZE as usize {
+        let message = format!("CPU {cpu}: numbers end at {}", libc::CPU_SETSIZE - 1);
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
+    }
+    // SAFETY: all zeroes is the empty cpu_set_t.
+    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+    // SAFETY: `cpu` was tested to be below CPU_SETSIZE.
+    unsafe { libc::CPU_SET(cpu, &mut set) };
+    // SAFETY: acts on the calling thread only; `set` outlives the call and is as large as the size given.
+    if unsafe { libc::sched_setaffinity(0, size_of_val(&set), &raw const set) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
 }

@@ -53,6 +53,7 @@ pub const DESIGNS: &[&str] = &[
     "system-workqueue",
     "no-second-phase",
     "second-list",
+    "second-list-worker",
     "async-worker",
     "async-worker-owned",
     "sync",

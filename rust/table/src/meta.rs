@@ -21,6 +21,8 @@ pub enum TableFlag {
     NxDisallowed = 4,
     /// On the root list.
     Listed = 8,
+    /// The last reference of this root was dropped while it was valid (design `defunct-flag`).
+    Defunct = 16,
 }
 
 /// One table's header. See the module text for who may write what.
@@ -40,6 +42,8 @@ pub struct TableMeta {
     pub next: AtomicU32,
     /// Back link of the same list.
     pub prev: AtomicU32,
+    /// Link of a list that the zap design keeps of roots, beside the root list.
+    pub second: AtomicU32,
     /// Zap owner's note: TSC low bits of the invalidation, for latency attribution.
     pub stamp: AtomicU64,
 }
@@ -59,6 +63,7 @@ impl TableMeta {
         self.refs.store(0, Relaxed);
         self.next.store(u32::MAX, Relaxed);
         self.prev.store(u32::MAX, Relaxed);
+        self.second.store(u32::MAX, Relaxed);
         self.stamp.store(0, Relaxed);
     }
 

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use tdpmmu_mmu::OtherOwnership;
+use tdpmmu_mmu::{DesignOptions, OtherOwnership, QueueKind};
 use tdpmmu_platform::{Observer, RcuConfig, TaskConfig};
 use tdpmmu_spte::{Format, FormatKind, KernelProfile, LEVEL_1G, Ownership, Passes};
 
@@ -10,6 +10,9 @@ use crate::VmError;
 
 /// Most pages of a modelled host: 64 TiB for a guest, and 4 GiB for what a test puts beside it.
 pub const MAX_HOST_PAGES: u64 = (1 << 34) + (1 << 20);
+
+/// Most worker threads of one VM.
+pub const MAX_WORKERS: usize = 1024;
 
 /// Everything that decides how a VM behaves. `None` means the design's historic setting, else the profile's.
 #[derive(Clone)]
@@ -28,8 +31,12 @@ pub struct VmConfig {
     pub passes: Option<Passes>,
     /// Who owns a root's first reference.
     pub ownership: Option<Ownership>,
-    /// Worker threads of designs with a queue.
+    /// Worker threads of designs with a queue, at least 1; others ignore this and the next two.
     pub workers: usize,
+    /// CPUs that workers are bound to, worker n to the n-th, round and round; empty: not bound.
+    pub worker_cpus: Vec<usize>,
+    /// Whose queue the workers serve.
+    pub worker_queue: Option<QueueKind>,
     /// vCPUs.
     pub vcpus: usize,
     /// Most page-table pages that may exist.
@@ -66,6 +73,8 @@ impl VmConfig {
             passes: None,
             ownership: None,
             workers: 1,
+            worker_cpus: Vec::new(),
+            worker_queue: None,
             vcpus: 1,
             max_tables: 1 << 20,
             hugepages: true,
@@ -83,6 +92,15 @@ impl VmConfig {
     /// The design's name that holds.
     pub fn design_name(&self) -> &str {
         self.design.as_deref().unwrap_or(self.profile.design)
+    }
+
+    /// What the design is built with.
+    pub fn design_options(&self) -> DesignOptions {
+        DesignOptions {
+            workers: self.workers,
+            worker_cpus: self.worker_cpus.clone(),
+            queue: self.worker_queue,
+        }
     }
 
     /// Checks the values against each other; returns what holds: (passes, ownership).
@@ -115,6 +133,9 @@ impl VmConfig {
         }
         if self.max_tables == 0 {
             return bad("max_tables", self.max_tables.to_string(), "at least one table");
+        }
+        if self.workers == 0 || self.workers > MAX_WORKERS {
+            return bad("workers", self.workers.to_string(), "1 to 1024 worker threads");
         }
         let name = self.design_name();
         let Some(info) = tdpmmu_mmu::design::info(name) else {

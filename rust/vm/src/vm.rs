@@ -135,7 +135,7 @@ impl<P: Platform> Vm<P> {
     /// [`VmError::Config`], [`VmError::Host`], [`VmError::Pool`].
     pub fn new(config: VmConfig) -> Result<Self, VmError> {
         let (passes, ownership) = config.check()?;
-        let design = design::build::<P>(config.design_name(), config.workers)
+        let design = design::build::<P>(config.design_name(), &config.design_options())
             .map_err(|e| VmError::Mmu(e.to_string()))?;
         // SRCU waits for faults, which may wait for mmu_lock for as long as a zap holds it: no stall reports.
         let srcu = RcuConfig { batch_delay_ns: 0, stall_ns: u64::MAX, observer: None, ..config.rcu.clone() };
@@ -151,8 +151,11 @@ impl<P: Platform> Vm<P> {
             check_frames: config.check_frames,
             max_level: config.max_level,
         };
-        // 5.18 drops obsolete roots only; before, a reload dropped all (the profiles between 5.15 and 5.18 differ in both switches).
-        let reload = if rules.stale_root_check { request::FREE_OBSOLETE_ROOTS } else { request::RELOAD };
+        // 5.18 drops obsolete roots only; before, a reload dropped all (the profiles between 5.15 and 5.18 differ in both switches). A
+        // design that keeps its roots valid has no obsolete ones: it asks as 5.10 did.
+        let keeps = design::info(config.design_name()).is_some_and(|info| info.obligations.keeps_roots);
+        let reload =
+            if rules.stale_root_check && !keeps { request::FREE_OBSOLETE_ROOTS } else { request::RELOAD };
         let mmu = TdpMmu::new(
             MmuConfig {
                 profile: config.profile,

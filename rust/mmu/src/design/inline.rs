@@ -24,13 +24,9 @@ impl<P: Platform> ZapDesign<P> for Inline {
         "inline"
     }
 
-    fn last_put(&self, mmu: &TdpMmu<P>, task: &Task<P>, root: u32, held: Held<'_, '_, P>) {
+    fn last_put(&self, mmu: &TdpMmu<P>, task: &Task<P>, root: u32, mut held: Held<'_, '_, P>) {
         mmu.unlist_root(root);
-        match held {
-            Held::Shared(guard) => mmu.zap_root(guard, root, Yield::Never),
-            Held::Exclusive(guard) => mmu.zap_root(guard, root, Yield::Never),
-            Held::No => mmu.zap_root(&mut mmu.lock.read(task), root, Yield::Never),
-        }
+        held.zap(mmu, task, root, Yield::Never);
         mmu.free_root(task, root);
     }
 

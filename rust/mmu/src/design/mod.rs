@@ -5,7 +5,8 @@
 //! give up mmu_lock, its root is listed with a count above zero, so that a notifier reaches the SPTEs too.
 //!
 //! **Mechanism.** A design is a `&dyn`, called per root, never per entry. The engine calls it at six places; each design's file
-//! reads like its state machine. To write one more: implement [`ZapDesign`], add a row to [`DESIGNS`].
+//! reads like its state machine. To write one more, from outside this crate too: implement
+//! [`ZapDesign`], tell [`register`] (`docs/designs.md`).
 //!
 //! ```text
 //! fast zap (slots_lock held)          unload / worker                    VM destruction
@@ -18,19 +19,81 @@
 //! ```
 
 mod async_worker;
+mod async_worker_owned;
+mod defunct_flag;
+mod in_place;
 mod inline;
+mod list;
+mod no_second_phase;
+mod queue;
+mod registry;
+mod second_list;
+mod second_list_worker;
 mod sync;
+mod system_workqueue;
 
-use std::sync::{Arc, Weak};
+use std::sync::Weak;
 
-use tdpmmu_platform::{Exclusive, Guard, Platform, Shared, Task};
-use tdpmmu_spte::{KernelProfile, Ownership, Passes};
+use tdpmmu_platform::{Event, Exclusive, Guard, Histogram, Platform, Shared, Task};
+use tdpmmu_spte::{KernelProfile, Passes};
 
 pub use async_worker::AsyncWorker;
+pub use async_worker_owned::AsyncWorkerOwned;
+pub use defunct_flag::DefunctFlag;
+pub use in_place::InPlace;
 pub use inline::Inline;
+pub use list::{DESIGNS, DesignInfo, Obligations, OtherOwnership};
+pub use no_second_phase::NoSecondPhase;
+pub use queue::ZapQueue;
+pub use registry::{RegisterError, UnknownDesign, build, info, names, register};
+pub use second_list::SecondList;
+pub use second_list_worker::SecondListWorker;
 pub use sync::Sync;
+pub use system_workqueue::SystemWorkqueue;
 
 use crate::TdpMmu;
+use crate::walk::Yield;
+
+/// Whose queue the workers of a design serve.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum QueueKind {
+    /// The VM's own (`alloc_workqueue`): drained before the VM goes.
+    PerVm,
+    /// The system's, shared by all VMs of the process: each item holds a user reference of its VM.
+    System,
+}
+
+impl QueueKind {
+    /// Its name on the command line.
+    pub const fn name(self) -> &'static str {
+        match self {
+            QueueKind::PerVm => "per-vm",
+            QueueKind::System => "system",
+        }
+    }
+
+    /// The kind of that name.
+    pub fn parse(name: &str) -> Option<Self> {
+        [Self::PerVm, Self::System].into_iter().find(|kind| kind.name() == name)
+    }
+}
+
+/// What a design is built with; designs without workers ignore it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DesignOptions {
+    /// Worker threads, at least 1. (The kernel's queues are unbound: as many as there are items and CPUs.)
+    pub workers: usize,
+    /// CPUs that workers are bound to, worker n to the n-th, round and round; empty: not bound.
+    pub worker_cpus: Vec<usize>,
+    /// Whose queue; `None`: the design's own kind.
+    pub queue: Option<QueueKind>,
+}
+
+impl Default for DesignOptions {
+    fn default() -> Self {
+        Self { workers: 1, worker_cpus: Vec::new(), queue: None }
+    }
+}
 
 /// How the caller of a put holds mmu_lock.
 pub enum Held<'g, 'a, P: Platform> {
@@ -40,6 +103,17 @@ pub enum Held<'g, 'a, P: Platform> {
     Shared(&'g mut Guard<'a, P, Shared>),
     /// Exclusive.
     Exclusive(&'g mut Guard<'a, P, Exclusive>),
+}
+
+impl<P: Platform> Held<'_, '_, P> {
+    /// Empties `root` under the caller's lock, or under the shared one.
+    pub fn zap(&mut self, mmu: &TdpMmu<P>, task: &Task<P>, root: u32, yields: Yield) {
+        match self {
+            Held::Shared(guard) => mmu.zap_root(guard, root, yields),
+            Held::Exclusive(guard) => mmu.zap_root(guard, root, yields),
+            Held::No => mmu.zap_root(&mut mmu.lock.read(task), root, yields),
+        }
+    }
 }
 
 impl<'g, 'a, P: Platform> From<&'g mut Guard<'a, P, Shared>> for Held<'g, 'a, P> {
@@ -59,12 +133,17 @@ pub trait ZapDesign<P: Platform>: Send + std::marker::Sync {
     /// Its name on the command line.
     fn name(&self) -> &'static str;
 
+    /// The workers' queue of a design that has one; what follows from it (`attach`, `quiesce`, measurements) is done by the methods below.
+    fn queue(&self) -> Option<&ZapQueue<P>> {
+        None
+    }
+
     /// Called once, before anything else: the place to start workers.
     ///
     /// # Errors
     /// What the host says when a thread cannot be started.
-    fn attach(&self, _mmu: Weak<TdpMmu<P>>) -> std::io::Result<()> {
-        Ok(())
+    fn attach(&self, mmu: Weak<TdpMmu<P>>) -> std::io::Result<()> {
+        self.queue().map_or(Ok(()), |queue| queue.attach(mmu))
     }
 
     /// The last reference of `root` is gone; `held` is how the caller holds mmu_lock.
@@ -81,19 +160,23 @@ pub trait ZapDesign<P: Platform>: Send + std::marker::Sync {
 
     /// Waits until everything that is queued has been done; what nobody queued is nobody's business here. Unlike
     /// [`ZapDesign::finish`] it may be called at any time: it takes on no obligation of a fast zap.
-    fn quiesce(&self) {}
+    fn quiesce(&self) {
+        if let Some(queue) = self.queue() {
+            queue.flush();
+        }
+    }
 
     /// The VM goes away, no vCPU holds a root any more: leaves no root and no worker behind.
     fn drain(&self, mmu: &TdpMmu<P>, task: &Task<P>);
 
     /// Time from queueing to start of work items, for designs that have a queue.
-    fn queue_ns(&self) -> Option<tdpmmu_platform::Histogram> {
-        None
+    fn queue_ns(&self) -> Option<Histogram> {
+        self.queue().map(ZapQueue::queue_ns)
     }
 
     /// What each worker has measured since the last call; waits until the queue is empty.
     fn take_worker_reports(&self) -> Vec<WorkerReport> {
-        Vec::new()
+        self.queue().map_or_else(Vec::new, ZapQueue::take_worker_reports)
     }
 }
 
@@ -107,99 +190,19 @@ pub struct WorkerReport {
     pub cpu_ns: u64,
 }
 
-/// What is known about a design before one is built.
-#[derive(Clone, Copy, Debug)]
-pub struct DesignInfo {
-    /// Its name.
-    pub name: &'static str,
-    /// Kernels that had it.
-    pub mainline: &'static str,
-    /// One line for tables and help.
-    pub summary: &'static str,
-    /// Its historic passes; `None`: the kernel profile's.
-    pub passes: Option<Passes>,
-    /// Who owns the first reference.
-    pub ownership: Ownership,
-    /// May the ownership be changed, and what does the other one mean?
-    pub other_ownership: OtherOwnership,
-    /// Zaps an invalid root once and for all: sound only where no fault maps under one (`stale_root_check` of the profile).
-    pub needs_stale_root_check: bool,
-    /// Wrong on purpose: never part of `all`.
-    pub flawed: bool,
+impl<P: Platform> TdpMmu<P> {
+    /// Reports that the zap of `root` has been promised: once in its life, at the transition from valid to invalid (P-1).
+    pub fn note_scheduled(&self, task: &Task<P>, root: u32) {
+        if let Some(observer) = self.observer() {
+            observer.event(task.id(), &Event::RootSchedule { root });
+        }
+    }
+
+    /// Returns when every hold of mmu_lock that was under way has ended: whoever had unlinked a subtree has emptied it by then.
+    pub fn await_holders(&self, task: &Task<P>) {
+        drop(self.lock.write(task));
+    }
 }
-
-/// What the other owner of the first reference would mean for a design.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum OtherOwnership {
-    /// It makes sense; with the note shown in help.
-    Allowed,
-    /// It makes no sense, and why.
-    Refused(&'static str),
-}
-
-/// The designs that exist, oldest first.
-pub const DESIGNS: &[DesignInfo] = &[
-    DesignInfo {
-        name: "inline",
-        mainline: "5.13-5.17",
-        summary: "the last put zaps in place, unyielding; a fast zap invalidates, then zaps under the shared lock",
-        passes: Some(Passes::ROOT),
-        ownership: Ownership::Vcpu,
-        other_ownership: OtherOwnership::Refused(
-            "with a reference of the MMU's own no vCPU ever drops the last one, so nothing would be zapped inline",
-        ),
-        // What a fault maps after the zap, the last put zaps.
-        needs_stale_root_check: false,
-        flawed: false,
-    },
-    DesignInfo {
-        name: "async-worker",
-        mainline: "5.18-6.3",
-        summary: "a per-VM worker zaps; every valid->invalid transition queues once; a fast zap flushes the queue",
-        passes: Some(Passes::ROOT_1G),
-        ownership: Ownership::Vcpu,
-        other_ownership: OtherOwnership::Refused(
-            "that is the design async-worker-owned (6.4-6.5), which gifts the MMU's reference to the worker",
-        ),
-        needs_stale_root_check: true,
-        flawed: false,
-    },
-    DesignInfo {
-        name: "sync",
-        mainline: "6.6+, 6.1.y stable",
-        summary: "the MMU owns a reference; only a fast zap tears down, in the caller, under the shared lock",
-        passes: None,
-        ownership: Ownership::Mmu,
-        other_ownership: OtherOwnership::Refused(
-            "nobody would zap a root whose last vCPU reference is dropped: its tables would leak",
-        ),
-        needs_stale_root_check: true,
-        flawed: false,
-    },
-];
-
-/// Looks a design up by name.
-pub fn info(name: &str) -> Option<&'static DesignInfo> {
-    DESIGNS.iter().find(|d| d.name == name)
-}
-
-/// Builds a design by name; `workers` for those that have a queue.
-///
-/// # Errors
-/// The name, when there is no such design.
-pub fn build<P: Platform>(name: &str, workers: usize) -> Result<Arc<dyn ZapDesign<P>>, UnknownDesign> {
-    Ok(match name {
-        "inline" => Arc::new(Inline),
-        "async-worker" => Arc::new(AsyncWorker::new(workers)),
-        "sync" => Arc::new(Sync),
-        _ => return Err(UnknownDesign(name.to_owned())),
-    })
-}
-
-/// No design has this name.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("unknown zap design {0:?}; known: {known}", known = DESIGNS.iter().map(|d| d.name).collect::<Vec<_>>().join(", "))]
-pub struct UnknownDesign(pub String);
 
 /// The passes that a run uses: what was asked for, else the design's historic ones, else the profile's.
 pub fn effective_passes(asked: Option<Passes>, design: &DesignInfo, profile: &KernelProfile) -> Passes {

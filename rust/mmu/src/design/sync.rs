@@ -9,7 +9,7 @@
 //! without it a second fast zap would put a reference it does not own (that is bug-history 21 again). It changes under slots_lock
 //! only. A last put on a valid root cannot happen. The zap precedes the put, so the root is reachable by notifiers throughout.
 
-use tdpmmu_platform::{Event, Exclusive, Guard, Owner, Platform, Task};
+use tdpmmu_platform::{Exclusive, Guard, Owner, Platform, Task};
 use tdpmmu_table::TableFlag;
 
 use super::{Held, ZapDesign};
@@ -37,9 +37,7 @@ impl<P: Platform> ZapDesign<P> for Sync {
         for root in mmu.listed_roots() {
             if !mmu.is_obsolete(root) {
                 mmu.pool().meta(root).set(TableFlag::Scheduled);
-                if let Some(observer) = mmu.observer() {
-                    observer.event(task.id(), &Event::RootSchedule { root });
-                }
+                mmu.note_scheduled(task, root);
                 mmu.invalidate_root(task, root);
             }
         }

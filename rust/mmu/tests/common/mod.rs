@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use tdpmmu_mmu::{Frame, MapFault, MapOutcome, MmuConfig, NoHost, TdpMmu, design};
+use tdpmmu_mmu::{DesignOptions, Frame, MapFault, MapOutcome, MmuConfig, NoHost, TdpMmu, design};
 use tdpmmu_platform::{Observer, Owner, Preempt, RcuConfig, Real, Role, Task, TaskConfig};
 use tdpmmu_spte::{FormatKind, KernelProfile, Passes};
 use tdpmmu_table::TableCache;
@@ -50,7 +50,11 @@ impl Setup {
             maxphyaddr: 52,
             passes: design::effective_passes(asked, info, &profile),
             ownership: info.ownership,
-            design: design::build(self.design, self.workers).expect("a known design"),
+            design: design::build(
+                self.design,
+                &DesignOptions { workers: self.workers, ..DesignOptions::default() },
+            )
+            .expect("a known design"),
             max_tables: self.max_tables,
             hugepages: false,
             batch: self.batch,

@@ -4,8 +4,8 @@
 use std::sync::Arc;
 
 use tdpmmu_mmu::{
-    BulkError, BulkMap, DESIGNS, FastOutcome, Frame, MapFault, MapOutcome, MmuConfig, NoHost, TdpMmu,
-    ZapDesign, design,
+    BulkError, BulkMap, DESIGNS, DesignOptions, FastOutcome, Frame, MapFault, MapOutcome, MmuConfig, NoHost,
+    TdpMmu, ZapDesign, design,
 };
 use tdpmmu_oracle::{Judge, Rule, Rules};
 use tdpmmu_platform::{Observer, Owner, Preempt, RcuConfig, Real, Role, Task, TaskConfig};
@@ -56,7 +56,9 @@ pub struct World {
 impl Setup {
     pub fn build(&self) -> World {
         let info = design::info(self.design).expect("a known design");
-        let design = design::build(self.design, self.workers).expect("a known design");
+        let design =
+            design::build(self.design, &DesignOptions { workers: self.workers, ..DesignOptions::default() })
+                .expect("a known design");
         self.build_with(design, info.name)
     }
 
@@ -116,9 +118,8 @@ impl World {
 
     /// Waits for queued zaps, if the design has a queue.
     pub fn settle(&self, task: &Task<Real>) {
-        if self.setup.design == "async-worker" {
-            self.mmu.design().finish(&self.mmu, task);
-        }
+        let _waiting = task.phase(tdpmmu_platform::Phase::QueueDelay);
+        self.mmu.design().quiesce();
     }
 
     pub fn fast_zap(&self, task: &Task<Real>) {

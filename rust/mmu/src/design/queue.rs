@@ -1,0 +1,434 @@
+//! The workers of a zap design: a queue of a VM's own, or the system's, which all VMs share.
+//!
+//! **Guarantee.** What [`ZapQueue::schedule`] took is run once, by a worker, in the order of scheduling. [`ZapQueue::flush`] returns when everything that *this* VM had scheduled
+//! has ended, whatever other VMs have in the queue. After [`ZapQueue::shutdown`] no worker touches the MMU again; a system
+//! worker then works on for others, and ends with the last VM.
+//!
+//! **Mechanism.** A *crew* is a [`WorkQueue`] and its workers; a *client* is one VM's account with it: its number (the owner of its
+//! items), its delays, its reports. A VM with a queue of its own is the only client of its crew (`alloc_workqueue`, 5.18); the system's
+//! crew is found by platform type and lives as long as one of its clients. A worker is a thread and one [`Task`] per client it has met.
+//!
+//! **Whose VM is it?** A queue of the VM's own is drained before the VM goes, so its items need hold nothing. The system's queue knows no VM: each item takes a user reference
+//! ([`TdpMmu::get_user`]) and gives it back at its end. A dying VM has none to give: then `schedule` declines, and who asked zaps.
+//!
+//! **Reports** are asked for, not pushed: each worker answers between two items, for itself, and never waits for another.
+//! **Fault injection**: [`ZapQueue::hold`] keeps this VM's items from being started until [`ZapQueue::release`].
+
+use std::any::{Any, TypeId};
+use std::cell::{Cell, RefCell};
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+
+use tdpmmu_platform::queue::Serve;
+use tdpmmu_platform::{Histogram, Owner, Platform, Role, Task, WorkQueue};
+
+use super::{DesignOptions, Held, QueueKind, WorkerReport};
+use crate::TdpMmu;
+use crate::walk::Yield;
+
+/// What a worker does with what was scheduled.
+type Work<P> = Arc<dyn Fn(&TdpMmu<P>, &Task<P>, u32) + Send + Sync>;
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// See the module text.
+pub struct ZapQueue<P: Platform> {
+    kind: QueueKind,
+    workers: usize,
+    cpus: Vec<usize>,
+    work: Work<P>,
+    place: OnceLock<(Arc<Crew<P>>, Arc<Client<P>>)>,
+    /// Scheduled when the VM was dying, by a task that could not zap at once.
+    owed: Mutex<Vec<u32>>,
+}
+
+impl<P: Platform> ZapQueue<P> {
+    /// A queue whose workers zap the root that was scheduled, under the shared lock, yielding, and put its [`Owner::Work`] reference.
+    /// `own`: the design's kind of queue, if `options` do not ask for the other.
+    pub fn new(own: QueueKind, options: &DesignOptions) -> Self {
+        Self::with_work(own, options, |mmu, task, root| {
+            let mut guard = mmu.lock.read(task);
+            mmu.zap_root(&mut guard, root, Yield::Allowed);
+            mmu.put_root(task, root, Owner::Work, Held::Shared(&mut guard));
+        })
+    }
+
+    /// A queue whose workers do `work` with the number that was queued.
+    pub fn with_work(
+        own: QueueKind,
+        options: &DesignOptions,
+        work: impl Fn(&TdpMmu<P>, &Task<P>, u32) + Send + Sync + 'static,
+    ) -> Self {
+        Self {
+            kind: options.queue.unwrap_or(own),
+            workers: options.workers.max(1),
+            cpus: options.worker_cpus.clone(),
+            work: Arc::new(work),
+            place: OnceLock::new(),
+            owed: Mutex::default(),
+        }
+    }
+
+    /// Starts the workers, or joins those of the system; from [`super::ZapDesign::attach`].
+    ///
+    /// # Errors
+    /// A thread that cannot be started; a CPU that this process may not use.
+    pub fn attach(&self, mmu: Weak<TdpMmu<P>>) -> io::Result<()> {
+        let allowed = P::cpus();
+        if let Some(cpu) = self.cpus.iter().find(|cpu| !allowed.is_empty() && !allowed.contains(cpu)) {
+            let message = format!("worker CPU {cpu}: this process may use {allowed:?}");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
+        }
+        let client = Client::new(mmu, self.work.clone());
+        let crew = match self.kind {
+            QueueKind::PerVm => {
+                let crew = Crew::start("tdp_mmu_zap_wq", Some(client.clone()), self.workers, &self.cpus)?;
+                // Every worker has its task before the first root is scheduled, and a report is one of each.
+                client.await_tasks(self.workers);
+                crew
+            }
+            QueueKind::System => Crew::of_system(self.workers, &self.cpus)?,
+        };
+        let _ = self.place.set((crew, client));
+        Ok(())
+    }
+
+    /// Hands `root` to a worker, with one [`Owner::Work`] reference that the caller has taken or re-armed. False: the VM is dying and no worker may have it; zap it yourself.
+    #[must_use = "a root that no worker takes must be zapped by the caller"]
+    pub fn schedule(&self, mmu: &TdpMmu<P>, task: &Task<P>, root: u32) -> bool {
+        mmu.note_scheduled(task, root);
+        self.push(mmu, root)
+    }
+
+    /// Queues `what` for [`ZapQueue::with_work`]; no report. False: the VM is dying.
+    #[must_use = "what no worker takes must be done by the caller"]
+    pub fn push(&self, mmu: &TdpMmu<P>, what: u32) -> bool {
+        let Some((crew, client)) = self.place.get() else { return false };
+        if client.left.load(Ordering::Acquire) || self.kind == QueueKind::System && !mmu.get_user() {
+            return false;
+        }
+        let item =
+            Item { client: client.clone(), what, queued: P::ticks(), user: self.kind == QueueKind::System };
+        let queued = crew.queue.queue_for(client.id, item);
+        if !queued && self.kind == QueueKind::System {
+            mmu.put_user();
+        }
+        queued
+    }
+
+    /// Schedules `root`, or, in a dying VM, zaps it here and puts its reference: what the last put does with what it made.
+    pub fn schedule_or_zap(&self, mmu: &TdpMmu<P>, task: &Task<P>, root: u32, mut held: Held<'_, '_, P>) {
+        if !self.schedule(mmu, task, root) {
+            held.zap(mmu, task, root, Yield::Allowed);
+            mmu.put_root(task, root, Owner::Work, held);
+        }
+    }
+
+    /// Schedules `root`; in a dying VM [`ZapQueue::zap_owed`] zaps it, since under the exclusive lock is no place for that.
+    pub fn schedule_or_owe(&self, mmu: &TdpMmu<P>, task: &Task<P>, root: u32) {
+        if !self.schedule(mmu, task, root) {
+            self.owe(root);
+        }
+    }
+
+    /// Leaves a root that no worker took, with its [`Owner::Work`] reference, to [`ZapQueue::zap_owed`].
+    pub fn owe(&self, root: u32) {
+        lock(&self.owed).push(root);
+    }
+
+    /// Zaps what was scheduled when there was no user left.
+    pub fn zap_owed(&self, mmu: &TdpMmu<P>, task: &Task<P>) {
+        for root in std::mem::take(&mut *lock(&self.owed)) {
+            let mut guard = mmu.lock.read(task);
+            mmu.zap_root(&mut guard, root, Yield::Allowed);
+            mmu.put_root(task, root, Owner::Work, Held::Shared(&mut guard));
+        }
+    }
+
+    /// Waits until everything that this VM has queued so far has ended. Not from a worker.
+    pub fn flush(&self) {
+        if let Some((crew, client)) = self.place.get() {
+            crew.queue.flush_for(client.id);
+        }
+    }
+
+    /// Runs what this VM has queued, held back or not, and leaves the queue: its own workers end, the system's forget this VM.
+    pub fn shutdown(&self) {
+        let Some((crew, client)) = self.place.get() else { return };
+        client.left.store(true, Ordering::Release);
+        crew.queue.release_for(client.id);
+        crew.queue.flush_for(client.id);
+        match self.kind {
+            QueueKind::PerVm => crew.queue.shutdown(),
+            QueueKind::System => crew.queue.nudge(),
+        }
+    }
+
+    /// Items queued and not started, of all VMs that share the queue.
+    pub fn waiting(&self) -> usize {
+        self.place.get().map_or(0, |(crew, _)| crew.queue.len())
+    }
+
+    /// Which kind of queue this is.
+    pub fn kind(&self) -> QueueKind {
+        self.kind
+    }
+
+    /// From queued to started, of this VM's items.
+    pub fn queue_ns(&self) -> Histogram {
+        self.place.get().map_or_else(Histogram::new, |(_, client)| lock(&client.delay_ns).clone())
+    }
+
+    /// Waits until this VM's items are done, then asks each worker that has served it for what it has measured since the last time.
+    pub fn take_worker_reports(&self) -> Vec<WorkerReport> {
+        let Some((crew, client)) = self.place.get() else { return Vec::new() };
+        self.flush();
+        client.reports(|| crew.queue.nudge())
+    }
+
+    /// Fault injection: no item of this VM is started from here on. A [`ZapQueue::flush`] waits for the release; the shutdown is one.
+    pub fn hold(&self) {
+        if let Some((crew, client)) = self.place.get() {
+            crew.queue.hold_for(client.id);
+        }
+    }
+
+    /// Ends [`ZapQueue::hold`].
+    pub fn release(&self) {
+        if let Some((crew, client)) = self.place.get() {
+            crew.queue.release_for(client.id);
+        }
+    }
+}
+
+/// One thing to do for one VM.
+struct Item<P: Platform> {
+    client: Arc<Client<P>>,
+    what: u32,
+    queued: u64,
+    /// It holds a user reference.
+    user: bool,
+}
+
+/// A user reference, given back also when the work panics.
+struct User<'m, P: Platform>(&'m TdpMmu<P>);
+
+impl<P: Platform> Drop for User<'_, P> {
+    fn drop(&mut self) {
+        self.0.put_user();
+    }
+}
+
+/// A queue and its workers.
+struct Crew<P: Platform> {
+    queue: WorkQueue<P, Item<P>>,
+    pins: Arc<Mutex<Vec<Option<usize>>>>,
+}
+
+/// The crews of the system's queues, by platform.
+static SYSTEM: Mutex<Vec<(TypeId, Box<dyn Any + Send>)>> = Mutex::new(Vec::new());
+
+impl<P: Platform> Crew<P> {
+    fn start(
+        name: &str,
+        only: Option<Arc<Client<P>>>,
+        workers: usize,
+        cpus: &[usize],
+    ) -> io::Result<Arc<Self>> {
+        let pins = Arc::new(Mutex::new(pins(0..workers, cpus)));
+        let told = pins.clone();
+        let queue = WorkQueue::served(name, workers, move |index| {
+            if let Some(cpu) = lock(&told).get(index).copied().flatten() {
+                // Tested at the attach: a CPU that has gone since costs the binding, not the worker.
+                let _ = P::pin(cpu);
+            }
+            let worker = Worker { own: only.is_some(), desks: RefCell::default() };
+            if let Some(client) = &only {
+                worker.desk_of(client);
+            }
+            worker
+        })?;
+        Ok(Arc::new(Self { queue, pins }))
+    }
+
+    /// The system's crew, with as many workers as any of its clients asked for. Those that an earlier client had bound stay bound.
+    fn of_system(workers: usize, cpus: &[usize]) -> io::Result<Arc<Self>> {
+        let mut crews = lock(&SYSTEM);
+        let at = crews.iter().position(|(platform, _)| *platform == TypeId::of::<P>());
+        let found = at.and_then(|at| crews[at].1.downcast_ref::<Weak<Self>>()).and_then(Weak::upgrade);
+        if let Some(crew) = found {
+            {
+                let mut all = lock(&crew.pins);
+                let have = all.len();
+                all.extend(pins(have..workers.max(have), cpus));
+            }
+            crew.queue.grow(workers)?;
+            return Ok(crew);
+        }
+        let crew = Self::start("system_unbound_wq", None, workers, cpus)?;
+        let entry: (TypeId, Box<dyn Any + Send>) = (TypeId::of::<P>(), Box::new(Arc::downgrade(&crew)));
+        match at {
+            Some(at) => crews[at] = entry,
+            None => crews.push(entry),
+        }
+        Ok(crew)
+    }
+}
+
+fn pins(workers: std::ops::Range<usize>, cpus: &[usize]) -> Vec<Option<usize>> {
+    workers.map(|n| (!cpus.is_empty()).then(|| cpus[n % cpus.len()])).collect()
+}
+
+/// One VM's account with a crew.
+struct Client<P: Platform> {
+    id: u64,
+    mmu: Weak<TdpMmu<P>>,
+    work: Work<P>,
+    left: AtomicBool,
+    delay_ns: Mutex<Histogram>,
+    /// One request for reports at a time.
+    asking: Mutex<()>,
+    asked: Mutex<Asked>,
+    answered: Condvar,
+}
+
+#[derive(Default)]
+struct Asked {
+    /// Workers that have a task for this VM.
+    desks: usize,
+    /// The number of the last request.
+    round: u64,
+    /// Workers that have not answered it yet.
+    missing: usize,
+    reports: Vec<WorkerReport>,
+}
+
+impl<P: Platform> Client<P> {
+    fn new(mmu: Weak<TdpMmu<P>>, work: Work<P>) -> Arc<Self> {
+        // 0 is the owner of items that nobody owns.
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        Arc::new(Self {
+            id: NEXT.fetch_add(1, Ordering::Relaxed),
+            mmu,
+            work,
+            left: AtomicBool::new(false),
+            delay_ns: Mutex::default(),
+            asking: Mutex::default(),
+            asked: Mutex::default(),
+            answered: Condvar::new(),
+        })
+    }
+
+    fn await_tasks(&self, workers: usize) {
+        let all = self.answered.wait_while(lock(&self.asked), |asked| asked.desks < workers);
+        drop(all.unwrap_or_else(PoisonError::into_inner));
+    }
+
+    fn reports(&self, nudge: impl FnOnce()) -> Vec<WorkerReport> {
+        let _turn = lock(&self.asking);
+        {
+            let mut asked = lock(&self.asked);
+            asked.round += 1;
+            asked.missing = asked.desks;
+        }
+        nudge();
+        let asked = self.answered.wait_while(lock(&self.asked), |asked| asked.missing > 0);
+        let mut reports = std::mem::take(&mut asked.unwrap_or_else(PoisonError::into_inner).reports);
+        reports.sort_by(|a, b| a.name.cmp(&b.name));
+        reports
+    }
+}
+
+/// A worker's thread; `own`: it serves one VM only.
+struct Worker<P: Platform> {
+    own: bool,
+    desks: RefCell<Vec<Desk<P>>>,
+}
+
+/// A worker's task for one VM.
+struct Desk<P: Platform> {
+    client: Arc<Client<P>>,
+    task: Task<P>,
+    /// Of a shared worker: the CPU time of its items. Of an own one: the thread's at the last report.
+    cpu_ns: Cell<u64>,
+    own: bool,
+    answered: Cell<u64>,
+}
+
+impl<P: Platform> Worker<P> {
+    /// This worker's task for `client`, made at the first meeting; `None` when the MMU has gone.
+    fn desk_of(&self, client: &Arc<Client<P>>) -> Option<usize> {
+        let mut desks = self.desks.borrow_mut();
+        if let Some(at) = desks.iter().position(|desk| desk.client.id == client.id) {
+            return Some(at);
+        }
+        let task = client.mmu.upgrade()?.task("zap-worker", Role::Worker);
+        let mut asked = lock(&client.asked);
+        asked.desks += 1;
+        let answered = Cell::new(asked.round);
+        client.answered.notify_all();
+        drop(asked);
+        let cpu_ns = Cell::new(if self.own { P::thread_cpu_ns() } else { 0 });
+        desks.push(Desk { client: client.clone(), task, cpu_ns, own: self.own, answered });
+        Some(desks.len() - 1)
+    }
+}
+
+impl<P: Platform> Serve<Item<P>> for Worker<P> {
+    fn run(&self, item: &Item<P>) {
+        let client = &item.client;
+        let delay = P::ticks_to_ns(P::ticks().saturating_sub(item.queued));
+        lock(&client.delay_ns).record(delay);
+        // A VM is drained before it goes away: while there is work, it is there. One that was only dropped leaves nothing to do.
+        let Some(mmu) = client.mmu.upgrade() else { return };
+        let _user = item.user.then(|| User(&mmu));
+        if let Some(at) = self.desk_of(client) {
+            let desk = &self.desks.borrow()[at];
+            let begin = if self.own { 0 } else { P::thread_cpu_ns() };
+            (client.work)(&mmu, &desk.task, item.what);
+            if !self.own {
+                desk.cpu_ns.set(desk.cpu_ns.get() + P::thread_cpu_ns().saturating_sub(begin));
+            }
+        }
+    }
+
+    fn between(&self) {
+        let mut desks = self.desks.borrow_mut();
+        desks.iter().for_each(Desk::answer);
+        if !self.own {
+            // The memory of a VM that has left does not wait for the next item.
+            desks.retain(|desk| !desk.client.left.load(Ordering::Acquire));
+        }
+    }
+}
+
+impl<P: Platform> Desk<P> {
+    /// Hands over what was measured, if somebody has asked since the last time.
+    fn answer(&self) {
+        let mut asked = lock(&self.client.asked);
+        if asked.round == self.answered.get() {
+            return;
+        }
+        self.answered.set(asked.round);
+        let cpu_ns = if self.own {
+            let now = P::thread_cpu_ns();
+            now.saturating_sub(self.cpu_ns.replace(now))
+        } else {
+            self.cpu_ns.take()
+        };
+        let name = self.task.name().to_owned();
+        asked.reports.push(WorkerReport { name, meter: self.task.meter().take(), cpu_ns });
+        asked.missing = asked.missing.saturating_sub(1);
+        self.client.answered.notify_all();
+    }
+}
+
+impl<P: Platform> Drop for Desk<P> {
+    fn drop(&mut self) {
+        self.answer();
+        lock(&self.client.asked).desks -= 1;
+    }
+}
