@@ -57,6 +57,29 @@ impl<P: Platform> TdpMmu<P> {
         sum
     }
 
+    /// Listed roots that are not invalid now: those that a fast zap which begins now must leave nothing mapped under.
+    pub fn valid_roots(&self, task: &Task<P>) -> Vec<u32> {
+        let _rcu = task.rcu_read();
+        self.listed_roots().filter(|&root| !self.is_obsolete(root)).collect()
+    }
+
+    /// Present leaves under listed roots that are invalid. After a fast zap of a sound design 0: each root that it found valid is invalid and either empty or off
+    /// the list. (A worker may still be at a root that was invalidated *since*, by a vCPU's last put: ask before vCPUs may drop roots.)
+    pub fn sptes_under_obsolete_roots(&self, task: &Task<P>) -> u64 {
+        let _rcu = task.rcu_read();
+        let obsolete = self.listed_roots().filter(|&root| self.is_obsolete(root));
+        obsolete.map(|root| self.count_table(root, self.root_level(), None).sptes()).sum()
+    }
+
+    /// Present leaves under those of `roots` that are listed. For designs that keep roots valid (in-place): the roots of [`TdpMmu::valid_roots`] before the
+    /// zap, counted after it. What vCPUs have faulted in again since counts too, so hold them off or subtract what they made; and a page
+    /// that was freed and became a root again is taken for the old root, which cannot happen while its users keep it.
+    pub fn count_leaves_of(&self, task: &Task<P>, roots: &[u32]) -> u64 {
+        let _rcu = task.rcu_read();
+        let listed = self.listed_roots().filter(|root| roots.contains(root));
+        listed.map(|root| self.count_table(root, self.root_level(), None).sptes()).sum()
+    }
+
     fn count_table(&self, table: u32, level: u8, next: Option<&Entries>) -> Counts {
         let mut counts = Counts::default();
         counts.tables[level as usize] = 1;

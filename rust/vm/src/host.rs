@@ -232,13 +232,13 @@ impl PrimaryMmu {
         let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let span = |hva: u64| {
             let chunk = self.chunk((hva / RUN) as usize);
-            match (state.vma(hva).map_or(1, |(_, vma)| vma.level), chunk >> LEVEL_SHIFT & 3) {
-                // What is not mapped yet may become as large as the region allows at any moment.
+            // What is not mapped yet may become as large as the region allows at any moment; what is mapped grows only under mmap_lock.
+            let level = match chunk {
                 _ if chunk & MIXED != 0 => 1,
-                (1, _) => 1,
-                (2, _) | (_, 2) => RUN,
-                _ => GIG,
-            }
+                _ if chunk & PRESENT != 0 => (chunk >> LEVEL_SHIFT & 3) as u8,
+                _ => state.vma(hva).map_or(1, |(_, vma)| vma.level),
+            };
+            [1, 1, RUN, GIG][usize::from(level)]
         };
         if range.is_empty() {
             return range.clone();
@@ -250,7 +250,11 @@ impl PrimaryMmu {
     /// Removes the host's own mappings of `range` and releases their frames (munmap, MADV_DONTNEED). The caller runs it between the begin and the
     /// end of a notifier. Returns how many pages were mapped.
     pub fn unmap(&self, range: Range<u64>) -> u64 {
-        let _state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        self.unmap_locked(&state, range)
+    }
+
+    fn unmap_locked(&self, _state: &State, range: Range<u64>) -> u64 {
         let end = range.end.min(self.pages.len() as u64);
         let (mut hva, mut unmapped) = (range.start, 0);
         while hva < end {
@@ -283,6 +287,55 @@ impl PrimaryMmu {
             hva = stop;
         }
         unmapped
+    }
+
+    /// The host maps every aligned piece of `level` (2 or 3) that lies in `range` and in one region by a page of that size from now on (khugepaged,
+    /// MADV_COLLAPSE). Frames that are one aligned run already stay; others are copied: their frames change hands. The caller
+    /// holds mmap_lock and is between the begin and the end of a notifier. Returns the pages now mapped at `level` or above; less where no such run of frames is left.
+    pub fn promote(&self, range: Range<u64>, level: u8) -> u64 {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let span = if level >= 3 { GIG } else { RUN };
+        let end = range.end.min(self.pages.len() as u64);
+        let (mut base, mut promoted) = (range.start.next_multiple_of(span), 0);
+        while base.saturating_add(span) <= end {
+            let piece = base..base + span;
+            base += span;
+            let Some((_, vma)) = state.vma(piece.start).filter(|(_, vma)| piece.end <= vma.end) else {
+                continue;
+            };
+            let bits = u64::from(level.clamp(2, 3)) << LEVEL_SHIFT;
+            let first = match self.one_run(&piece) {
+                Some(first) => first,
+                None => {
+                    self.unmap_locked(&state, piece.clone());
+                    // Without such a run the piece comes back page by page, as it is touched.
+                    let Some(pfn) = self.frames.issue(span) else { continue };
+                    pfn << PFN_SHIFT | PRESENT | if vma.writable { WRITE } else { 0 }
+                }
+            };
+            let cells = self.chunks.slice((piece.start / RUN) as usize, (piece.end / RUN) as usize);
+            for (i, cell) in cells.iter().enumerate() {
+                let larger = cell.load(Relaxed) & 3 << LEVEL_SHIFT;
+                cell.store(
+                    (first + ((i as u64 * RUN) << PFN_SHIFT)) & !(3 << LEVEL_SHIFT) | bits.max(larger),
+                    Release,
+                );
+            }
+            promoted += span;
+        }
+        promoted
+    }
+
+    /// The word of the piece's first 2 MiB, if the piece is mapped whole, in one way, by one run of frames that is aligned as the piece is.
+    fn one_run(&self, piece: &Range<u64>) -> Option<u64> {
+        let first = self.chunk((piece.start / RUN) as usize);
+        let aligned = Frames::frame(first >> PFN_SHIFT).is_multiple_of(piece.end - piece.start);
+        let level = !(3 << LEVEL_SHIFT);
+        let joined = (0..(piece.end - piece.start) / RUN).all(|i| {
+            let chunk = self.chunk((piece.start / RUN + i) as usize);
+            chunk & MIXED == 0 && chunk & level == (first & level) + ((i * RUN) << PFN_SHIFT)
+        });
+        (first & PRESENT != 0 && aligned && joined).then_some(first)
     }
 
     /// Splits a 1 GiB host mapping into 2 MiB ones.
@@ -356,6 +409,32 @@ mod tests {
         let after = host.fault_in(start + 7, true).expect("backed again");
         assert_eq!(Frames::frame(after.pfn), Frames::frame(before.pfn), "re-issued at once");
         assert!(!host.frames().owned(before.pfn) && host.frames().owned(after.pfn));
+    }
+
+    #[test]
+    fn a_promoted_piece_keeps_its_frames_where_they_are_one_run_and_is_copied_elsewhere() {
+        let host = host();
+        let start = host.region(2 * GIG, 0, 2, true).expect("room");
+        let small = host.fault_in(start + 3, true).expect("backed");
+        assert_eq!(host.promote(start..start + RUN + 1, 2), RUN);
+        assert_eq!(host.lookup(start + 3), Some(small), "2 MiB already");
+        // The whole GiB was never backed, or not by one run.
+        assert_eq!(host.promote(start..start + 2 * GIG - 1, 3), GIG);
+        let huge = host.lookup(start + 3).expect("backed");
+        assert_eq!((huge.level, Frames::frame(huge.pfn) % GIG), (3, 3));
+        assert!(!host.frames().owned(small.pfn), "copied: the old frame has another owner");
+        assert_eq!(host.announced(&(start + 7..start + 8)), start..start + GIG);
+        assert_eq!(host.lookup(start + GIG), None, "only whole pieces");
+        // One page goes; the rest is mapped smaller, and a promotion cannot keep what is broken.
+        host.unmap(start + 7..start + 8);
+        assert_eq!(host.lookup(start + RUN).map(|p| p.level), Some(2));
+        assert_eq!(host.promote(start + RUN..start + 2 * RUN, 3), 0, "no piece of a GiB lies in it");
+        assert_eq!(host.promote(start..start + GIG, 3), GIG);
+        assert!(!host.frames().owned(huge.pfn) && host.lookup(start + 7).is_some_and(|p| p.level == 3));
+        let kept = host.lookup(start).expect("backed");
+        assert_eq!(host.promote(start..start + GIG, 2), GIG);
+        assert_eq!(host.lookup(start), Some(kept), "larger than asked for stays");
+        assert_eq!(host.frames().stats().violations, 0);
     }
 
     #[test]

@@ -19,6 +19,7 @@
 //! | `tlb.rs`, `walker.rs` | translation caches and the hardware walker |
 //! | `slot.rs`, `slots.rs` | a memslot; the set, its rules and its publication |
 //! | `notifier.rs` | mmu_notifier |
+//! | `invalidate.rs` | the host takes pages away, or maps larger ones |
 //! | `host.rs`, `frames.rs` | the host's primary MMU; frames and their owners |
 //! | `populate.rs` | filling memory, in bulk or by racing faults |
 //! | `side.rs` | the MMU's upcalls |
@@ -35,6 +36,7 @@ mod error;
 mod fault;
 pub mod frames;
 pub mod host;
+mod invalidate;
 mod lazy;
 pub mod notifier;
 mod populate;

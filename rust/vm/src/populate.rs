@@ -98,7 +98,7 @@ impl<P: Platform> Vm<P> {
         }
     }
 
-    /// Populates `gfns` of address space 0 under the current root of `vcpu`, which keeps the reference. Returns the leaves made. Pages that are
+    /// Populates `gfns` of the address space that `vcpu` is in (1 in SMM) under its current root, which keeps the reference. Returns the leaves made. Pages that are
     /// mapped already stay.
     ///
     /// # Errors

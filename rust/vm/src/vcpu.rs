@@ -221,6 +221,35 @@ impl<'v, P: Platform> Vcpu<'v, P> {
         }
     }
 
+    /// Is this vCPU in system management mode: address space 1?
+    pub fn in_smm(&self) -> bool {
+        self.core.role.as_id() == 1
+    }
+
+    /// An SMI arrives: the vCPU drops every root it has cached and wants one of address space 1 from its next entry on. Nothing happens in SMM.
+    pub fn enter_smm(&mut self) {
+        self.set_smm(true);
+    }
+
+    /// RSM: back to address space 0, at the same price.
+    pub fn exit_smm(&mut self) {
+        self.set_smm(false);
+    }
+
+    /// Each change of SMM resets the MMU context, in all kernels from 5.10 to 7.2: every cached root is put, the previous ones too, so that none is found
+    /// again by its role word in this vCPU's cache. What that costs is the owner's: where the last put zaps, or queues a zap, the tables are built again after
+    /// each SMI (the hit-rate problem that 6.4 solved by the MMU's own reference).
+    fn set_smm(&mut self, smm: bool) {
+        if self.in_smm() == smm {
+            return;
+        }
+        self.unload();
+        let layout = self.vm.mmu().profile().role_layout;
+        let mut fields = layout.unpack(self.core.role);
+        fields.smm = u8::from(smm);
+        self.core.role = layout.pack(&fields);
+    }
+
     /// Is this vCPU in the guest?
     pub fn in_guest(&self) -> bool {
         self.in_guest

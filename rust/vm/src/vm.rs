@@ -7,14 +7,11 @@
 //! **Mechanism.** [`Vm::fast_zap`] is the whole protocol of 5.18 and later in five lines: exclusive { invalidate the roots; request a reload of every vCPU
 //! and wait until none is in the guest }, unlock, let the design finish. What designs differ in is behind `invalidate`, `in_lock` and `finish`.
 
-use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex as StdMutex, PoisonError, TryLockError};
 
-use tdpmmu_mmu::{FlushDebt, Leftovers, MmuConfig, MmuError, TdpMmu, design};
-use tdpmmu_platform::{
-    Event, Mutex, Observer, Phase, Platform, RcuConfig, Role as TaskRole, Task, TaskConfig,
-};
+use tdpmmu_mmu::{Leftovers, MmuConfig, MmuError, TdpMmu, design};
+use tdpmmu_platform::{Mutex, Observer, Phase, Platform, RcuConfig, Role as TaskRole, Task, TaskConfig};
 use tdpmmu_spte::NotifierUnit;
 use tdpmmu_spte::mmio::GENERATION_MASK;
 use tdpmmu_table::TableCache;
@@ -26,7 +23,7 @@ use crate::host::PrimaryMmu;
 use crate::request::{self, VcpuState};
 use crate::root_cache::RootCache;
 use crate::side::HostSide;
-use crate::slot::SlotFlags;
+use crate::slot::{MemSlot, SlotFlags};
 use crate::slots::{Change, MAX_SLOT_PAGES, Memslots, Region, SlotSet, SlotWriter, plan};
 use crate::tlb::Tlb;
 use crate::vcpu::{Vcpu, VcpuCore, VcpuStats};
@@ -123,7 +120,7 @@ pub struct Vm<P: Platform> {
     reload: u64,
     observer: Option<Arc<dyn Observer>>,
     task: TaskConfig,
-    mmap_lock: StdMutex<()>,
+    pub(crate) mmap_lock: StdMutex<()>,
     closing: AtomicBool,
     closed: StdMutex<Option<CloseReport>>,
 }
@@ -373,6 +370,22 @@ impl<P: Platform> Vm<P> {
         Ok(ids)
     }
 
+    /// Gives address space 1 (system management mode) the memslots of address space 0: the same gfns, backed by the same host memory, as VMMs
+    /// do it (SMRAM apart, which has no contents here). Slots that space 1 has already stay. Returns the ids of the new ones.
+    ///
+    /// # Errors
+    /// As [`Vm::set_memslot`]; slots made before the error stay.
+    pub fn share_memory_with_smm(&self, task: &Task<P>) -> Result<Vec<u16>, VmError> {
+        let set = self.slots();
+        let mut ids = Vec::new();
+        for slot in set.space(0).iter().filter(|slot| set.by_id(1, slot.id).is_none()) {
+            let &MemSlot { id, base, pages, hva, flags, .. } = &**slot;
+            self.set_memslot(task, &Region { id, as_id: 1, base, pages, hva, flags })?;
+            ids.push(id);
+        }
+        Ok(ids)
+    }
+
     /// Deletes a memslot: INVALID, fast zap, gone.
     ///
     /// # Errors
@@ -383,6 +396,11 @@ impl<P: Platform> Vm<P> {
             SlotUpdate::Deleted(times) => Ok(times),
             _ => Err(VmError::NoSlot { as_id, id }),
         }
+    }
+
+    /// Present leaves under listed roots that are invalid: what a sound fast zap leaves none of when it returns. A full read of their trees.
+    pub fn sptes_under_obsolete_roots(&self, task: &Task<P>) -> u64 {
+        self.mmu.sptes_under_obsolete_roots(task)
     }
 
     /// Zaps everything as a memslot update does, without changing a slot: what an nx_huge_pages toggle does.
@@ -424,60 +442,6 @@ impl<P: Platform> Vm<P> {
             zap_ns: ns(released, done),
             total_ns: ns(t0, done),
         }
-    }
-
-    /// The host takes a range of its virtual pages away (munmap, MADV_DONTNEED, reclaim): begin, the host's own unmap, end. `may_block` false: the OOM
-    /// reaper, which must not wait. Returns how many host pages were unmapped.
-    ///
-    /// # Errors
-    /// [`VmError::Closed`].
-    pub fn unmap_hva(&self, task: &Task<P>, hvas: Range<u64>, may_block: bool) -> Result<u64, VmError> {
-        // mmap_lock: what the host maps in the range does not change its size meanwhile.
-        let _mmap_lock = self.mmap_lock.lock().unwrap_or_else(PoisonError::into_inner);
-        self.open()?;
-        let ranges = self.side.slots.begin_invalidation(&self.side.primary.announced(&hvas));
-        let cover = ranges.iter().fold(None, |cover: Option<Range<u64>>, (_, r)| {
-            Some(cover.map_or(r.clone(), |c| c.start.min(r.start)..c.end.max(r.end)))
-        });
-        if let Some(cover) = &cover {
-            task.observe(|| Event::NotifierBegin { start: cover.start, end: cover.end });
-            let mut guard = self.mmu.lock.write(task);
-            self.side.invalidation.begin(&guard, cover);
-            let mut debt = FlushDebt::none();
-            for (as_id, gfns) in ranges {
-                debt.merge(self.mmu.unmap(&mut guard, as_id, gfns, may_block));
-            }
-            self.mmu.pay(task, &mut debt);
-        }
-        let unmapped = self.side.primary.unmap(hvas);
-        if let Some(cover) = &cover {
-            let guard = self.mmu.lock.write(task);
-            self.side.invalidation.end(&guard);
-            drop(guard);
-            task.observe(|| Event::NotifierEnd { start: cover.start, end: cover.end });
-        }
-        self.side.slots.end_invalidation();
-        Ok(unmapped)
-    }
-
-    /// The host takes away what is behind a gfn range of address space 0.
-    ///
-    /// # Errors
-    /// [`VmError::BadRange`] when no memslot covers part of it; [`VmError::Closed`].
-    pub fn unmap_gfns(&self, task: &Task<P>, gfns: Range<u64>, may_block: bool) -> Result<u64, VmError> {
-        let set = self.slots();
-        let mut hvas = Vec::new();
-        let mut at = gfns.start;
-        while at < gfns.end {
-            let Some(slot) = set.find(0, at) else {
-                let rule = "no memslot covers it";
-                return Err(VmError::BadRange { as_id: 0, start: at, end: gfns.end, rule });
-            };
-            let end = slot.gfns().end.min(gfns.end);
-            hvas.push(slot.hva_of(at)..slot.hva_of(at) + (end - at));
-            at = end;
-        }
-        hvas.into_iter().try_fold(0, |sum, hvas| Ok(sum + self.unmap_hva(task, hvas, may_block)?))
     }
 
     /// The end of the VM, as when its process dies: vCPUs stop, the memory goes (zap_all), vCPUs put their roots, the MMU is torn down, every table must be back.
