@@ -9,7 +9,7 @@ use std::thread;
 use std::time::Duration;
 
 use common::{Cpu, Setup, end, fast_zap};
-use tdpmmu_mmu::{DESIGNS, MapOutcome};
+use tdpmmu_mmu::{DESIGNS, DesignInfo, MapOutcome, design};
 use tdpmmu_platform::{Real, Role, Task, TaskConfig};
 use tdpmmu_spte::geometry::span;
 
@@ -41,9 +41,18 @@ fn found(cpu: &Cpu) -> BTreeSet<(u64, u8)> {
     set
 }
 
+fn sound() -> impl Iterator<Item = &'static DesignInfo> {
+    DESIGNS.iter().filter(|d| !d.flawed)
+}
+
+/// Does a fast zap leave the roots valid?
+fn keeps_roots(design: &str) -> bool {
+    design::info(design).expect("known").obligations.keeps_roots
+}
+
 fn all_setups() -> Vec<Setup> {
     let mut setups = Vec::new();
-    for design in DESIGNS {
+    for design in sound() {
         for passes in [None, Some("root"), Some("1G,root"), Some("4K,2M,1G,root")] {
             for (batch, force_yield) in [(512, None), (512, Some(1)), (1, Some(1)), (7, Some(3))] {
                 for profile in ["6.1", "6.12", "7.2"] {
@@ -69,13 +78,14 @@ fn a_fast_zap_leaves_nothing_and_leaks_nothing_in_any_design_passes_or_yield_pat
             "{} {:?} batch {} yield {:?}",
             setup.design, setup.passes, setup.batch, setup.force_yield
         );
+        let setup_design = setup.design;
         let mmu = setup.build();
         let mut cpu = Cpu::new(&mmu);
         let mapped = populate(&mut cpu);
         assert_eq!(found(&cpu), mapped, "{name}");
         let task = mmu.task("caller", Role::Caller);
         fast_zap(&mmu, &task);
-        assert!(mmu.is_obsolete(cpu.root), "{name}");
+        assert_eq!(mmu.is_obsolete(cpu.root), !keeps_roots(setup_design), "{name}");
         assert_eq!(found(&cpu), BTreeSet::new(), "{name}: an entry survived the fast zap");
         assert_eq!(mmu.leaf_pages(), [0; 3], "{name}: statistics");
         cpu.drop_root();
@@ -94,12 +104,12 @@ fn dropping_the_last_reference_tears_down_or_retains_as_the_design_says() {
         let mapped = populate(&mut cpu);
         cpu.drop_root();
         match design {
-            "sync" => assert_eq!(
+            "sync" | "async-worker-owned" => assert_eq!(
                 mmu.leaf_pages().iter().sum::<i64>(),
                 mapped.len() as i64,
                 "the MMU's own reference keeps it"
             ),
-            "inline" => assert_eq!(mmu.leaf_pages(), [0; 3], "zapped before the put returned"),
+            "in-place" | "inline" | "defunct-flag" | "second-list" => assert_eq!(mmu.leaf_pages(), [0; 3], "zapped before the put returned"),
             _ => {}
         }
         let mmu = cpu.close();
@@ -110,27 +120,31 @@ fn dropping_the_last_reference_tears_down_or_retains_as_the_design_says() {
 #[test]
 fn a_yield_at_every_top_level_entry_skips_none() {
     // Bug-history 5: 5.10-5.15 advanced past the entry that was current at the yield.
-    let mmu = Setup {
-        profile: "5.15",
-        design: "inline",
-        passes: Some("root"),
-        force_yield: Some(1),
-        ..Setup::default()
+    for design in sound() {
+        let profile = if design.needs_stale_root_check { "5.18" } else { "5.15" };
+        let setup = Setup {
+            profile,
+            design: design.name,
+            passes: Some("root"),
+            force_yield: Some(1),
+            ..Setup::default()
+        };
+        let mmu = setup.build();
+        let mut cpu = Cpu::new(&mmu);
+        for slot in 0..512 {
+            assert!(matches!(cpu.fault(slot * span(4), 1), MapOutcome::Fixed { .. }));
+        }
+        let task = mmu.task("caller", Role::Caller);
+        fast_zap(&mmu, &task);
+        assert_eq!(mmu.count(&cpu.task, cpu.root).sptes(), 0, "{}", design.name);
+        let workers: u64 = mmu.design().take_worker_reports().iter().map(|r| r.meter.yields).sum();
+        let yields = task.meter().yields.get() + workers;
+        // At the first entry there is no progress to yield after.
+        assert!(yields >= 511, "{}: only {yields} yields: the test forced none", design.name);
+        cpu.drop_root();
+        drop(task);
+        end(&cpu.close());
     }
-    .build();
-    let mut cpu = Cpu::new(&mmu);
-    for slot in 0..512 {
-        assert!(matches!(cpu.fault(slot * span(4), 1), MapOutcome::Fixed { .. }));
-    }
-    let task = mmu.task("caller", Role::Caller);
-    fast_zap(&mmu, &task);
-    assert_eq!(mmu.count(&cpu.task, cpu.root).sptes(), 0);
-    let yields = task.meter().yields.get();
-    // At the first entry there is no progress to yield after.
-    assert!(yields >= 511, "only {yields} yields: the test forced none");
-    cpu.drop_root();
-    drop(task);
-    end(&cpu.close());
 }
 
 #[test]
@@ -179,7 +193,7 @@ fn passes_bound_the_step_between_two_checks() {
 
 #[test]
 fn a_root_is_shared_by_equal_roles_and_survives_its_first_user() {
-    for design in DESIGNS {
+    for design in sound() {
         let mmu = Setup { design: design.name, ..Setup::default() }.build();
         let mut a = Cpu::new(&mmu);
         let b = Cpu::new(&mmu);
@@ -196,7 +210,7 @@ fn a_root_is_shared_by_equal_roles_and_survives_its_first_user() {
 
 #[test]
 fn two_fast_zaps_in_a_row_put_each_gift_once() {
-    for design in DESIGNS {
+    for design in sound() {
         let mmu = Setup { design: design.name, ..Setup::default() }.build();
         let mut cpu = Cpu::new(&mmu);
         cpu.fault(3, 1);
@@ -330,7 +344,7 @@ fn a_shutdown_between_two_requests_for_a_report_hangs_nobody() {
 
 #[test]
 fn the_last_put_of_an_empty_root_does_not_move_the_end_of_the_zap() {
-    for design in DESIGNS {
+    for design in sound() {
         let mmu = Setup { design: design.name, ..Setup::default() }.build();
         let mut cpu = Cpu::new(&mmu);
         cpu.fault(3, 1);

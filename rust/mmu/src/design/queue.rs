@@ -397,7 +397,7 @@ impl<P: Platform> Serve<Item<P>> for Worker<P> {
 
     fn between(&self) {
         let mut desks = self.desks.borrow_mut();
-        desks.iter().for_each(Desk::answer);
+        desks.iter().for_each(|desk| desk.answer(&mut lock(&desk.client.asked)));
         if !self.own {
             // The memory of a VM that has left does not wait for the next item.
             desks.retain(|desk| !desk.client.left.load(Ordering::Acquire));
@@ -407,8 +407,7 @@ impl<P: Platform> Serve<Item<P>> for Worker<P> {
 
 impl<P: Platform> Desk<P> {
     /// Hands over what was measured, if somebody has asked since the last time.
-    fn answer(&self) {
-        let mut asked = lock(&self.client.asked);
+    fn answer(&self, asked: &mut Asked) {
         if asked.round == self.answered.get() {
             return;
         }
@@ -428,7 +427,9 @@ impl<P: Platform> Desk<P> {
 
 impl<P: Platform> Drop for Desk<P> {
     fn drop(&mut self) {
-        self.answer();
-        lock(&self.client.asked).desks -= 1;
+        // In one hold: who asks in between would wait for an answer that never comes.
+        let mut asked = lock(&self.client.asked);
+        self.answer(&mut asked);
+        asked.desks -= 1;
     }
 }
