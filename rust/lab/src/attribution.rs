@@ -12,7 +12,11 @@ pub fn attribution(outcome: &Outcome) -> Vec<Attribution> {
         .threads
         .iter()
         .map(|t| {
-            let role = if t.who == Who::Caller { "caller" } else { "vcpu" };
+            let role = match t.who {
+                Who::Caller => "caller",
+                Who::Vcpu(_) => "vcpu",
+                Who::Other(_) => "other",
+            };
             let elapsed = Real::ticks_to_ns(t.meter.elapsed_ticks);
             let mut row = Attribution::new(t.name.clone(), role, &t.meter, elapsed);
             row.cpu = t.cpu;

@@ -3,18 +3,21 @@
 use serde_json::{Value, json};
 use tdpmmu_oracle::{Judge, Rules};
 use tdpmmu_spte::FormatKind;
+use tdpmmu_spte::geometry::page_bytes;
 
-use crate::config::{BenchConfig, DesignPlan, Plan};
+use crate::config::{BenchConfig, Case, Plan};
 use crate::experiment;
+use crate::fit::Fit;
 use crate::host::HostInfo;
 use crate::limits::{self, LimitOptions, Limits};
-use crate::memory::Estimate;
 use crate::result::{BenchResult, H, Run};
 use crate::scene::{self, Kind};
-use crate::{Control, LabError, micro, run};
+use crate::{Control, LabError, micro, run, units};
 
 /// Largest guest of the untimed repetition with oracles: they follow every entry.
 const CHECKED_BYTES: u64 = 256 << 20;
+/// The guest that everybody asks about.
+const FLAGSHIP_BYTES: u64 = 64 << 40;
 
 /// Runs `bench KIND`; `build`: what is known about the build, copied into the result.
 ///
@@ -22,12 +25,17 @@ const CHECKED_BYTES: u64 = 256 << 20;
 /// [`LabError`], by the exit code it deserves.
 pub fn run(kind: &str, config_json: &str, build: &Value, control: &Control) -> Result<String, LabError> {
     let config = BenchConfig::parse(config_json)?;
-    let plan = config.plan()?;
-    match kind {
-        "zap" => designs(Kind::Zap, &plan, build, control),
-        "drop" => designs(Kind::Drop, &plan, build, control),
-        "populate" | "fault" | "walk" | "rcu" => micro::run(kind, &plan, build, control),
-        other => Err(LabError::Usage(format!(
+    let scenes = match kind {
+        "zap" => Some(Kind::Zap),
+        "drop" => Some(Kind::Drop),
+        _ => None,
+    };
+    match (scenes, kind) {
+        (Some(of), _) => cases(of, &config.plan(scenes)?, build, control),
+        (None, "populate" | "fault" | "walk" | "rcu") => {
+            micro::run(kind, &config.plan(None)?, build, control)
+        }
+        (None, other) => Err(LabError::Usage(format!(
             "experiment={other:?}: expected one of zap, drop, populate, fault, walk, rcu"
         ))),
     }
@@ -40,18 +48,25 @@ pub(crate) fn measure_limits(control: &Control) -> Result<Limits, LabError> {
     limits::measure(&LimitOptions::default()).map_err(|e| LabError::Internal(e.to_string()))
 }
 
-fn designs(kind: Kind, plan: &Plan, build: &Value, control: &Control) -> Result<String, LabError> {
-    let estimate = Estimate::new(plan.config.memory_bytes, plan.level, plan.config.levels);
-    estimate.check(plan.config.memory_bytes, &plan.config.page, plan.config.max_memory_bytes)?;
+fn cases(kind: Kind, plan: &Plan, build: &Value, control: &Control) -> Result<String, LabError> {
+    for case in &plan.cases {
+        let estimate = (case.scene.estimate)(plan);
+        estimate.check(plan.config.memory_bytes, &plan.config.page, plan.config.max_memory_bytes)?;
+    }
     let before = measure_limits(control)?;
     let host = HostInfo::collect();
-    let mut runs = Vec::new();
-    for design in &plan.designs {
-        for rep in 0..plan.config.reps {
-            control.check()?;
-            control
-                .report(&format!("{} under {}, repetition {}", kind.name(), design.info.name, rep + 1), 0.0);
-            runs.push(one(kind, plan, design, rep, estimate.tables, host.cpus, control)?);
+    let mut runs: Vec<Run> = Vec::new();
+    for case in &plan.cases {
+        let first = runs.len();
+        for size in sizes(plan, case) {
+            for rep in 0..plan.config.reps {
+                control.check()?;
+                control.report(&title(kind, &size, case, rep), 0.0);
+                runs.push(one(&size, case, rep, host.cpus, control)?);
+            }
+        }
+        if case.scene.scales() {
+            scale(&mut runs[first..], plan);
         }
     }
     let after = measure_limits(control)?;
@@ -66,7 +81,9 @@ fn designs(kind: Kind, plan: &Plan, build: &Value, control: &Control) -> Result<
         runs,
     };
     let text = serde_json::to_string(&result)?;
-    if let Some(bad) = result.runs.iter().find(|r| r.violations.is_some_and(|n| n > 0)) {
+    // What a flawed design violates is its result.
+    let bad = |r: &&Run| !r.flawed && r.violations.is_some_and(|n| n > 0);
+    if let Some(bad) = result.runs.iter().find(bad) {
         let message = format!(
             "{}: {} violations, the first: {}",
             bad.design,
@@ -78,60 +95,81 @@ fn designs(kind: Kind, plan: &Plan, build: &Value, control: &Control) -> Result<
     Ok(text)
 }
 
-fn scenario(kind: Kind, plan: &Plan, design: &DesignPlan, tables: u64, step_ns: bool) -> crate::Scenario {
-    match kind {
-        Kind::Zap => scene::zap_scenario(plan, design, tables, step_ns),
-        Kind::Drop => scene::drop_scenario(plan, design, tables, step_ns),
+/// What progress is shown under.
+fn title(kind: Kind, plan: &Plan, case: &Case, rep: u32) -> String {
+    let mut text = format!("{} {}", kind.name(), case.scene.name);
+    if case.scene.scales() {
+        text += &format!(", {}", units::bytes(plan.config.memory_bytes));
+    }
+    let flawed = if case.info.flawed { " (flawed)" } else { "" };
+    text += &format!(" under {}{flawed}, {}", case.info.name, case.passes);
+    if plan.config.preempt.len() > 1 {
+        text += &format!(", preempt {}", case.preempt_name());
+    }
+    format!("{text}, repetition {}", rep + 1)
+}
+
+/// The sizes at which a case is run: for a slope an eighth, a quarter, half and all of the memory.
+fn sizes(plan: &Plan, case: &Case) -> Vec<Plan> {
+    let parts: &[u64] = if case.scene.scales() { &[8, 4, 2, 1] } else { &[1] };
+    parts.iter().map(|part| resized(plan, plan.config.memory_bytes / part)).collect()
+}
+
+/// The same request for a smaller guest.
+fn resized(plan: &Plan, memory_bytes: u64) -> Plan {
+    let mut small = plan.clone();
+    small.config.memory_bytes = memory_bytes;
+    small.working_set_pages = plan.working_set_pages.min(memory_bytes / page_bytes(plan.level));
+    small
+}
+
+/// Gives the largest size's runs the line through all of `runs`.
+fn scale(runs: &mut [Run], plan: &Plan) {
+    let drop = runs.iter().all(|r| r.block_drop_ns.is_some());
+    let of = if drop { "block_drop_ns.max" } else { "update_ns.total" };
+    let value = |r: &Run| match &r.block_drop_ns {
+        Some(h) => h.0.max,
+        None => r.update_ns.as_ref().map(|u| u.total),
+    };
+    let points: Vec<_> = runs.iter().filter_map(|r| Some((r.sptes, value(r)?))).collect();
+    let at = [(FLAGSHIP_BYTES, FLAGSHIP_BYTES / page_bytes(plan.level))];
+    let Some(fit) = Fit::new(of, points, &at) else { return };
+    for run in runs.iter_mut().filter(|r| r.memory_bytes == plan.config.memory_bytes) {
+        run.fit = Some(fit.clone());
     }
 }
 
-fn one(
-    kind: Kind,
-    plan: &Plan,
-    design: &DesignPlan,
-    rep: u32,
-    tables: u64,
-    cpus: usize,
-    control: &Control,
-) -> Result<Run, LabError> {
-    let outcome = run::run(&scenario(kind, plan, design, tables, false), tables, control, None)?;
-    let mut row = experiment::to_run(kind, plan, design, rep, &outcome, cpus)?;
+fn one(plan: &Plan, case: &Case, rep: u32, cpus: usize, control: &Control) -> Result<Run, LabError> {
+    let scene = case.scene;
+    let outcome = run::run(&scene.scenario(plan, case, false), control, None)?;
+    let mut row = experiment::to_run(plan, case, rep, &outcome, cpus)?;
     drop(outcome);
-    // step_ns comes from a repetition of its own: its clock reads would disturb the first.
-    let timed = run::run(&scenario(kind, plan, design, tables, true), tables, control, None)?;
-    let (step_ns, dropped, longest) = experiment::step_ns(kind, &timed);
-    (row.step_ns, row.step_ns_dropped) = (step_ns, dropped);
-    row.step_ns_dropped_cpu_max = (dropped > 0).then_some(longest);
-    drop(timed);
-    if kind == Kind::Drop && plan.config.drop_loop > 0 {
-        let scenario = scene::drop_loop_scenario(plan, design);
-        // All of the pool is touched first: the loop goes through all of it.
-        let looped = run::run(&scenario, u64::from(scenario.vm.max_tables), control, None)?;
-        row.drop_loop = Some(experiment::drop_loop(&looped, plan.config.drop_loop));
+    if scene.is_default() {
+        // step_ns comes from a repetition of its own: its clock reads would disturb the first.
+        let timed = run::run(&scene.scenario(plan, case, true), control, None)?;
+        let (step_ns, dropped, longest) = experiment::step_ns(&timed);
+        (row.step_ns, row.step_ns_dropped) = (step_ns, dropped);
+        row.step_ns_dropped_cpu_max = (dropped > 0).then_some(longest);
+        drop(timed);
+        if scene.kind == Kind::Drop && plan.config.drop_loop > 0 {
+            let looped = run::run(&scene::drop_loop_scenario(plan, case), control, None)?;
+            row.drop_loop = Some(experiment::drop_loop(&looped, plan.config.drop_loop));
+        }
     }
-    if plan.config.check {
-        checked(kind, plan, design, control, &mut row)?;
+    // Of a slope, one size is checked.
+    if plan.config.check && (!scene.scales() || rep == 0) {
+        checked(plan, case, control, &mut row)?;
     }
     Ok(row)
 }
 
 /// An untimed repetition on a smaller guest, with every oracle listening.
-fn checked(
-    kind: Kind,
-    plan: &Plan,
-    design: &DesignPlan,
-    control: &Control,
-    row: &mut Run,
-) -> Result<(), LabError> {
-    let mut small = plan.clone();
-    let unit = tdpmmu_spte::geometry::page_bytes(plan.level);
-    small.config.memory_bytes = small.config.memory_bytes.min(CHECKED_BYTES.max(4 * unit));
-    small.working_set_pages = small.working_set_pages.min(small.config.memory_bytes / unit);
-    let tables = Estimate::new(small.config.memory_bytes, small.level, small.config.levels).tables;
+fn checked(plan: &Plan, case: &Case, control: &Control, row: &mut Run) -> Result<(), LabError> {
+    let most = if case.scene.is_default() { CHECKED_BYTES } else { CHECKED_BYTES / 4 };
+    let small = resized(plan, plan.config.memory_bytes.min(most.max(4 * page_bytes(plan.level))));
     let format = plan.profile.format(FormatKind::Npt);
-    let judge = Judge::new(Rules::of(&plan.profile, format, design.info.name));
-    let outcome =
-        run::run(&scenario(kind, &small, design, tables, false), tables, control, Some(judge.clone()))?;
+    let judge = Judge::new(Rules::of(&plan.profile, format, case.info.name));
+    let outcome = run::run(&case.scene.scenario(&small, case, false), control, Some(judge.clone()))?;
     let mut list: Vec<String> = judge.violations().iter().map(ToString::to_string).collect();
     if judge.events() == 0 {
         list.push("the oracles heard nothing".into());
@@ -152,5 +190,9 @@ pub(crate) fn summary(histogram: Option<&tdpmmu_platform::Histogram>) -> H {
 pub fn info(build: &Value) -> String {
     let mut info = crate::host::info(build);
     info["experiments"] = json!(["zap", "drop", "populate", "fault", "walk", "rcu"]);
+    info["scenes"] = scene::SCENES
+        .iter()
+        .map(|s| json!({"name": s.name, "experiment": s.kind.name(), "summary": s.summary, "look_at": s.look_at}))
+        .collect();
     info.to_string()
 }

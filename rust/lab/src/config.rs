@@ -3,14 +3,16 @@
 //! Precedence: a flag comes before the design's historic default, that before the kernel profile's. Pairs that make no
 //! sense are usage errors which say why.
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use tdpmmu_mmu::design::effective_passes;
 use tdpmmu_mmu::{DESIGNS, DesignInfo, OtherOwnership, design};
-use tdpmmu_platform::Preempt;
+use tdpmmu_platform::{Platform, Preempt, Real};
 use tdpmmu_spte::geometry::{max_gfn, page_bytes, parse_page_size};
 use tdpmmu_spte::{KernelProfile, Ownership, Passes, closest};
 
 use crate::LabError;
+use crate::scenario::Sharing;
+use crate::scene::{self, Kind, Scene};
 
 /// The request of `bench …`, as JSON. Unknown fields are refused. Units are in the names.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -25,13 +27,19 @@ pub struct BenchConfig {
     /// Root level: 4 or 5.
     pub levels: u8,
     /// Zap designs by name; `all`: every sound one.
+    #[serde(deserialize_with = "one_or_more")]
     pub designs: Vec<String>,
-    /// Passes, or the design's.
-    pub passes: Option<String>,
+    /// Scenes by name; none: the experiment's default; `all`: all of the experiment.
+    #[serde(deserialize_with = "one_or_more")]
+    pub scenes: Vec<String>,
+    /// Passes, each for a run of its own; none: the design's.
+    #[serde(deserialize_with = "one_or_more")]
+    pub passes: Vec<String>,
     /// `vcpu` or `mmu`, or the design's.
     pub ownership: Option<String>,
-    /// `none`, `voluntary` or `full`.
-    pub preempt: String,
+    /// `none`, `voluntary` or `full`, each for a run of its own.
+    #[serde(deserialize_with = "one_or_more")]
+    pub preempt: Vec<String>,
     /// CPU time after which a task is asked to yield.
     pub tick_ns: u64,
     /// Kernel profile, with changed switches.
@@ -58,6 +66,38 @@ pub struct BenchConfig {
     pub max_memory_bytes: Option<u64>,
     /// Worker threads of designs that have a queue.
     pub workers: usize,
+    /// Worker n runs on CPU `worker_cpus[n % len]`; empty: anywhere.
+    pub worker_cpus: Vec<usize>,
+    /// `per-vm` or `system`, or the design's own.
+    pub worker_queue: Option<String>,
+    /// vCPU n runs on CPU `vcpu_cpus[n % len]`; empty: anywhere.
+    pub vcpu_cpus: Vec<usize>,
+    /// `local`, `pipeline` or `global`: how the working sets of the vCPUs overlap.
+    pub sharing: String,
+    /// `slot-churn`: cycles of create and delete.
+    pub churns: u64,
+    /// Keep a timeline in each run.
+    pub timeline: bool,
+    /// Write a Perfetto trace there.
+    pub perfetto: Option<String>,
+    /// Write an HdrHistogram log there.
+    pub hlog: Option<String>,
+}
+
+/// A single value, null for none, or a list.
+fn one_or_more<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<String>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Given {
+        Nothing(()),
+        One(String),
+        Many(Vec<String>),
+    }
+    Ok(match Given::deserialize(from)? {
+        Given::Nothing(()) => Vec::new(),
+        Given::One(one) => vec![one],
+        Given::Many(many) => many,
+    })
 }
 
 impl Default for BenchConfig {
@@ -68,9 +108,10 @@ impl Default for BenchConfig {
             vcpus: 2,
             levels: 4,
             designs: vec!["all".into()],
-            passes: None,
+            scenes: Vec::new(),
+            passes: Vec::new(),
             ownership: None,
-            preempt: "full".into(),
+            preempt: vec!["full".into()],
             tick_ns: 4_000_000,
             kernel_profile: "6.12".into(),
             reps: 1,
@@ -84,6 +125,14 @@ impl Default for BenchConfig {
             drop_loop: 10_000,
             max_memory_bytes: None,
             workers: 1,
+            worker_cpus: Vec::new(),
+            worker_queue: None,
+            vcpu_cpus: Vec::new(),
+            sharing: "local".into(),
+            churns: 100,
+            timeline: false,
+            perfetto: None,
+            hlog: None,
         }
     }
 }
@@ -117,30 +166,45 @@ pub struct Plan {
     pub profile: KernelProfile,
     /// Leaf level.
     pub level: u8,
-    /// Parsed preemption model.
-    pub preempt: Preempt,
     /// Parsed A/D mix.
     pub ad_mix: AdMix,
     /// Parsed population.
     pub populate: PopulateBy,
+    /// Parsed sharing.
+    pub sharing: Sharing,
     /// Write Dirty and Accessed back.
     pub write_back: bool,
     /// Pages that each vCPU touches.
     pub working_set_pages: u64,
-    /// One per design.
-    pub designs: Vec<DesignPlan>,
+    /// What to run, in this order, each `reps` times: scenes x designs x passes x preemption. Empty for single operations.
+    pub cases: Vec<Case>,
 }
 
-/// One design and the settings that follow from it.
+/// One scene under one design, and the settings that follow from it.
 #[derive(Clone, Debug)]
-pub struct DesignPlan {
+pub struct Case {
+    /// The scene.
+    pub scene: &'static Scene,
     /// The design.
     pub info: &'static DesignInfo,
     /// Passes in effect.
     pub passes: Passes,
     /// Ownership in effect.
     pub ownership: Ownership,
+    /// Preemption model.
+    pub preempt: Preempt,
 }
+
+impl Case {
+    /// The preemption model's name on the command line.
+    pub fn preempt_name(&self) -> &'static str {
+        PREEMPT.iter().find(|p| p.1 == self.preempt).map_or("?", |p| p.0)
+    }
+}
+
+/// The preemption models by name.
+pub(crate) const PREEMPT: &[(&str, Preempt)] =
+    &[("none", Preempt::None), ("voluntary", Preempt::Voluntary), ("full", Preempt::Full)];
 
 fn usage<T>(message: impl Into<String>) -> Result<T, LabError> {
     Err(LabError::Usage(message.into()))
@@ -164,11 +228,11 @@ impl BenchConfig {
         serde_json::from_str(json).map_err(|e| LabError::Usage(format!("bench configuration: {e}")))
     }
 
-    /// Checks every value and pair, and settles what was left open.
+    /// Checks every value and pair, and settles what was left open; `kind`: the experiment, `None` for a single operation.
     ///
     /// # Errors
     /// [`LabError::Usage`] naming the value and the rule.
-    pub fn plan(&self) -> Result<Plan, LabError> {
+    pub fn plan(&self, kind: Option<Kind>) -> Result<Plan, LabError> {
         let level = parse_page_size(&self.page).map_err(|e| LabError::Usage(e.to_string()))?;
         if level > 3 {
             return usage(format!("page={:?}: guests map 4K, 2M or 1G pages", self.page));
@@ -198,16 +262,14 @@ impl BenchConfig {
                 self.arrival_ns
             ));
         }
+        if self.churns == 0 || self.churns > 1_000_000 {
+            return usage(format!("churns={}: expected 1 to 1,000,000 cycles", self.churns));
+        }
         if self.drop_loop > 200_000 {
             return usage(format!("drop_loop={}: at most 200,000 drops", self.drop_loop));
         }
         let profile =
             KernelProfile::named(&self.kernel_profile).map_err(|e| LabError::Usage(e.to_string()))?;
-        let preempt = one_of(
-            "preempt",
-            &self.preempt,
-            &[("none", Preempt::None), ("voluntary", Preempt::Voluntary), ("full", Preempt::Full)],
-        )?;
         let ad_mix = one_of(
             "ad_mix",
             &self.ad_mix,
@@ -223,25 +285,111 @@ impl BenchConfig {
         let write_back = one_of("writeback", &self.writeback, &[("none", false), ("bitmap", true)])?;
         let pages = self.memory_bytes / unit;
         let wanted = self.working_set_bytes.unwrap_or(64 << 20) / unit;
-        let designs = self.design_plans(&profile)?;
-        Ok(Plan {
+        let sharing = one_of(
+            "sharing",
+            &self.sharing,
+            &[Sharing::Local, Sharing::Pipeline, Sharing::Global].map(|s| (s.name(), s)),
+        )?;
+        if let Some(queue) = &self.worker_queue {
+            one_of("worker_queue", queue, &[("per-vm", ()), ("system", ())])?;
+        }
+        let cpus = Real::cpus();
+        for (name, list) in [("worker_cpus", &self.worker_cpus), ("vcpu_cpus", &self.vcpu_cpus)] {
+            if let Some(cpu) = list.iter().find(|cpu| !cpus.contains(cpu)) {
+                return usage(format!("{name}: CPU {cpu} is not one that this process may use ({cpus:?})"));
+            }
+        }
+        let mut plan = Plan {
             config: self.clone(),
             profile,
             level,
-            preempt,
             ad_mix,
             populate,
+            sharing,
             write_back,
             working_set_pages: wanted.clamp(1, pages),
-            designs,
-        })
+            cases: Vec::new(),
+        };
+        plan.cases = self.cases(kind, &plan)?;
+        Ok(plan)
     }
 
-    fn design_plans(&self, profile: &KernelProfile) -> Result<Vec<DesignPlan>, LabError> {
-        let passes = match &self.passes {
-            None => None,
-            Some(text) => Some(Passes::parse(text).map_err(|e| LabError::Usage(e.to_string()))?),
+    /// scenes x designs x passes x preemption.
+    fn cases(&self, kind: Option<Kind>, plan: &Plan) -> Result<Vec<Case>, LabError> {
+        let infos = self.design_infos(&plan.profile)?;
+        let Some(kind) = kind else {
+            if let Some(scene) = self.scenes.first() {
+                return usage(format!("scene={scene:?}: only zap and drop have scenes"));
+            }
+            return Ok(Vec::new());
         };
+        let scenes = self.scene_list(kind, plan)?;
+        let mut passes = Vec::new();
+        for text in &self.passes {
+            let parsed = Passes::parse(text).map_err(|e| LabError::Usage(e.to_string()))?;
+            if !passes.contains(&Some(parsed)) {
+                passes.push(Some(parsed));
+            }
+        }
+        if passes.is_empty() {
+            passes.push(None);
+        }
+        let mut models = Vec::new();
+        for name in &self.preempt {
+            let model = one_of("preempt", name, PREEMPT)?;
+            if !models.contains(&model) {
+                models.push(model);
+            }
+        }
+        if models.is_empty() {
+            return usage("preempt=[]: expected one or more of none, voluntary, full");
+        }
+        let mut cases = Vec::new();
+        for scene in scenes {
+            for (info, ownership) in &infos {
+                for &asked in &passes {
+                    for &preempt in &models {
+                        let passes = effective_passes(asked, info, &plan.profile);
+                        cases.push(Case { scene, info, passes, ownership: *ownership, preempt });
+                    }
+                }
+            }
+        }
+        Ok(cases)
+    }
+
+    /// The scenes asked for. A scene that makes no sense with these settings is an error where it is named, and left out of `all`.
+    fn scene_list(&self, kind: Kind, plan: &Plan) -> Result<Vec<&'static Scene>, LabError> {
+        let mut scenes: Vec<&'static Scene> = Vec::new();
+        let mut add = |scene: &'static Scene| {
+            if !scenes.iter().any(|s| s.name == scene.name) {
+                scenes.push(scene);
+            }
+        };
+        for name in &self.scenes {
+            if name == "all" {
+                scene::of(kind).filter(|s| (s.fits)(plan).is_ok()).for_each(&mut add);
+                continue;
+            }
+            let Some(scene) = scene::find(kind, name) else {
+                return usage(scene::unknown(kind, name));
+            };
+            if let Err(why) = (scene.fits)(plan) {
+                return usage(format!("scene {name}: {why}"));
+            }
+            add(scene);
+        }
+        if scenes.is_empty() {
+            scenes.extend(scene::of(kind).take(1));
+        }
+        Ok(scenes)
+    }
+
+    /// The designs asked for, each with the ownership in effect.
+    fn design_infos(
+        &self,
+        profile: &KernelProfile,
+    ) -> Result<Vec<(&'static DesignInfo, Ownership)>, LabError> {
         let ownership = match self.ownership.as_deref() {
             None => None,
             Some(text) => {
@@ -267,7 +415,7 @@ impl BenchConfig {
                 }
                 Some(info) => infos.push(info),
                 None => {
-                    let names: Vec<_> = DESIGNS.iter().map(|d| d.name).collect();
+                    let names = design::names();
                     let hint =
                         closest(name, &names).map(|c| format!(" (did you mean {c:?}?)")).unwrap_or_default();
                     return usage(format!(
@@ -279,6 +427,17 @@ impl BenchConfig {
         }
         if infos.is_empty() {
             return usage("designs=[]: name at least one");
+        }
+        if !infos.iter().any(|info| info.queue.is_some()) {
+            let idle = [
+                (!self.worker_cpus.is_empty(), "worker_cpus"),
+                (self.worker_queue.is_some(), "worker_queue"),
+                (self.workers > 1, "workers"),
+            ];
+            if let Some((_, name)) = idle.iter().find(|i| i.0) {
+                let names: Vec<_> = infos.iter().map(|i| i.name).collect();
+                return usage(format!("{name} with design {}: it has no workers", names.join(", ")));
+            }
         }
         let asked_one = self.designs.len() == 1 && self.designs[0] != "all";
         let mut plans = Vec::new();
@@ -293,7 +452,9 @@ impl BenchConfig {
                 }
                 return usage(format!("{sentence}; name the designs that you want instead of all"));
             }
-            plans.push(DesignPlan { info, passes: effective_passes(passes, info, profile), ownership: own });
+            if !plans.iter().any(|(other, _): &(&DesignInfo, _)| other.name == info.name) {
+                plans.push((info, own));
+            }
         }
         Ok(plans)
     }
@@ -306,25 +467,93 @@ mod tests {
     fn plan(change: impl FnOnce(&mut BenchConfig)) -> Result<Plan, LabError> {
         let mut config = BenchConfig::default();
         change(&mut config);
-        config.plan()
+        config.plan(Some(Kind::Zap))
     }
 
     #[test]
     fn a_flag_comes_before_the_design_and_that_before_the_profile() {
+        let passes = |plan: &Plan, name| {
+            let case = plan.cases.iter().find(|c| c.info.name == name).expect("a case");
+            case.passes.to_string()
+        };
         let all = plan(|_| {}).expect("defaults make sense");
-        let passes: Vec<_> = all.designs.iter().map(|d| (d.info.name, d.passes.to_string())).collect();
+        let of = |name| passes(&all, name);
         assert_eq!(
-            passes,
-            [
-                ("inline", "root".to_owned()),
-                ("async-worker", "1G,root".to_owned()),
-                ("sync", "4K,2M,1G,root".to_owned())
-            ]
+            [of("inline"), of("async-worker"), of("sync")],
+            ["root", "1G,root", "4K,2M,1G,root"].map(String::from)
         );
         let old = plan(|c| c.kernel_profile = "6.1".into()).expect("makes sense");
-        assert_eq!(old.designs[2].passes.to_string(), "1G,root");
-        let asked = plan(|c| c.passes = Some("root".into())).expect("makes sense");
-        assert!(asked.designs.iter().all(|d| d.passes == Passes::ROOT));
+        assert_eq!(passes(&old, "sync"), "1G,root");
+        let asked = plan(|c| c.passes = vec!["root".into()]).expect("makes sense");
+        assert!(asked.cases.iter().all(|c| c.passes == Passes::ROOT));
+    }
+
+    #[test]
+    fn all_is_every_sound_design_of_the_experiments_first_scene() {
+        let all = plan(|_| {}).expect("defaults make sense");
+        let sound: Vec<_> = DESIGNS.iter().filter(|d| !d.flawed).map(|d| d.name).collect();
+        assert_eq!(all.cases.iter().map(|c| c.info.name).collect::<Vec<_>>(), sound);
+        assert!(all.cases.iter().all(|c| c.scene.name == "memslot-delete"));
+        let flawed = plan(|c| c.designs = vec!["no-second-phase".into()]).expect("asked for by name");
+        assert!(flawed.cases[0].info.flawed);
+    }
+
+    #[test]
+    fn lists_multiply_and_repeated_values_do_not() {
+        let json = r#"{"scenes": ["memslot-delete", "boot", "boot"], "designs": ["sync", "inline"], "passes": ["1G,root", "root"],
+                       "preempt": ["none", "full"]}"#;
+        let config = BenchConfig::parse(json).expect("well formed");
+        assert_eq!(config.plan(Some(Kind::Zap)).expect("makes sense").cases.len(), 16);
+        let single = r#"{"scenes": "boot", "designs": "sync", "passes": "root", "preempt": "none"}"#;
+        let single = BenchConfig::parse(single).expect("a single value is a list of one");
+        let plan = single.plan(Some(Kind::Zap)).expect("makes sense");
+        assert_eq!((plan.cases.len(), plan.cases[0].preempt), (1, Preempt::None));
+        let null = BenchConfig::parse(r#"{"passes": null}"#).expect("null is none");
+        assert!(null.passes.is_empty());
+    }
+
+    #[test]
+    fn scenes_belong_to_their_experiment_and_must_make_sense() {
+        let scene = |name: &str, change: &dyn Fn(&mut BenchConfig)| {
+            plan(|c| {
+                c.scenes = vec![name.into()];
+                change(c);
+            })
+            .expect_err("no sense")
+            .to_string()
+        };
+        assert!(scene("cr0-wp", &|_| {}).contains("belongs to bench drop"));
+        assert!(scene("slot-chrun", &|_| {}).contains("did you mean \"slot-churn\""));
+        assert!(scene("zap-64t", &|c| c.memory_bytes = 4096).contains("an eighth"));
+        let all = plan(|c| {
+            c.scenes = vec!["all".into()];
+            c.memory_bytes = 4096;
+        })
+        .expect("what does not fit is left out");
+        assert!(all.cases.iter().all(|c| c.scene.kind == Kind::Zap && c.scene.name != "zap-64t"));
+        assert!(BenchConfig { scenes: vec!["boot".into()], ..BenchConfig::default() }.plan(None).is_err());
+    }
+
+    #[test]
+    fn settings_of_workers_need_a_design_with_workers() {
+        let ask = |design: &str, change: &dyn Fn(&mut BenchConfig)| {
+            plan(|c| {
+                c.designs = vec![design.into()];
+                change(c);
+            })
+        };
+        for change in [
+            (|c| c.worker_cpus = vec![Real::cpus()[0]]) as fn(&mut BenchConfig),
+            |c| c.worker_queue = Some("system".into()),
+            |c| c.workers = 2,
+        ] {
+            assert!(ask("async-worker", &change).is_ok());
+            assert!(ask("all", &change).is_ok(), "those that have workers use them");
+            let error = ask("sync", &change).err().map(|e| e.to_string()).unwrap_or_default();
+            assert!(error.contains("it has no workers"), "{error}");
+        }
+        let error = ask("async-worker", &|c| c.worker_cpus = vec![4095]).expect_err("no such CPU");
+        assert!(error.to_string().contains("CPU 4095"), "{error}");
     }
 
     #[test]
@@ -342,8 +571,8 @@ mod tests {
 
     #[test]
     fn designs_that_need_a_later_kernels_test_are_refused_or_left_out() {
-        let all = plan(|c| c.kernel_profile = "5.15".into()).expect("inline remains");
-        assert_eq!(all.designs.iter().map(|d| d.info.name).collect::<Vec<_>>(), ["inline"]);
+        let all = plan(|c| c.kernel_profile = "5.15".into()).expect("the older ones remain");
+        assert_eq!(all.cases.iter().map(|c| c.info.name).collect::<Vec<_>>(), ["in-place", "inline"]);
         let named = plan(|c| {
             c.kernel_profile = "5.15".into();
             c.designs = vec!["sync".into()];

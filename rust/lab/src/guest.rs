@@ -35,6 +35,8 @@ pub struct Felt {
     pub faults_after: u64,
     /// When the last of them was completed, in ticks.
     pub last_fault_at: u64,
+    /// Moves from CPU to CPU.
+    pub migrations: u64,
 }
 
 struct Probe<P> {
@@ -66,7 +68,7 @@ impl<P: Platform> VcpuProbe for Probe<P> {
     }
 }
 
-/// The pages of one vCPU: its own stretch of guest memory.
+/// The pages that one vCPU touches: a stretch of guest memory.
 #[derive(Clone, Copy, Debug)]
 pub struct WorkingSet {
     /// First gfn.
@@ -111,10 +113,16 @@ impl Random {
 }
 
 /// How a guest behaves.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct GuestPlan {
-    /// What it touches.
-    pub set: WorkingSet,
+    /// What it writes.
+    pub writes: WorkingSet,
+    /// What it reads.
+    pub reads: WorkingSet,
+    /// Through the sets in order instead of at random.
+    pub ascending: bool,
+    /// Moves the vCPU to the next of its CPUs so often.
+    pub migrate_ns: Option<u64>,
     /// ns between two intended starts.
     pub arrival_ns: u64,
     /// Writes of 100 accesses.
@@ -140,6 +148,8 @@ pub fn run<P: Platform>(
     let mut random = Random::new(plan.seed);
     let arrival = P::ns_to_ticks(plan.arrival_ns).max(1);
     let mut intended = P::ticks();
+    let mut mover = plan.migrate_ns.map(Mover::<P>::new);
+    let mut turn = 0;
     let fail = |e: tdpmmu_vm::VmError| LabError::Internal(format!("a vCPU's access failed: {e}"));
     'run: loop {
         intended += arrival;
@@ -153,9 +163,14 @@ pub fn run<P: Platform>(
         if stop() {
             break;
         }
+        if let Some(mover) = &mut mover {
+            mover.due(vcpu)?;
+        }
         let bits = random.draw();
         let write = (bits >> 56) % 100 < u64::from(plan.write_percent);
-        let gfn = plan.set.gfn(bits & 0xff_ffff_ffff);
+        let set = if write { &plan.writes } else { &plan.reads };
+        let gfn = set.gfn(if plan.ascending { turn } else { bits & 0xff_ffff_ffff });
+        turn += 1;
         let outcome = vcpu.access(GuestAccess { gfn, write, exec: false }).map_err(fail)?;
         if outcome == AccessOutcome::Stopped {
             break;
@@ -173,7 +188,38 @@ pub fn run<P: Platform>(
     vcpu.set_probe(None);
     let mut felt = std::mem::take(&mut *felt.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
     felt.access = access;
+    felt.migrations = mover.map_or(0, |mover| mover.moves);
     Ok(felt)
+}
+
+/// The host's scheduler, which moves a vCPU about.
+struct Mover<P> {
+    cpus: Vec<usize>,
+    every: u64,
+    next: u64,
+    moves: u64,
+    platform: std::marker::PhantomData<fn() -> P>,
+}
+
+impl<P: Platform> Mover<P> {
+    fn new(every_ns: u64) -> Self {
+        let every = P::ns_to_ticks(every_ns);
+        let platform = std::marker::PhantomData;
+        Self { cpus: P::cpus(), every, next: P::ticks() + every, moves: 0, platform }
+    }
+
+    /// Moves the vCPU if it is time. It leaves the guest for it, as being scheduled out makes it do.
+    fn due(&mut self, vcpu: &mut Vcpu<'_, P>) -> Result<(), LabError> {
+        let now = P::ticks();
+        if now < self.next || self.cpus.is_empty() {
+            return Ok(());
+        }
+        self.next = now + self.every;
+        vcpu.leave();
+        self.moves += 1;
+        let cpu = self.cpus[(vcpu.id() + self.moves as usize) % self.cpus.len()];
+        P::pin(cpu).map_err(|e| LabError::Internal(format!("moving a vCPU to CPU {cpu}: {e}")))
+    }
 }
 
 /// What touching the whole working set took.

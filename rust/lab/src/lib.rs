@@ -16,6 +16,7 @@
 //! | `experiment/`, `attribution.rs` | outcomes become results; where each thread's time went |
 //! | `micro.rs` | populate, fault, walk, rcu: one operation against its limit |
 //! | `limits/` | the host's physical limits |
+//! | `fit.rs` | a line through measurements, and its errors |
 //! | `result.rs` | the schema |
 //! | `memory.rs`, `host.rs`, `units.rs` | estimates and refusals; the machine; bytes for people |
 //! | `control.rs`, `error.rs` | progress and cancellation; errors by exit code |
@@ -26,6 +27,7 @@ pub mod config;
 mod control;
 mod error;
 pub mod experiment;
+pub mod fit;
 pub mod guest;
 pub mod host;
 pub mod limits;

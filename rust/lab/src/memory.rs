@@ -1,5 +1,6 @@
 //! What a guest costs before it is built, and the refusal.
 
+use serde::{Deserialize, Serialize};
 use tdpmmu_spte::geometry::{page_bytes, span, tables_below_root};
 use tdpmmu_table::{TABLE_BYTES, TablePool};
 
@@ -7,7 +8,7 @@ use crate::host::available_bytes;
 use crate::{LabError, units};
 
 /// Page-table pages and bytes of one fully mapped guest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Estimate {
     /// Leaves.
     pub sptes: u64,
@@ -25,10 +26,25 @@ impl Estimate {
         let gfns = memory_bytes / page_bytes(1);
         let tables = tables_below_root(gfns, level, root_level) + 1;
         let table_bytes = tables * TABLE_BYTES as u64;
-        let headers = (tables as f64 * TablePool::overhead_bytes_per_table()) as u64;
         // Two bits a frame (dirty, accessed) in the host's model, one in the slot's dirty bitmap; lpage_info is small.
         let frames = gfns / 8 * 3;
-        Self { sptes: gfns / span(level), tables, table_bytes, bytes: table_bytes + headers + frames }
+        let mut sum = Self { sptes: gfns / span(level), tables, table_bytes, bytes: 0 };
+        sum.bytes = table_bytes + sum.headers() + frames;
+        sum
+    }
+
+    /// For `times` as many roots, over the same frames.
+    pub fn times(self, times: u64) -> Self {
+        let frames = self.bytes - self.table_bytes - self.headers();
+        let tables = self.tables * times;
+        let table_bytes = self.table_bytes * times;
+        let mut sum = Self { sptes: self.sptes * times, tables, table_bytes, bytes: 0 };
+        sum.bytes = table_bytes + sum.headers() + frames;
+        sum
+    }
+
+    fn headers(&self) -> u64 {
+        (self.tables as f64 * TablePool::overhead_bytes_per_table()) as u64
     }
 
     /// Refuses what does not fit in `limit` bytes (or the host's available memory), with the figure.

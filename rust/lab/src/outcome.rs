@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use serde::Serialize;
 use tdpmmu_mmu::Counts;
 use tdpmmu_platform::{Histogram, MeterSnapshot, RcuStats};
 use tdpmmu_vm::{CloseReport, FastZapTimes};
@@ -32,6 +33,10 @@ pub struct ThreadReport {
 
 /// What a scenario came to.
 pub struct Outcome {
+    /// Whose operation was the request; `None`: the end of the VM was.
+    pub pays: Option<Who>,
+    /// Leaves that had to be mapped at t0.
+    pub expected: Option<u64>,
     /// t0 in ticks.
     pub t0: u64,
     /// What the tree held at t0, counted.
@@ -82,4 +87,23 @@ pub struct Outcome {
     pub written_back: u64,
     /// The end of the VM.
     pub close: CloseReport,
+    /// CPU time of closing it, where that was the request.
+    pub close_cpu_ns: Option<u64>,
+    /// Most present SPTEs under invalidated roots at the return of a fast zap.
+    pub mapped_at_return: u64,
+    /// Tables under invalidated roots that somebody still holds after the teardown.
+    pub stale_tables: u64,
+    /// What was mapped when everything was over, before the end of the VM.
+    pub last: Option<LastState>,
+}
+
+/// What valid roots hold.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct LastState {
+    /// Leaves.
+    pub sptes: u64,
+    /// Tables, roots included.
+    pub tables: u64,
+    /// Roots.
+    pub roots: u64,
 }

@@ -2,36 +2,37 @@
 
 use std::collections::BTreeMap;
 
-use serde::Serialize;
+use serde::ser::SerializeStruct;
+use serde::{Serialize, Serializer};
 use serde_json::Value;
-use tdpmmu_platform::{Histogram, MeterSnapshot, Phase};
+use tdpmmu_platform::{Histogram, MeterSnapshot, Phase, Summary};
 
+use crate::fit::Fit;
 use crate::host::HostInfo;
 use crate::limits::Limits;
+use crate::outcome::LastState;
 
 /// A distribution: count and percentiles, a percentile only where 10/(1-q) samples stand behind it.
-#[derive(Clone, Debug, Default, Serialize)]
-pub struct H {
-    /// Samples.
-    pub count: u64,
-    /// Smallest.
-    pub min: Option<u64>,
-    /// Median.
-    pub p50: Option<u64>,
-    /// 90th percentile.
-    pub p90: Option<u64>,
-    /// 99th percentile.
-    pub p99: Option<u64>,
-    /// 99.9th percentile.
-    pub p999: Option<u64>,
-    /// Largest.
-    pub max: Option<u64>,
-}
+#[derive(Clone, Copy, Debug, Default)]
+pub struct H(pub Summary);
 
 impl From<&Histogram> for H {
     fn from(histogram: &Histogram) -> Self {
-        let s = histogram.summary();
-        Self { count: s.count, min: s.min, p50: s.p50, p90: s.p90, p99: s.p99, p999: s.p999, max: s.max }
+        Self(histogram.summary())
+    }
+}
+
+impl Serialize for H {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        let Summary { count, min, p50, p90, p99, p999, max } = self.0;
+        let mut fields = to.serialize_struct("H", 7)?;
+        fields.serialize_field("count", &count)?;
+        for (name, value) in
+            [("min", min), ("p50", p50), ("p90", p90), ("p99", p99), ("p999", p999), ("max", max)]
+        {
+            fields.serialize_field(name, &value)?;
+        }
+        fields.end()
     }
 }
 
@@ -199,11 +200,48 @@ pub struct DropLoop {
     pub block_baseline_ns: H,
 }
 
+/// `updates`: scenes with many memslot updates.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Updates {
+    /// How many.
+    pub count: u64,
+    /// Each one's fast-zap call, entry to return.
+    pub update_ns: H,
+}
+
+/// `waiting`: what arrived during the zap.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Waiting {
+    /// `update` or `notifier`.
+    pub what: &'static str,
+    /// Each one's call, entry to return.
+    pub wait_ns: H,
+}
+
+/// `close_ns`: the end of a populated VM.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct CloseNs {
+    /// From the call to the last table freed.
+    pub total: u64,
+    /// Of it, the zap of everything under the exclusive lock.
+    pub zap_all: u64,
+    /// Of it, the rest: stopping vCPUs, putting roots, workers, grace periods.
+    pub rest: u64,
+}
+
+/// A distribution, bucket by bucket: (largest value of the bucket, how many). Empty buckets are left out.
+pub type Curve = Vec<(u64, u64)>;
+
 /// One design, one repetition.
 #[derive(Clone, Debug, Default, Serialize)]
 #[allow(missing_docs)]
 pub struct Run {
+    pub scene: String,
     pub design: String,
+    pub flawed: bool,
+    pub workers: usize,
+    pub worker_queue: Option<String>,
+    pub sharing: &'static str,
     pub passes: String,
     pub ownership: String,
     pub lock_mode: &'static str,
@@ -226,6 +264,23 @@ pub struct Run {
     pub populate: PopulateResult,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub update_ns: Option<UpdateNs>,
+    pub updates: Option<Updates>,
+    pub sptes_mapped_at_return: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub waiting: Option<Waiting>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub wake_ns: Option<H>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub migrations: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub blocked_ns: Option<H>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prepare_ns: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub close_ns: Option<CloseNs>,
+    #[serde(rename = "final")]
+    pub last: Option<LastState>,
+    pub curves: BTreeMap<&'static str, Curve>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub block_drop_ns: Option<H>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -250,7 +305,7 @@ pub struct Run {
     pub queue_ns: H,
     pub refault: Refault,
     pub attribution: Vec<Attribution>,
-    pub fit: Option<Value>,
+    pub fit: Option<Fit>,
     pub yields: u64,
     pub retries: u64,
     pub kicks: u64,

@@ -7,6 +7,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::memory::Estimate;
+
 /// A whole experiment, as data.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Scenario {
@@ -20,6 +22,12 @@ pub struct Scenario {
     pub threads: Vec<Thread>,
     /// Seed of every random choice.
     pub seed: u64,
+    /// Who pays for the teardown: the thread whose operation is measured. `None`: nobody's thread, the end of the VM is.
+    pub pays: Option<Who>,
+    /// Leaves and tables that the guest comes to: touched before the clock runs, counted at t0.
+    pub estimate: Estimate,
+    /// Leaves that must be mapped at t0; `None`: as many as the guest has got to by then.
+    pub sptes: Option<u64>,
 }
 
 /// The VM of a scenario. Names as on the command line.
@@ -45,6 +53,12 @@ pub struct VmSpec {
     pub max_tables: u32,
     /// Workers of designs with a queue.
     pub workers: usize,
+    /// Where worker n runs: on CPU `worker_cpus[n % len]`; empty: anywhere.
+    pub worker_cpus: Vec<usize>,
+    /// The queue: `per-vm` or `system`; `None`: the design's own.
+    pub worker_queue: Option<String>,
+    /// Where vCPU n runs: on CPU `vcpu_cpus[n % len]`; empty: anywhere.
+    pub vcpu_cpus: Vec<usize>,
     /// none, voluntary or full.
     pub preempt: String,
     /// CPU time after which a task is asked to yield.
@@ -64,6 +78,8 @@ pub enum Who {
     Vcpu(usize),
     /// A thread of the VMM: ioctls.
     Caller,
+    /// Another thread of the VMM, or of the host.
+    Other(usize),
 }
 
 /// One thread of a scenario.
@@ -82,6 +98,8 @@ pub struct Thread {
 pub enum Flag {
     WarmedUp,
     HolderReady,
+    UserGone,
+    Awake,
     BaselineDone,
     HolderGone,
     Dropped,
@@ -98,6 +116,16 @@ pub enum Mark {
     Drop,
     /// The same where others still hold the root.
     Baseline,
+    /// A memslot update with its fast zap.
+    Update,
+    /// What arrived during the zap, from its call to its return.
+    Waiting,
+    /// A halted vCPU: from being woken to its first completed access.
+    Wake,
+    /// A fault that replaces a table by a huge page.
+    Replace,
+    /// What had to be done before the zap, once (dirty logging).
+    Prepare,
 }
 
 /// How the leaves are put there.
@@ -127,13 +155,80 @@ pub struct Populate {
     pub by: By,
     /// A/D state of the leaves (faults leave what the access left).
     pub ad: Ad,
+    /// Under so many roots, each of a role of its own, of which vCPU 0 caches up to four.
+    pub roots: usize,
+}
+
+/// How the working sets of the vCPUs overlap.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Sharing {
+    /// Each vCPU has its own stretch of memory.
+    #[default]
+    Local,
+    /// vCPU i writes its own stretch and reads what vCPU i - 1 writes.
+    Pipeline,
+    /// All vCPUs read and write the same stretch.
+    Global,
+}
+
+impl Sharing {
+    /// Its name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Sharing::Local => "local",
+            Sharing::Pipeline => "pipeline",
+            Sharing::Global => "global",
+        }
+    }
+}
+
+/// Guest code.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct GuestCode {
+    /// Pages of the working set.
+    pub pages: u64,
+    /// Time between two intended starts (open loop).
+    pub arrival_ns: u64,
+    /// Of 100 accesses this many are writes.
+    pub write_percent: u8,
+    /// Whose pages it touches.
+    pub sharing: Sharing,
+    /// Ascending through the working set, as firmware goes through memory; else at random.
+    pub ascending: bool,
+    /// Maps and caches the working set before anybody measures.
+    pub warm: bool,
+    /// The host moves the vCPU to the next CPU so often.
+    pub migrate_ns: Option<u64>,
+    /// Ends when raised.
+    pub until: Flag,
+}
+
+/// A memslot update that zaps everything.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Update {
+    /// The extra memslot is deleted.
+    Delete,
+    /// The extra memslot is moved to other gfns.
+    Move,
+    /// No memslot changes: an nx_huge_pages toggle.
+    NxToggle,
+}
+
+/// What comes from another thread while the zap runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Intruder {
+    /// Another memslot update, one that zaps nothing: it waits for slots_lock.
+    Update,
+    /// The host unmaps pages of the guest's memory: each notifier call waits for mmu_lock.
+    Notifier,
 }
 
 /// One operation of a thread.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Op {
-    /// Wants a root of the other role from now on (CR0.WP toggled).
-    SwitchRole,
+    /// Wants a root of role variant `n` from now on: 0 the common one, 1 with CR0.WP toggled, 2 with EFER.NX, 3 with both.
+    SwitchRole(usize),
     /// Loads a root, if none is loaded.
     Load,
     /// Puts every root.
@@ -146,25 +241,33 @@ pub enum Op {
         times: u64,
         /// SPTEs faulted in before each drop.
         sptes: u64,
+        /// Loads a root again, as guest entry needs it; a vCPU of a dying VM does not.
+        reload: bool,
     },
-    /// Runs guest code: random accesses to a working set, one each `arrival_ns` (open loop), until the flag is raised.
-    Guest {
-        /// Pages of the working set.
-        pages: u64,
-        /// Time between two intended starts.
-        arrival_ns: u64,
-        /// Of 100 accesses this many are writes.
-        write_percent: u8,
-        /// Ends when raised.
-        until: Flag,
-    },
+    /// Runs guest code until a flag is raised.
+    Guest(GuestCode),
     /// Touches each page of the working set once.
     Touch {
         /// Pages of the working set.
         pages: u64,
+        /// Whose pages.
+        sharing: Sharing,
     },
-    /// Deletes the extra memslot: a memslot update, with its fast zap, timed.
-    DeleteMemslot,
+    /// HLT until another thread wakes the vCPU; then makes one access, timed.
+    Halt,
+    /// A memslot update, with its fast zap, timed.
+    Zap(Update),
+    /// The extra memslot is deleted and created again so often, each deletion timed.
+    Churn {
+        /// Cycles.
+        cycles: u64,
+        /// Between two cycles.
+        pause_us: u64,
+    },
+    /// Waits for t0, then intrudes on the zap until its teardown is over, each call timed.
+    Intrude(Intruder),
+    /// Wakes a halted vCPU.
+    Wake(usize),
     /// Waits until everything that was to be torn down is, and its tables are back.
     AwaitTeardown,
     /// Sleeps.

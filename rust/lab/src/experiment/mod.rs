@@ -11,10 +11,11 @@ use tdpmmu_table::{TABLE_BYTES, TablePool};
 use tdpmmu_vm::AccessOutcome;
 
 use crate::LabError;
-use crate::config::{DesignPlan, Plan};
+use crate::config::{BenchConfig, Case, Plan};
 use crate::outcome::{Outcome, ThreadReport};
 use crate::result::{
-    CpuNs, DropLoop, H, LockStats, PopulateResult, RcuResult, Refault, Run, Teardown, UpdateNs,
+    CloseNs, CpuNs, Curve, DropLoop, H, LockStats, PopulateResult, RcuResult, Refault, Run, Teardown,
+    UpdateNs, Updates, Waiting,
 };
 
 use crate::scenario::{Mark, Who};
@@ -40,38 +41,36 @@ fn merged<'a>(meters: impl Iterator<Item = &'a MeterSnapshot>) -> MeterSnapshot 
 }
 
 /// What those who tear down have measured, workers included.
-fn paying(kind: Kind, outcome: &Outcome) -> MeterSnapshot {
-    let threads = outcome.threads.iter().filter(|t| tears_down(kind, t)).map(|t| &t.meter);
+fn paying(outcome: &Outcome) -> MeterSnapshot {
+    let threads = outcome.threads.iter().filter(|t| tears_down(outcome, t)).map(|t| &t.meter);
     merged(threads.chain(outcome.workers.iter().map(|w| &w.0)))
 }
 
 /// Is this thread part of the teardown?
-fn tears_down(kind: Kind, thread: &ThreadReport) -> bool {
-    match kind {
-        Kind::Zap => thread.who == Who::Caller,
-        Kind::Drop => thread.who == Who::Vcpu(0),
-    }
+fn tears_down(outcome: &Outcome, thread: &ThreadReport) -> bool {
+    outcome.pays == Some(thread.who)
+}
+
+/// A distribution bucket by bucket.
+fn curve(histogram: &Histogram) -> Curve {
+    histogram.buckets().collect()
 }
 
 /// The run's row, and what is wrong with it, if anything is.
-pub fn to_run(
-    kind: Kind,
-    plan: &Plan,
-    design: &DesignPlan,
-    rep: u32,
-    outcome: &Outcome,
-    cpus: usize,
-) -> Result<Run, LabError> {
+pub fn to_run(plan: &Plan, case: &Case, rep: u32, outcome: &Outcome, cpus: usize) -> Result<Run, LabError> {
     let c = &plan.config;
     let sptes = outcome.at_t0.sptes();
     let empty = Histograms::default();
     let all = merged(outcome.threads.iter().map(|t| &t.meter).chain(outcome.workers.iter().map(|w| &w.0)));
-    let paying = paying(kind, outcome);
+    let paying = paying(outcome);
     let (hist, pay_hist) =
         (all.histograms.as_deref().unwrap_or(&empty), paying.histograms.as_deref().unwrap_or(&empty));
     let worker_cpu: u64 = outcome.workers.iter().map(|w| w.1).sum();
-    let op_cpu: u64 = outcome.threads.iter().filter(|t| tears_down(kind, t)).map(|t| t.op_cpu_ns).sum();
-    let (caller, vcpu) = if kind == Kind::Zap { (op_cpu, 0) } else { (0, op_cpu) };
+    let op_cpu: u64 = outcome.threads.iter().filter(|t| tears_down(outcome, t)).map(|t| t.op_cpu_ns).sum();
+    let (caller, vcpu) = match outcome.pays {
+        Some(Who::Vcpu(_)) => (0, op_cpu),
+        _ => (op_cpu + outcome.close_cpu_ns.unwrap_or(0), 0),
+    };
     let cpu_ns = CpuNs { caller, vcpu, worker: worker_cpu, rcu: outcome.rcu_cpu_ns };
     let update = outcome.update.map(|t| UpdateNs {
         total: t.total_ns,
@@ -83,8 +82,17 @@ pub fn to_run(
         zap: t.zap_ns,
     });
     let mark = |m| outcome.marks.get(&m).map(H::from);
-    let drop_ns = mark(Mark::Drop).and_then(|h| h.max).unwrap_or(0);
-    let return_ns = update.as_ref().map_or(drop_ns, |u| u.total);
+    let drop_ns = mark(Mark::Drop).and_then(|h| h.0.max).unwrap_or(0);
+    let close_ns = outcome.pays.is_none().then_some(CloseNs {
+        total: outcome.close.total_ns,
+        zap_all: outcome.close.zap_all_ns,
+        rest: outcome.close.total_ns.saturating_sub(outcome.close.zap_all_ns),
+    });
+    let return_ns = match (&update, &close_ns) {
+        (Some(update), _) => update.total,
+        (_, Some(close)) => close.total,
+        _ => drop_ns,
+    };
     let teardown = outcome.last_zap_end_ns.map(|zap_end| {
         let free = outcome.last_free_ns.unwrap_or(zap_end);
         Teardown {
@@ -121,16 +129,33 @@ pub fn to_run(
             visible.record(since_t0(at));
         }
     }
-    let exclusive_drop = kind == Kind::Drop
-        && design.info.name == "inline"
+    let empty_marks = Histogram::new();
+    let all_of = |m| outcome.marks.get(&m).unwrap_or(&empty_marks);
+    let curves = [
+        ("access_ns", &access),
+        ("block_update_ns", &block_update),
+        ("reader_wait_ns", &hist.reader_wait),
+        ("writer_wait_ns", &hist.writer_wait),
+        ("step_units", &pay_hist.step_units),
+        ("update_ns", all_of(Mark::Update)),
+        ("block_drop_ns", all_of(Mark::Drop)),
+    ];
+    let many = all_of(Mark::Update).count() > 1;
+    let exclusive_drop = case.scene.kind == Kind::Drop
+        && case.info.name == "inline"
         && plan.profile.root_free_lock == LockMode::Exclusive;
-    let threads_running = c.vcpus as usize + 1 + usize::from(design.info.name == "async-worker") * c.workers;
+    let threads_running = c.vcpus as usize + 1 + usize::from(case.info.queue.is_some()) * c.workers;
     let run = Run {
-        design: design.info.name.into(),
-        passes: design.passes.to_string(),
-        ownership: design.ownership.to_string(),
+        scene: case.scene.name.into(),
+        design: case.info.name.into(),
+        flawed: case.info.flawed,
+        workers: if case.info.queue.is_some() { c.workers } else { 0 },
+        worker_queue: queue_of(case, c),
+        sharing: plan.sharing.name(),
+        passes: case.passes.to_string(),
+        ownership: case.ownership.to_string(),
         lock_mode: if exclusive_drop { "exclusive" } else { "shared" },
-        preempt: c.preempt.clone(),
+        preempt: case.preempt_name().into(),
         tick_ns: c.tick_ns,
         kernel_profile: plan.profile.to_string(),
         rep,
@@ -152,9 +177,27 @@ pub fn to_run(
             prefault_ns: outcome.prefault_ns,
         },
         update_ns: update,
+        updates: many.then(|| {
+            let updates = all_of(Mark::Update);
+            Updates { count: updates.count(), update_ns: H::from(updates) }
+        }),
+        // The zap in place keeps its roots valid: what is mapped at its return may be new.
+        sptes_mapped_at_return: (outcome.update.is_some() && !case.info.obligations.keeps_roots)
+            .then_some(outcome.mapped_at_return),
+        waiting: mark(Mark::Waiting).map(|wait_ns| Waiting {
+            what: case.scene.name.strip_prefix("waiting-").unwrap_or("other"),
+            wait_ns,
+        }),
+        wake_ns: mark(Mark::Wake),
+        migrations: moved(outcome),
+        blocked_ns: mark(Mark::Replace),
+        prepare_ns: outcome.marks.get(&Mark::Prepare).and_then(|h| h.summary().max),
+        close_ns,
+        last: outcome.last,
+        curves: curves.into_iter().filter(|c| c.1.count() > 0).map(|(name, h)| (name, curve(h))).collect(),
         block_drop_ns: mark(Mark::Drop),
         block_baseline_ns: mark(Mark::Baseline),
-        retained_table_pages: (kind == Kind::Drop).then_some(outcome.retained),
+        retained_table_pages: retained(case, outcome),
         drop_loop: None,
         block_update_ns: H::from(&block_update),
         visible_ns: H::from(&visible),
@@ -198,14 +241,34 @@ pub fn to_run(
         violation_list: Vec::new(),
         violations_checked_memory_bytes: None,
     };
-    believe::believable(kind, plan, outcome, &paying, &run)?;
+    believe::believable(plan, case, outcome, &paying, &run)?;
     Ok(run)
+}
+
+/// Tables that stay: those of a dropped root that the MMU owns, or those of an invalid root that a halted vCPU holds.
+fn retained(case: &Case, outcome: &Outcome) -> Option<u64> {
+    match (case.scene.kind, case.scene.name) {
+        (_, "halted-vcpu") => Some(outcome.stale_tables),
+        (Kind::Drop, _) if outcome.pays.is_some() => Some(outcome.retained),
+        _ => None,
+    }
+}
+
+fn moved(outcome: &Outcome) -> Option<u64> {
+    let moves: u64 = outcome.threads.iter().map(|t| t.felt.migrations).sum();
+    (moves > 0).then_some(moves)
+}
+
+/// The queue in effect: the one asked for, else the design's own.
+fn queue_of(case: &Case, config: &BenchConfig) -> Option<String> {
+    let own = case.info.queue?.name();
+    Some(config.worker_queue.clone().unwrap_or_else(|| own.into()))
 }
 
 /// The time between two reschedule checks of the tasks that tear down; how many samples a context switch spoilt, and the
 /// longest of those.
-pub fn step_ns(kind: Kind, outcome: &Outcome) -> (H, u64, u64) {
-    let paying = paying(kind, outcome);
+pub fn step_ns(outcome: &Outcome) -> (H, u64, u64) {
+    let paying = paying(outcome);
     let histogram = crate::bench::summary(paying.histograms.as_deref().map(|h| &h.step_ns));
     (histogram, paying.steps_dropped, paying.longest_dropped_step_cpu_ns)
 }

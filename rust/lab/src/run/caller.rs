@@ -1,52 +1,173 @@
-//! What a thread of the VMM does: memslot updates, and waiting for the teardown.
+//! What the VMM's threads do: memslot updates, waiting for the teardown, and what comes in between from elsewhere.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use tdpmmu_platform::{Platform, Role as TaskRole};
+use tdpmmu_platform::{Platform, Role as TaskRole, Task};
+use tdpmmu_spte::geometry::{page_bytes, span};
+use tdpmmu_vm::slots::Region;
+use tdpmmu_vm::{FastZapTimes, SlotUpdate};
 
-use super::{P, Paid, Shared, internal, lock, setup::EXTRA_SLOT, setup::task_config};
+use super::setup::{Regions, task_config};
+use super::{P, Paid, Shared, internal, lock};
 use crate::LabError;
 use crate::guest::Felt;
-use crate::scenario::{Op, Who};
+use crate::scenario::{Flag, Intruder, Mark, Op, Update, Who};
+
+/// Notifier calls come so often.
+const NOTIFIER_PAUSE: Duration = Duration::from_millis(1);
+/// At most so many pages are unmapped.
+const NOTIFIER_PAGES: u64 = 256;
 
 impl Shared<'_> {
-    pub(super) fn caller_thread(&self, name: &str, ops: &[Op]) -> Result<(), LabError> {
+    pub(super) fn vmm_thread(&self, name: &str, who: Who, ops: &[Op]) -> Result<(), LabError> {
         let task = self.vm.task_with(name, TaskRole::Caller, task_config(&self.scenario.vm));
         let mut paid = Paid::default();
         for op in ops {
-            match *op {
-                Op::DeleteMemslot => {
-                    self.open_window(&task, None);
-                    self.control.report("zapping", 0.0);
-                    let _ = task.meter().take();
-                    let (cpu, switches) = (P::thread_cpu_ns(), P::switches());
-                    self.window.t0.store(P::ticks(), Ordering::Release);
-                    let times = self
-                        .vm
-                        .delete_memslot(&task, 0, EXTRA_SLOT)
-                        .map_err(internal("the memslot update"))?;
-                    paid.cpu_ns += P::thread_cpu_ns() - cpu;
-                    paid.switched_out += P::switches().involuntary - switches.involuntary;
-                    // t0 is the entry of the fast-zap call; before it the ioctl swapped the slot arrays.
-                    self.window.t0.store(times.t0, Ordering::Release);
-                    lock(&self.collected).update = Some(times);
-                }
-                Op::AwaitTeardown => {
-                    if lock(&self.collected).update.is_none() {
-                        // Only waiting so far: not part of the teardown.
-                        let _ = task.meter().take();
+            self.vmm_op(&task, op, &mut paid)?;
+        }
+        self.report(name, who, &task, &mut paid, Felt::default());
+        Ok(())
+    }
+
+    fn vmm_op(&self, task: &Task<P>, op: &Op, paid: &mut Paid) -> Result<(), LabError> {
+        match *op {
+            Op::Zap(update) => {
+                self.control.report("zapping", 0.0);
+                self.zap(task, update, paid)?;
+            }
+            Op::Churn { cycles, pause_us } => {
+                for n in 0..cycles {
+                    if self.stopped() {
+                        return Err(LabError::Cancelled);
                     }
-                    self.await_teardown(&task);
+                    self.control.report("zapping", n as f64 / cycles as f64);
+                    self.zap(task, Update::Delete, paid)?;
+                    self.set_slot(task, &self.regions()?.extra)?;
+                    std::thread::sleep(Duration::from_micros(pause_us));
+                }
+            }
+            Op::AwaitTeardown => {
+                if paid.meter.is_none() {
+                    // Only waiting so far: not part of the teardown.
+                    let _ = task.meter().take();
+                }
+                self.await_teardown(task);
+                if paid.meter.is_none() {
                     paid.meter = Some(task.meter().take());
                 }
-                Op::SleepMs(ms) => std::thread::sleep(Duration::from_millis(ms)),
-                Op::Raise(flag) => self.raise(flag),
-                Op::Await { flag, count } => self.wait_for(flag, count, || {})?,
-                _ => return Err(LabError::Usage(format!("{op:?} is for a vCPU's thread"))),
+            }
+            Op::Intrude(what) => self.intrude(task, what)?,
+            Op::Wake(vcpu) => {
+                // A wake-up that comes before the sleep is lost: again, until the sleeper says so.
+                while self.raised(Flag::Awake) == 0 {
+                    if self.stopped() {
+                        return Err(LabError::Cancelled);
+                    }
+                    self.vm.wake(vcpu);
+                    std::thread::sleep(Duration::from_micros(50));
+                }
+            }
+            Op::SleepMs(ms) => std::thread::sleep(Duration::from_millis(ms)),
+            Op::Raise(flag) => self.raise(flag),
+            Op::Await { flag, count } => self.wait_for(flag, count, || {})?,
+            _ => return Err(LabError::Usage(format!("{op:?} is for a vCPU's thread"))),
+        }
+        Ok(())
+    }
+
+    fn regions(&self) -> Result<&Regions, LabError> {
+        self.regions.get().ok_or_else(|| LabError::Internal("the memslots were not prepared".into()))
+    }
+
+    fn set_slot(&self, task: &Task<P>, region: &Region) -> Result<SlotUpdate, LabError> {
+        self.vm.set_memslot(task, region).map_err(internal("a memslot update"))
+    }
+
+    /// One update, timed. The first one opens the window.
+    fn zap(&self, task: &Task<P>, update: Update, paid: &mut Paid) -> Result<(), LabError> {
+        let first = paid.meter.is_none();
+        if first {
+            self.open_window(task, None);
+        }
+        let _ = task.meter().take();
+        let (cpu, switches) = (P::thread_cpu_ns(), P::switches());
+        if first {
+            self.window.t0.store(P::ticks(), Ordering::Release);
+        }
+        let times = self.update(task, update)?;
+        paid.cpu_ns += P::thread_cpu_ns() - cpu;
+        paid.switched_out += P::switches().involuntary - switches.involuntary;
+        let meter = task.meter().take();
+        match &mut paid.meter {
+            Some(sum) => sum.merge(&meter),
+            none => *none = Some(meter),
+        }
+        if first {
+            // t0 is the entry of the fast-zap call; before it the ioctl swapped the slot arrays.
+            self.window.t0.store(times.t0, Ordering::Release);
+        }
+        // What is still mapped under a root that this zap has invalidated: P-FZ says nothing.
+        let left = {
+            let _rcu = task.rcu_read();
+            let mmu = self.vm.mmu();
+            mmu.listed_roots().filter(|r| mmu.is_obsolete(*r)).map(|r| mmu.count(task, r).sptes()).sum()
+        };
+        let mut all = lock(&self.collected);
+        all.mapped_at_return = all.mapped_at_return.max(left);
+        all.marks.entry(Mark::Update).or_default().record(times.total_ns);
+        if all.update.is_none_or(|longest| longest.total_ns < times.total_ns) {
+            all.update = Some(times);
+        }
+        Ok(())
+    }
+
+    fn update(&self, task: &Task<P>, update: Update) -> Result<FastZapTimes, LabError> {
+        let regions = self.regions()?;
+        let done = match update {
+            Update::Delete => self.set_slot(task, &Region { pages: 0, ..regions.extra })?,
+            Update::Move => self.set_slot(task, &regions.moved)?,
+            Update::NxToggle => return self.vm.fast_zap(task).map_err(internal("the fast zap")),
+        };
+        match done {
+            SlotUpdate::Deleted(times) | SlotUpdate::Moved(times) => Ok(times),
+            other => Err(LabError::Internal(format!("{update:?} came to {other:?}"))),
+        }
+    }
+
+    /// From t0 until the teardown is over.
+    fn intrude(&self, task: &Task<P>, what: Intruder) -> Result<(), LabError> {
+        while self.window.t0.load(Ordering::Acquire) == 0 {
+            if self.stopped() {
+                return Err(LabError::Cancelled);
+            }
+            std::thread::sleep(Duration::from_micros(20));
+        }
+        let timed = |call: &dyn Fn() -> Result<(), LabError>| {
+            let begin = P::ticks();
+            call()?;
+            self.mark(Mark::Waiting, P::ticks() - begin);
+            Ok(())
+        };
+        match what {
+            Intruder::Update => timed(&|| self.set_slot(task, &self.regions()?.other).map(drop)),
+            Intruder::Notifier => {
+                let spec = &self.scenario.vm;
+                let (pages, span) = (spec.memory_bytes / page_bytes(1), span(spec.level));
+                // From the end of memory down, a quarter of it at most.
+                for n in 1..=(pages / span / 4).clamp(1, NOTIFIER_PAGES) {
+                    if self.stopped() || self.window.end.load(Ordering::Acquire) != 0 {
+                        break;
+                    }
+                    let gfn = pages - n * span;
+                    timed(&|| {
+                        let unmapped = self.vm.unmap_gfns(task, gfn..gfn + 1, true);
+                        unmapped.map(drop).map_err(internal("a notifier"))
+                    })?;
+                    std::thread::sleep(NOTIFIER_PAUSE);
+                }
+                Ok(())
             }
         }
-        self.report(name, Who::Caller, &task, &mut paid, Felt::default());
-        Ok(())
     }
 }

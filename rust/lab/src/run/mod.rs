@@ -18,14 +18,15 @@ mod setup;
 mod vcpu;
 mod window;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use tdpmmu_oracle::Judge;
 use tdpmmu_platform::{MeterSnapshot, Observer, Platform, RcuDomain, Real, Role as TaskRole, Task};
 use tdpmmu_vm::{Vm, VmError};
 
+use self::setup::Regions;
 use self::window::Collected;
 use crate::guest::{Felt, Window};
 use crate::outcome::{Outcome, ThreadReport};
@@ -44,7 +45,7 @@ struct Shared<'a> {
     flags: [AtomicU32; FLAGS],
     window: Arc<Window>,
     guests: usize,
-    tables: u64,
+    regions: OnceLock<Regions>,
     collected: std::sync::Mutex<Collected>,
 }
 
@@ -68,20 +69,14 @@ fn lock<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-/// Runs `scenario`; `tables`: page-table pages that the guest will need, touched before the clock runs; `judge` listens to everything.
+/// Runs `scenario`; `judge` listens to everything.
 ///
 /// # Errors
 /// [`LabError`]; the VM is closed and all threads joined in any case.
-pub fn run(
-    scenario: &Scenario,
-    tables: u64,
-    control: &Control,
-    judge: Option<Arc<Judge>>,
-) -> Result<Outcome, LabError> {
+pub fn run(scenario: &Scenario, control: &Control, judge: Option<Arc<Judge>>) -> Result<Outcome, LabError> {
     let observer = judge.clone().map(|judge| judge as Arc<dyn Observer>);
     let vm = Vm::<P>::new(vm_config(&scenario.vm, observer)?).map_err(internal("the VM"))?;
-    let guests =
-        scenario.threads.iter().filter(|t| t.ops.iter().any(|o| matches!(o, Op::Guest { .. }))).count();
+    let guests = scenario.threads.iter().filter(|t| t.ops.iter().any(|o| matches!(o, Op::Guest(_)))).count();
     let shared = Shared {
         scenario,
         vm: &vm,
@@ -90,26 +85,29 @@ pub fn run(
         flags: Default::default(),
         window: Arc::default(),
         guests: guests.max(1),
-        tables,
+        regions: OnceLock::new(),
         collected: std::sync::Mutex::default(),
     };
     let result = shared.prepare().and_then(|()| shared.all_threads());
-    let mut collected = std::mem::take(&mut *lock(&shared.collected));
     let queue = vm.mmu().design().queue_ns();
     if let Some(judge) = &judge {
         judge.check_quiet(vm.mmu(), &vm.task("judge", TaskRole::Observer));
     }
-    let close = vm.close().map_err(internal("closing the VM"))?;
+    let end = shared.close(result.is_ok())?;
     result?;
     if let Some(judge) = &judge {
         judge.finish(vm.mmu(), &vm.task("judge", TaskRole::Observer));
     }
+    let mut collected = std::mem::take(&mut *lock(&shared.collected));
     let pool = vm.mmu().pool().stats();
     collected.threads.sort_by_key(|t| match t.who {
-        Who::Caller => 0,
-        Who::Vcpu(id) => id + 1,
+        Who::Caller => (0, 0),
+        Who::Vcpu(id) => (1, id),
+        Who::Other(n) => (2, n),
     });
     Ok(Outcome {
+        pays: scenario.pays,
+        expected: scenario.sptes,
         t0: shared.window.t0.load(Ordering::Acquire),
         at_t0: collected.at_t0,
         tables_at_t0: collected.tables_at_t0,
@@ -134,7 +132,11 @@ pub fn run(
         pool_cap_hits: pool.cap_hits,
         freed: collected.freed,
         written_back: collected.written_back,
-        close,
+        close: end.report,
+        close_cpu_ns: end.cpu_ns,
+        mapped_at_return: collected.mapped_at_return,
+        stale_tables: collected.stale_tables,
+        last: end.last,
     })
 }
 
@@ -172,12 +174,13 @@ impl Shared<'_> {
                     let name = match thread.who {
                         Who::Vcpu(id) => format!("vcpu-{id}"),
                         Who::Caller => "vmm".to_owned(),
+                        Who::Other(n) => format!("other-{n}"),
                     };
                     let handle =
                         std::thread::Builder::new().name(name.clone()).spawn_scoped(scope, move || {
                             let done = match thread.who {
                                 Who::Vcpu(id) => self.vcpu_thread(&name, id, &thread.ops),
-                                Who::Caller => self.caller_thread(&name, &thread.ops),
+                                who => self.vmm_thread(&name, who, &thread.ops),
                             };
                             if done.is_err() {
                                 self.abort.store(true, Ordering::Relaxed);

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use tdpmmu_mmu::QueueKind;
 use tdpmmu_platform::{Observer, Platform, Preempt, RcuConfig, Role as TaskRole, TaskConfig};
 use tdpmmu_spte::geometry::{max_gfn, page_bytes};
 use tdpmmu_spte::{KernelProfile, Ownership, Passes};
@@ -15,7 +16,9 @@ use crate::LabError;
 use crate::scenario::{Ad, By, Populate, VmSpec};
 
 /// The extra slot that a memslot update deletes: far from the guest's memory.
-pub(super) const EXTRA_SLOT: u16 = 500;
+const EXTRA_SLOT: u16 = 500;
+/// The slot that somebody else creates meanwhile.
+const OTHER_SLOT: u16 = 501;
 const EXTRA_PAGES: u64 = 64;
 
 /// Settings of tasks in a scenario.
@@ -32,9 +35,9 @@ pub(super) fn task_config(spec: &VmSpec) -> TaskConfig {
         attribute: true,
         step_ns: spec.step_ns,
         force_yield: spec.force_yield,
+        record: false,
     }
 }
-        record: false,
 
 /// The VM's configuration from its spec.
 ///
@@ -54,6 +57,8 @@ pub fn vm_config(spec: &VmSpec, observer: Option<Arc<dyn Observer>>) -> Result<V
         other => return Err(bad(format!("ownership={other:?}: expected vcpu or mmu"))),
     });
     config.workers = spec.workers;
+    config.worker_cpus.clone_from(&spec.worker_cpus);
+    config.worker_queue = spec.worker_queue.as_deref().and_then(QueueKind::parse);
     config.vcpus = spec.vcpus;
     config.max_tables = spec.max_tables;
     config.max_level = spec.level;
@@ -65,20 +70,46 @@ pub fn vm_config(spec: &VmSpec, observer: Option<Arc<dyn Observer>>) -> Result<V
     Ok(config)
 }
 
+/// Small memslots far from the guest's memory.
+pub(super) struct Regions {
+    /// The one that updates delete.
+    pub(super) extra: Region,
+    /// The same, moved.
+    pub(super) moved: Region,
+    /// One that does not exist yet.
+    pub(super) other: Region,
+}
+
 impl Shared<'_> {
+    /// A small region at one of several places.
+    fn region(&self, id: u16, place: u64) -> Result<Region, LabError> {
+        let spec = &self.scenario.vm;
+        let pages = spec.memory_bytes / page_bytes(1);
+        let extra = max_gfn(4, 48) / 2;
+        let base = if pages <= extra {
+            extra + place * 2 * EXTRA_PAGES
+        } else {
+            max_gfn(spec.levels, 52) - EXTRA_PAGES - place * 2 * EXTRA_PAGES
+        };
+        let hva =
+            self.vm.side().primary.region(EXTRA_PAGES, base, 1, true).map_err(internal("host memory"))?;
+        Ok(Region { id, as_id: 0, base, pages: EXTRA_PAGES, hva, flags: SlotFlags::default() })
+    }
+
     /// Memory and memslots, and the pool's pages touched.
     pub(super) fn prepare(&self) -> Result<(), LabError> {
         let spec = &self.scenario.vm;
         let task = self.vm.task("setup", TaskRole::Caller);
         let pages = spec.memory_bytes / page_bytes(1);
         self.vm.add_memory(&task, 0, pages, spec.level).map_err(internal("memslots"))?;
-        let extra = max_gfn(4, 48) / 2;
-        let base = if pages <= extra { extra } else { max_gfn(spec.levels, 52) - EXTRA_PAGES };
-        let hva =
-            self.vm.side().primary.region(EXTRA_PAGES, base, 1, true).map_err(internal("host memory"))?;
-        let region =
-            Region { id: EXTRA_SLOT, as_id: 0, base, pages: EXTRA_PAGES, hva, flags: SlotFlags::default() };
-        self.vm.set_memslot(&task, &region).map_err(internal("the extra memslot"))?;
+        let places: Vec<Region> = [(EXTRA_SLOT, 0), (EXTRA_SLOT, 1), (OTHER_SLOT, 2)]
+            .into_iter()
+            .map(|(id, place)| self.region(id, place))
+            .collect::<Result<_, _>>()?;
+        self.vm.set_memslot(&task, &places[0]).map_err(internal("the extra memslot"))?;
+        // A move keeps the host address.
+        let moved = Region { base: places[1].base, ..places[0] };
+        let _ = self.regions.set(Regions { extra: places[0], moved, other: places[2] });
         self.control.report("touching page-table memory", 0.0);
         let begin = P::ticks();
         // In steps, so that an interrupt is heeded while gigabytes are touched.
@@ -87,14 +118,29 @@ impl Shared<'_> {
             self.vm
                 .mmu()
                 .pool()
-                .prefault(self.tables * step / 16)
+                .prefault(self.scenario.estimate.tables * step / 16)
                 .map_err(|e| LabError::Internal(e.to_string()))?;
         }
         lock(&self.collected).prefault_ns = P::ticks_to_ns(P::ticks() - begin);
         self.scenario.populate.as_ref().map_or(Ok(()), |how| self.populate(how))
     }
 
+    /// The roles in which memory is populated: vCPU 0 ends in the common one, with all the roots in its cache.
     fn populate(&self, how: &Populate) -> Result<(), LabError> {
+        let vcpus = if how.by == By::Bulk { 0..1 } else { 0..self.guests };
+        for variant in (0..how.roots).rev() {
+            if how.roots > 1 {
+                for id in vcpus.clone() {
+                    let mut vcpu = self.vm.vcpu(id).map_err(internal("a vCPU"))?;
+                    vcpu.switch_role(self.role(variant));
+                }
+            }
+            self.populate_root(how)?;
+        }
+        Ok(())
+    }
+
+    fn populate_root(&self, how: &Populate) -> Result<(), LabError> {
         let spec = &self.scenario.vm;
         let pages = spec.memory_bytes / page_bytes(1);
         let progress = Progress::default();
@@ -134,8 +180,8 @@ impl Shared<'_> {
         })
         .map_err(internal("populating"))?;
         let mut all = lock(&self.collected);
-        all.populate_ns = P::ticks_to_ns(P::ticks() - begin);
-        all.populated = made;
+        all.populate_ns += P::ticks_to_ns(P::ticks() - begin);
+        all.populated += made;
         Ok(())
     }
 }

@@ -4,17 +4,33 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tdpmmu_platform::{Histogram, Platform, Site};
-use tdpmmu_spte::Ownership;
 use tdpmmu_spte::geometry::{page_bytes, span};
+use tdpmmu_spte::{Ownership, Role};
 use tdpmmu_vm::{GuestAccess, Vcpu};
 
 use super::{P, Paid, Shared, internal, lock, setup::task_config};
 use crate::LabError;
 use crate::guest::{self, Felt, GuestPlan, WorkingSet};
-use crate::scenario::{Flag, Mark, Op, Who};
+use crate::scenario::{Flag, Mark, Op, Sharing, Who};
+
+/// A halted vCPU looks up so often whether the run was cancelled.
+const NAP_NS: u64 = 20_000_000;
+
+/// [`Op::DropRoot`].
+struct Drops {
+    mark: Mark,
+    times: u64,
+    sptes: u64,
+    reload: bool,
+}
 
 impl Shared<'_> {
     pub(super) fn vcpu_thread(&self, name: &str, id: usize, ops: &[Op]) -> Result<(), LabError> {
+        let cpus = &self.scenario.vm.vcpu_cpus;
+        if !cpus.is_empty() {
+            let cpu = cpus[id % cpus.len()];
+            P::pin(cpu).map_err(|e| LabError::Internal(format!("binding vCPU {id} to CPU {cpu}: {e}")))?;
+        }
         let mut vcpu = self.vm.vcpu_with(id, task_config(&self.scenario.vm)).map_err(internal("a vCPU"))?;
         let mut felt = Felt::default();
         let mut paid = Paid::default();
@@ -32,6 +48,31 @@ impl Shared<'_> {
         WorkingSet::new(id, self.guests, pages, span(spec.level), gfns)
     }
 
+    /// What vCPU `id` writes, and what it reads.
+    fn working_sets(&self, id: usize, pages: u64, sharing: Sharing) -> (WorkingSet, WorkingSet) {
+        let before = (id + self.guests - 1) % self.guests;
+        let (writes, reads) = match sharing {
+            Sharing::Local => (id, id),
+            Sharing::Pipeline => (id, before),
+            Sharing::Global => (0, 0),
+        };
+        (self.working_set(writes, pages), self.working_set(reads, pages))
+    }
+
+    /// Role word of a variant: see [`Op::SwitchRole`].
+    pub(super) fn role(&self, variant: usize) -> Role {
+        let layout = self.vm.mmu().profile().role_layout;
+        let mut fields = layout.unpack(self.vm.mmu().root_role(false));
+        fields.cr0_wp ^= variant & 1 != 0;
+        fields.efer_nx ^= variant & 2 != 0;
+        layout.pack(&fields)
+    }
+
+    /// Books a time.
+    pub(super) fn mark(&self, mark: Mark, ticks: u64) {
+        lock(&self.collected).marks.entry(mark).or_default().record(P::ticks_to_ns(ticks));
+    }
+
     fn vcpu_op(
         &self,
         vcpu: &mut Vcpu<'_, P>,
@@ -41,36 +82,52 @@ impl Shared<'_> {
         paid: &mut Paid,
     ) -> Result<(), LabError> {
         match *op {
-            Op::SwitchRole => {
-                let layout = self.vm.mmu().profile().role_layout;
-                let mut fields = layout.unpack(vcpu.role());
-                fields.cr0_wp = !fields.cr0_wp;
-                vcpu.switch_role(layout.pack(&fields));
-            }
+            Op::SwitchRole(variant) => vcpu.switch_role(self.role(variant)),
             Op::Load => {
                 vcpu.root().map_err(internal("a root"))?;
             }
             Op::Unload => vcpu.unload(),
-            Op::DropRoot { mark, times, sptes } => self.drop_root(vcpu, mark, times, sptes, paid)?,
-            Op::Guest { pages, arrival_ns, write_percent, until } => {
+            Op::DropRoot { mark, times, sptes, reload } => {
+                self.drop_root(vcpu, &Drops { mark, times, sptes, reload }, paid)?;
+            }
+            Op::Guest(ref code) => {
+                let (writes, reads) = self.working_sets(id, code.pages, code.sharing);
                 let plan = GuestPlan {
-                    set: self.working_set(id, pages),
-                    arrival_ns,
-                    write_percent,
+                    writes,
+                    reads,
+                    ascending: code.ascending,
+                    migrate_ns: code.migrate_ns,
+                    arrival_ns: code.arrival_ns,
+                    write_percent: code.write_percent,
                     seed: self.scenario.seed ^ (id as u64) << 32,
                 };
-                // Everything mapped and most of it cached, before anybody measures.
-                guest::touch(vcpu, &plan.set)?;
+                if code.warm {
+                    // Everything mapped and most of it cached, before anybody measures.
+                    guest::touch(vcpu, &plan.writes)?;
+                }
                 self.raise(Flag::WarmedUp);
                 let _ = vcpu.task().meter().take();
+                let until = code.until;
                 let got = guest::run(vcpu, &plan, &self.window, || self.raised(until) > 0 || self.stopped())?;
                 if self.stopped() {
                     return Err(LabError::Cancelled);
                 }
                 *felt = got;
             }
-            Op::Touch { pages } => {
-                let touched = guest::touch(vcpu, &self.working_set(id, pages))?;
+            Op::Halt => {
+                while !vcpu.halt(Some(NAP_NS)) {
+                    if self.stopped() {
+                        return Err(LabError::Cancelled);
+                    }
+                }
+                let begin = P::ticks();
+                let access = GuestAccess { gfn: 0, write: true, exec: false };
+                vcpu.access(access).map_err(internal("an access after HLT"))?;
+                self.mark(Mark::Wake, P::ticks() - begin);
+                self.raise(Flag::Awake);
+            }
+            Op::Touch { pages, sharing } => {
+                let touched = guest::touch(vcpu, &self.working_sets(id, pages, sharing).0)?;
                 felt.visible_at = felt.visible_at.or(touched.first_at);
                 let last = touched.last_at.unwrap_or(felt.last_fault_at);
                 let mut all = lock(&self.collected);
@@ -80,21 +137,13 @@ impl Shared<'_> {
             Op::SleepMs(ms) => std::thread::sleep(Duration::from_millis(ms)),
             Op::Raise(flag) => self.raise(flag),
             Op::Await { flag, count } => self.wait_for(flag, count, || {})?,
-            Op::DeleteMemslot | Op::AwaitTeardown => {
-                return Err(LabError::Usage("memslot updates are made by the caller's thread".into()));
-            }
+            _ => return Err(LabError::Usage(format!("{op:?} is for a thread of the VMM"))),
         }
         Ok(())
     }
 
-    fn drop_root(
-        &self,
-        vcpu: &mut Vcpu<'_, P>,
-        mark: Mark,
-        times: u64,
-        sptes: u64,
-        paid: &mut Paid,
-    ) -> Result<(), LabError> {
+    fn drop_root(&self, vcpu: &mut Vcpu<'_, P>, what: &Drops, paid: &mut Paid) -> Result<(), LabError> {
+        let Drops { mark, times, sptes, reload } = *what;
         let fail = internal("dropping a root");
         let mut histogram = Histogram::new();
         let big = mark == Mark::Drop && times == 1;
@@ -122,7 +171,11 @@ impl Shared<'_> {
             }
             let cpu = if big { P::thread_cpu_ns() } else { 0 };
             let begin = P::ticks();
-            vcpu.drop_root().map_err(&fail)?;
+            if reload {
+                vcpu.drop_root().map_err(&fail)?;
+            } else {
+                vcpu.unload();
+            }
             let end = P::ticks();
             if big {
                 paid.cpu_ns += P::thread_cpu_ns() - cpu;

@@ -4,12 +4,13 @@ use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 
 use tdpmmu_mmu::Counts;
-use tdpmmu_platform::{Histogram, MeterSnapshot, Phase, Platform, RcuDomain, Task};
+use tdpmmu_platform::{Histogram, MeterSnapshot, Phase, Platform, RcuDomain, Role as TaskRole, Task};
 use tdpmmu_spte::Ownership;
-use tdpmmu_vm::FastZapTimes;
+use tdpmmu_vm::{CloseReport, FastZapTimes};
 
-use super::{P, Shared, lock};
-use crate::outcome::ThreadReport;
+use super::{P, Shared, internal, lock};
+use crate::LabError;
+use crate::outcome::{LastState, ThreadReport};
 use crate::scenario::Mark;
 
 /// What the threads of a run have brought together.
@@ -36,6 +37,8 @@ pub(super) struct Collected {
     pub(super) workers: Vec<(MeterSnapshot, u64)>,
     pub(super) dropped: Option<u32>,
     pub(super) written_back: u64,
+    pub(super) mapped_at_return: u64,
+    pub(super) stale_tables: u64,
 }
 
 /// Counters at t0.
@@ -82,23 +85,20 @@ impl Shared<'_> {
             let _waiting = task.phase(Phase::GracePeriod);
             mmu.rcu().barrier();
         }
-        let now = P::ticks();
-        let t0 = self.window.t0.load(Ordering::Acquire);
-        self.window.end.store(now, Ordering::Release);
+        self.window.end.store(P::ticks(), Ordering::Release);
         let reports = mmu.design().take_worker_reports();
         let mut all = lock(&self.collected);
         all.workers = reports.into_iter().map(|r| (r.meter, r.cpu_ns)).collect();
-        let freed = mmu.pool().stats().frees - all.base.frees;
-        let zap_end = mmu.last_zap_end();
-        all.last_zap_end_ns = (zap_end >= t0).then(|| P::ticks_to_ns(zap_end - t0));
-        all.last_free_ns = (freed > 0).then(|| P::ticks_to_ns(mmu.last_table_free().saturating_sub(t0)));
-        all.freed = freed;
-        all.written_back = self.vm.side().primary.frames().stats().dirtied - all.base.dirtied;
+        drop(all);
+        self.seal();
+        let mut all = lock(&self.collected);
         let _rcu = task.rcu_read();
         all.tables_after = mmu.linked_tables().max(0) as u64 + mmu.listed_roots().count() as u64;
-        all.rcu_cpu_ns = mmu.rcu().stats().thread_cpu_ns.saturating_sub(all.base.rcu_cpu_ns);
-        all.flushes = mmu.flushes() - all.base.flushes;
-        all.kicks = self.vm.side().kicks() - all.base.kicks;
+        all.stale_tables = mmu
+            .listed_roots()
+            .filter(|root| mmu.is_obsolete(*root))
+            .map(|root| mmu.count(task, root).all_tables())
+            .sum();
         // Still listed and valid: the MMU's reference keeps it (a freed page can be a root again, but not at once).
         let kept =
             all.dropped.filter(|root| mmu.listed_roots().any(|r| r == *root) && !mmu.is_obsolete(*root));
@@ -106,4 +106,61 @@ impl Shared<'_> {
         all.retained = kept.filter(|_| owned).map_or(0, |root| mmu.count(task, root).all_tables());
         self.control.report("torn down", 1.0);
     }
+
+    /// Stamps and counters from t0 to now, when everything is torn down.
+    fn seal(&self) {
+        let mmu = self.vm.mmu();
+        let t0 = self.window.t0.load(Ordering::Acquire);
+        let mut all = lock(&self.collected);
+        let freed = mmu.pool().stats().frees - all.base.frees;
+        let zap_end = mmu.last_zap_end();
+        all.last_zap_end_ns = (zap_end >= t0).then(|| P::ticks_to_ns(zap_end - t0));
+        all.last_free_ns = (freed > 0).then(|| P::ticks_to_ns(mmu.last_table_free().saturating_sub(t0)));
+        all.freed = freed;
+        all.written_back = self.vm.side().primary.frames().stats().dirtied - all.base.dirtied;
+        all.rcu_cpu_ns = mmu.rcu().stats().thread_cpu_ns.saturating_sub(all.base.rcu_cpu_ns);
+        all.flushes = mmu.flushes() - all.base.flushes;
+        all.kicks = self.vm.side().kicks() - all.base.kicks;
+    }
+
+    /// Ends the VM; `complete`: everything else went well, so what it holds is of interest, or its end is what is measured.
+    pub(super) fn close(&self, complete: bool) -> Result<End, LabError> {
+        let task = self.vm.task("close", TaskRole::Caller);
+        let mmu = self.vm.mmu();
+        let mut last = None;
+        let measured = complete && self.scenario.pays.is_none();
+        if measured {
+            self.open_window(&task, None);
+            self.window.t0.store(P::ticks(), Ordering::Release);
+        } else if complete {
+            mmu.design().quiesce();
+            mmu.rcu().barrier();
+            let valid = || mmu.listed_roots().filter(|root| !mmu.is_obsolete(*root));
+            let mut state = LastState::default();
+            for root in valid() {
+                let counts = mmu.count(&task, root);
+                state.roots += 1;
+                state.sptes += counts.sptes();
+                state.tables += counts.all_tables();
+            }
+            last = Some(state);
+        }
+        let cpu = P::thread_cpu_ns();
+        let report = self.vm.close().map_err(internal("closing the VM"))?;
+        let cpu_ns = P::thread_cpu_ns() - cpu;
+        if measured {
+            self.window.end.store(P::ticks(), Ordering::Release);
+            self.seal();
+        }
+        Ok(End { report, cpu_ns: measured.then_some(cpu_ns), last })
+    }
+}
+
+/// How a VM ended.
+pub(super) struct End {
+    pub(super) report: CloseReport,
+    /// CPU time, where it was what is measured.
+    pub(super) cpu_ns: Option<u64>,
+    /// What was mapped before.
+    pub(super) last: Option<LastState>,
 }

@@ -1,28 +1,53 @@
 //! A vCPU drops the last reference to its root, beside vCPUs that run on another root; the baseline is the same sequence while somebody else holds the root.
 
-use super::parts::{guest, populate, vm_spec};
-use crate::config::{DesignPlan, Plan};
+use super::memslot::eighths;
+use super::parts::{after, any, code, guest, one_root, scenario, vm_spec};
+use super::{Ask, Kind, Scene};
+use crate::config::{Case, Plan};
+use crate::memory::Estimate;
 use crate::scenario::{Flag, Mark, Op, Scenario, Thread, Who, wait};
+
+pub(super) const CR0_WP: Scene = Scene {
+    name: "cr0-wp",
+    kind: Kind::Drop,
+    summary: "a vCPU that toggles CR0.WP drops the last reference to the root that maps all of the memory",
+    look_at: "block_drop_ns, block_baseline_ns, teardown, retained_table_pages, drop_loop",
+    estimate: one_root,
+    fits: any,
+    build: cr0_wp,
+};
+
+pub(super) const ZAP_64T: Scene = Scene {
+    name: "zap-64t",
+    kind: Kind::Drop,
+    summary: "the drop at an eighth, a quarter, half and all of the memory: the slope, and what it says about 64 TiB",
+    look_at: "fit, block_drop_ns",
+    estimate: one_root,
+    fits: eighths,
+    build: cr0_wp,
+};
 
 /// Drops of the baseline.
 const BASELINE_DROPS: u64 = 200;
 /// SPTEs under each root of the drop loop.
 pub const LOOP_SPTES: u64 = 16;
 
-/// The scenario of `bench drop`.
-pub fn drop_scenario(plan: &Plan, design: &DesignPlan, tables: u64, step_ns: bool) -> Scenario {
-    let vcpus = plan.config.vcpus;
-    let drops = |mark, times| Op::DropRoot { mark, times, sptes: 0 };
+pub(super) fn drops(mark: Mark, times: u64, sptes: u64) -> Op {
+    Op::DropRoot { mark, times, sptes, reload: true }
+}
+
+fn cr0_wp(ask: &Ask<'_>) -> Scenario {
+    let vcpus = ask.plan.config.vcpus;
     let mut threads = vec![
         Thread {
             who: Who::Vcpu(0),
             ops: vec![
                 wait(Flag::HolderReady),
                 Op::Await { flag: Flag::WarmedUp, count: vcpus - 1 },
-                drops(Mark::Baseline, BASELINE_DROPS),
+                drops(Mark::Baseline, BASELINE_DROPS, 0),
                 Op::Raise(Flag::BaselineDone),
                 wait(Flag::HolderGone),
-                drops(Mark::Drop, 1),
+                drops(Mark::Drop, 1, 0),
                 Op::Raise(Flag::Dropped),
             ],
         },
@@ -39,54 +64,48 @@ pub fn drop_scenario(plan: &Plan, design: &DesignPlan, tables: u64, step_ns: boo
         },
         Thread {
             who: Who::Caller,
-            ops: vec![wait(Flag::Dropped), Op::AwaitTeardown, Op::Raise(Flag::Refault)],
+            ops: after(Flag::Dropped, vec![Op::AwaitTeardown, Op::Raise(Flag::Refault)]),
         },
     ];
-    threads.extend((1..vcpus).map(|id| Thread {
-        who: Who::Vcpu(id as usize),
-        ops: vec![Op::SwitchRole, guest(plan), Op::Touch { pages: plan.working_set_pages }],
-    }));
-    Scenario {
-        name: "last-reference-dropped".into(),
-        vm: vm_spec(plan, design, tables, vcpus + 1, step_ns),
-        populate: populate(plan),
-        threads,
-        seed: plan.config.seed,
-    }
+    threads.extend((1..vcpus).map(|id| guest(ask.plan, id, vec![Op::SwitchRole(1)], code(ask.plan))));
+    scenario(ask, vcpus + 1, Some(Who::Vcpu(0)), threads)
 }
 
 /// Many drops of small roots: the percentiles that one big root cannot give.
-pub fn drop_loop_scenario(plan: &Plan, design: &DesignPlan) -> Scenario {
+pub fn drop_loop_scenario(plan: &Plan, case: &Case) -> Scenario {
     let mut small = plan.clone();
     small.config.memory_bytes = 64 << 20;
     small.level = 1;
     let times = plan.config.drop_loop;
+    let ask = Ask { plan: &small, case, estimate: Estimate::default(), step_ns: false };
+    let threads = vec![
+        Thread {
+            who: Who::Vcpu(0),
+            ops: vec![
+                drops(Mark::Drop, times, LOOP_SPTES),
+                Op::Raise(Flag::Dropped),
+                wait(Flag::HolderReady),
+                drops(Mark::Baseline, times, LOOP_SPTES),
+                Op::Raise(Flag::BaselineDone),
+            ],
+        },
+        Thread {
+            who: Who::Vcpu(1),
+            ops: after(Flag::Dropped, vec![Op::Load, Op::Raise(Flag::HolderReady), wait(Flag::BaselineDone)]),
+        },
+    ];
+    // A worker that falls behind leaves up to one tree a drop waiting: the backlog is measured, not cut off.
+    let vm = vm_spec(&ask, 64 + 5 * times, 2);
+    // All of the pool is touched first: the loop goes through all of it.
+    let estimate = Estimate { tables: u64::from(vm.max_tables), ..Estimate::default() };
     Scenario {
         name: "drop-loop".into(),
-        // A worker that falls behind leaves up to one tree a drop waiting: the backlog is measured, not cut off.
-        vm: vm_spec(&small, design, 64 + 5 * times, 2, false),
+        vm,
         populate: None,
-        threads: vec![
-            Thread {
-                who: Who::Vcpu(0),
-                ops: vec![
-                    Op::DropRoot { mark: Mark::Drop, times, sptes: LOOP_SPTES },
-                    Op::Raise(Flag::Dropped),
-                    wait(Flag::HolderReady),
-                    Op::DropRoot { mark: Mark::Baseline, times, sptes: LOOP_SPTES },
-                    Op::Raise(Flag::BaselineDone),
-                ],
-            },
-            Thread {
-                who: Who::Vcpu(1),
-                ops: vec![
-                    wait(Flag::Dropped),
-                    Op::Load,
-                    Op::Raise(Flag::HolderReady),
-                    wait(Flag::BaselineDone),
-                ],
-            },
-        ],
+        threads,
         seed: plan.config.seed,
+        pays: Some(Who::Vcpu(0)),
+        estimate,
+        sptes: None,
     }
 }

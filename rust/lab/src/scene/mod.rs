@@ -2,21 +2,31 @@
 //!
 //! **Guarantee.** A scene is a pure function from the plan to a [`Scenario`]; it runs nothing. Two designs meet the same operations in the same order.
 //!
-//! **Mechanism.** One file per family; the shared parts (the VM, the guests, the population) are in `parts.rs`.
+//! **Mechanism.** [`SCENES`] is the table, one file per family holds the builders; what they share (the VM, the guests, the population) is in `parts.rs`. To add a
+//! scene: a row here, a builder there. A row says what the scene's memory comes to before anything is built, and which settings make no sense with it.
 
 mod drop;
+mod end;
 mod memslot;
 mod parts;
+mod roots;
+mod vcpus;
+mod waiting;
 
-pub use drop::{LOOP_SPTES, drop_loop_scenario, drop_scenario};
-pub use memslot::zap_scenario;
+use tdpmmu_spte::closest;
 
-/// Which of the two.
+pub use drop::{LOOP_SPTES, drop_loop_scenario};
+
+use crate::config::{Case, Plan};
+use crate::memory::Estimate;
+use crate::scenario::Scenario;
+
+/// Which experiment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// A memslot update.
     Zap,
-    /// A vCPU drops its root.
+    /// A vCPU drops its root, or the VM ends.
     Drop,
 }
 
@@ -27,5 +37,95 @@ impl Kind {
             Kind::Zap => "zap",
             Kind::Drop => "drop",
         }
+    }
+}
+
+/// A scene before it is built.
+#[derive(Debug)]
+pub struct Scene {
+    /// What a KVM engineer would call it.
+    pub name: &'static str,
+    /// The experiment that it belongs to.
+    pub kind: Kind,
+    /// What happens.
+    pub summary: &'static str,
+    /// The fields of the result to look at first.
+    pub look_at: &'static str,
+    /// What its memory comes to.
+    pub estimate: fn(&Plan) -> Estimate,
+    /// Why these settings make no sense, if they do not.
+    pub fits: fn(&Plan) -> Result<(), String>,
+    /// The scenario.
+    pub build: fn(&Ask<'_>) -> Scenario,
+}
+
+/// What a scenario is built from.
+#[derive(Clone, Copy)]
+pub struct Ask<'a> {
+    /// The request.
+    pub plan: &'a Plan,
+    /// The scene and the design.
+    pub case: &'a Case,
+    /// What [`Scene::estimate`] said.
+    pub estimate: Estimate,
+    /// Measure step_ns instead of step_units.
+    pub step_ns: bool,
+}
+
+/// Every scene; the first of each experiment is its default.
+pub const SCENES: &[Scene] = &[
+    memslot::DELETE,
+    memslot::MOVE,
+    memslot::CHURN,
+    memslot::BOOT,
+    roots::SEVERAL,
+    vcpus::HALTED,
+    vcpus::MIGRATING,
+    waiting::UPDATE,
+    waiting::NOTIFIER,
+    memslot::ZAP_64T,
+    drop::CR0_WP,
+    end::TEARDOWN,
+    drop::ZAP_64T,
+];
+
+/// The scenes of an experiment.
+pub fn of(kind: Kind) -> impl Iterator<Item = &'static Scene> {
+    SCENES.iter().filter(move |scene| scene.kind == kind)
+}
+
+/// The scene of an experiment by name.
+pub fn find(kind: Kind, name: &str) -> Option<&'static Scene> {
+    of(kind).find(|scene| scene.name == name)
+}
+
+/// What to say about a name that is no scene of `kind`.
+pub(crate) fn unknown(kind: Kind, name: &str) -> String {
+    let other = match kind {
+        Kind::Zap => Kind::Drop,
+        Kind::Drop => Kind::Zap,
+    };
+    if find(other, name).is_some() {
+        return format!("scene {name} belongs to bench {}, not to bench {}", other.name(), kind.name());
+    }
+    let names: Vec<_> = of(kind).map(|scene| scene.name).collect();
+    let hint = closest(name, &names).map(|c| format!(" (did you mean {c:?}?)")).unwrap_or_default();
+    format!("scene={name:?}: expected all or one of {}{hint}", names.join(", "))
+}
+
+impl Scene {
+    /// Does the run's largest size carry a fit over smaller ones?
+    pub fn scales(&self) -> bool {
+        self.name == "zap-64t"
+    }
+
+    /// Is it its experiment's default?
+    pub fn is_default(&self) -> bool {
+        of(self.kind).next().is_some_and(|first| first.name == self.name)
+    }
+
+    /// The scenario of a case of this scene.
+    pub fn scenario(&self, plan: &Plan, case: &Case, step_ns: bool) -> Scenario {
+        (self.build)(&Ask { plan, case, estimate: (self.estimate)(plan), step_ns })
     }
 }

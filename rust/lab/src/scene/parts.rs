@@ -1,10 +1,24 @@
 //! What every scene is made of: the VM, its population, its guests.
 
-use crate::config::{AdMix, DesignPlan, Plan, PopulateBy};
-use crate::scenario::{Ad, By, Flag, Op, Populate, VmSpec};
+use super::Ask;
+use crate::config::{AdMix, Plan, PopulateBy};
+use crate::memory::Estimate;
+use crate::scenario::{Ad, By, Flag, GuestCode, Op, Populate, Scenario, Thread, Update, VmSpec, Who, wait};
 
 /// Writes of 100 guest accesses.
 const WRITE_PERCENT: u8 = 50;
+/// Quiet time around a zap, so that every vCPU has settled.
+pub(super) const SETTLE_MS: u64 = 20;
+
+/// One root over all of the guest's memory.
+pub(super) fn one_root(plan: &Plan) -> Estimate {
+    Estimate::new(plan.config.memory_bytes, plan.level, plan.config.levels)
+}
+
+/// No setting is senseless.
+pub(super) fn any(_plan: &Plan) -> Result<(), String> {
+    Ok(())
+}
 
 /// Tables beside the guest's own: other roots, working sets under new roots, vCPU caches.
 fn spare_tables(plan: &Plan) -> u64 {
@@ -12,28 +26,47 @@ fn spare_tables(plan: &Plan) -> u64 {
     4096 + 32 * u64::from(plan.config.vcpus) + rebuilt
 }
 
-pub(super) fn vm_spec(plan: &Plan, design: &DesignPlan, tables: u64, vcpus: u32, step_ns: bool) -> VmSpec {
-    let c = &plan.config;
+/// A VM with `vcpus` vCPUs and room for `tables` tables of the guest's.
+pub(super) fn vm_spec(ask: &Ask<'_>, tables: u64, vcpus: u32) -> VmSpec {
+    let (c, case) = (&ask.plan.config, ask.case);
     VmSpec {
         profile: c.kernel_profile.clone(),
-        design: design.info.name.into(),
-        passes: design.passes.to_string(),
-        ownership: design.ownership.to_string(),
+        design: case.info.name.into(),
+        passes: case.passes.to_string(),
+        ownership: case.ownership.to_string(),
         vcpus: vcpus as usize,
         levels: c.levels,
         memory_bytes: c.memory_bytes,
-        level: plan.level,
-        max_tables: u32::try_from(tables + spare_tables(plan)).unwrap_or(u32::MAX - 256),
+        level: ask.plan.level,
+        max_tables: u32::try_from(tables + spare_tables(ask.plan)).unwrap_or(u32::MAX - 256),
         workers: c.workers,
-        preempt: c.preempt.clone(),
+        worker_cpus: c.worker_cpus.clone(),
+        worker_queue: c.worker_queue.clone(),
+        vcpu_cpus: c.vcpu_cpus.clone(),
+        preempt: case.preempt_name().into(),
         tick_ns: c.tick_ns,
-        write_back: plan.write_back,
-        step_ns,
+        write_back: ask.plan.write_back,
+        step_ns: ask.step_ns,
         force_yield: None,
     }
 }
 
-pub(super) fn populate(plan: &Plan) -> Option<Populate> {
+/// The usual scenario: a populated guest, and the threads.
+pub(super) fn scenario(ask: &Ask<'_>, vcpus: u32, pays: Option<Who>, threads: Vec<Thread>) -> Scenario {
+    Scenario {
+        name: ask.case.scene.name.into(),
+        vm: vm_spec(ask, ask.estimate.tables, vcpus),
+        populate: Some(populate(ask.plan, 1)),
+        threads,
+        seed: ask.plan.config.seed,
+        pays,
+        estimate: ask.estimate,
+        sptes: Some(ask.estimate.sptes),
+    }
+}
+
+/// All of the memory, under `roots` roots.
+pub(super) fn populate(plan: &Plan, roots: usize) -> Populate {
     let by = match plan.populate {
         PopulateBy::Bulk => By::Bulk,
         PopulateBy::Fault => By::Faults,
@@ -43,14 +76,55 @@ pub(super) fn populate(plan: &Plan) -> Option<Populate> {
         AdMix::Accessed => Ad::Accessed,
         AdMix::Dirty => Ad::Dirty,
     };
-    Some(Populate { by, ad })
+    Populate { by, ad, roots }
 }
 
-pub(super) fn guest(plan: &Plan) -> Op {
-    Op::Guest {
+/// Random accesses to a warm working set, until the teardown is over.
+pub(super) fn code(plan: &Plan) -> GuestCode {
+    GuestCode {
         pages: plan.working_set_pages,
         arrival_ns: plan.config.arrival_ns,
         write_percent: WRITE_PERCENT,
+        sharing: plan.sharing,
+        ascending: false,
+        warm: true,
+        migrate_ns: None,
         until: Flag::Refault,
     }
+}
+
+/// Maps the working set again.
+pub(super) fn touch(plan: &Plan) -> Op {
+    Op::Touch { pages: plan.working_set_pages, sharing: plan.sharing }
+}
+
+/// One vCPU: what it does before, then guest code, then its working set again.
+pub(super) fn guest(plan: &Plan, id: u32, before: Vec<Op>, code: GuestCode) -> Thread {
+    let mut ops = before;
+    ops.extend([Op::Guest(code), touch(plan)]);
+    Thread { who: Who::Vcpu(id as usize), ops }
+}
+
+/// All vCPUs with the usual guest code.
+pub(super) fn guests(plan: &Plan) -> Vec<Thread> {
+    (0..plan.config.vcpus).map(|id| guest(plan, id, Vec::new(), code(plan))).collect()
+}
+
+/// The VMM's thread: waits until `vcpus` guests are warm, updates, waits for the end of the teardown, lets each vCPU fault once under
+/// its new root, and ends the guests.
+pub(super) fn vmm(vcpus: u32, update: Vec<Op>) -> Thread {
+    let mut ops = vec![Op::Await { flag: Flag::WarmedUp, count: vcpus }, Op::SleepMs(SETTLE_MS)];
+    ops.extend(update);
+    ops.extend([Op::AwaitTeardown, Op::SleepMs(SETTLE_MS), Op::Raise(Flag::Refault)]);
+    Thread { who: Who::Caller, ops }
+}
+
+/// The usual memslot update.
+pub(super) fn delete() -> Vec<Op> {
+    vec![Op::Zap(Update::Delete)]
+}
+
+/// Waits for a flag, then does `ops`.
+pub(super) fn after(flag: Flag, ops: Vec<Op>) -> Vec<Op> {
+    std::iter::once(wait(flag)).chain(ops).collect()
 }

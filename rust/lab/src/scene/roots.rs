@@ -1,0 +1,32 @@
+//! More than one root: roles and address spaces.
+
+use super::parts::{any, code, delete, guest, one_root, populate, scenario, vmm};
+use super::{Ask, Kind, Scene};
+use crate::scenario::{Op, Scenario, Who};
+
+pub(super) const SEVERAL: Scene = Scene {
+    name: "several-roots",
+    kind: Kind::Zap,
+    summary: "a memslot update while three roots (CR0.WP and EFER.NX set and clear) map all of the memory, vCPU i on root i mod 3",
+    look_at: "update_ns, teardown.cpus_used, sptes (three times the guest's)",
+    estimate: |plan| one_root(plan).times(ROOTS as u64),
+    fits: any,
+    build: several,
+};
+
+/// As many as a vCPU can cache, less one.
+const ROOTS: usize = 3;
+
+fn several(ask: &Ask<'_>) -> Scenario {
+    let vcpus = ask.plan.config.vcpus;
+    let mut threads: Vec<_> = (0..vcpus)
+        .map(|id| {
+            let role = Op::SwitchRole(id as usize % ROOTS);
+            guest(ask.plan, id, vec![role], code(ask.plan))
+        })
+        .collect();
+    threads.push(vmm(vcpus, delete()));
+    let mut made = scenario(ask, vcpus, Some(Who::Caller), threads);
+    made.populate = Some(populate(ask.plan, ROOTS));
+    made
+}
