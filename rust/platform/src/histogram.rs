@@ -2,7 +2,7 @@
 
 use hdrhistogram::Histogram as Hdr;
 
-/// The largest value told apart: an hour in ns. Larger ones count as this, their exact maximum is kept.
+/// See [`Histogram::CEILING`].
 const CEILING: u64 = 3_600_000_000_000;
 /// Significant decimal digits: values up to 2,048 are exact.
 const DIGITS: u8 = 3;
@@ -41,6 +41,11 @@ impl Default for Histogram {
 }
 
 impl Histogram {
+    /// The largest value told apart: an hour in ns. Larger ones count as this, their exact maximum is kept.
+    pub const CEILING: u64 = CEILING;
+    /// Significant decimal digits of values.
+    pub const DIGITS: u8 = DIGITS;
+
     /// An empty histogram. Its counters are touched, hence backed by memory, only where values fall.
     pub fn new() -> Self {
         let hdr = Hdr::new_with_bounds(1, CEILING, DIGITS)

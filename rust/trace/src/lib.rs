@@ -3,14 +3,21 @@
 //! * [`TraceReader`] reads the text of ftrace, trace-cmd and perf, plain or gzip, in constant memory.
 //! * [`replay()`] rebuilds the page tables that a recording tells of, verifies every old value and every table's birth and
 //!   death, and lists the zaps.
+//!
+//! And what goes out:
+//!
+//! * [`perfetto`] writes timelines for the Perfetto UI.
+//! * [`hlog`] writes distributions as HdrHistogram logs.
 
 #![deny(missing_docs)]
 
 mod bytes;
 mod error;
 mod event;
+pub mod hlog;
 mod line;
 mod parse;
+pub mod perfetto;
 mod reader;
 mod replay;
 mod source;
