@@ -151,7 +151,12 @@ impl Observer for Judge {
         let State { model, pool, ledger, verdict, events } = state;
         *events += 1;
         verdict.reported_by(task);
-        if let Event::FastZapEnd = event {
+        if self.rules.design.keeps_roots {
+            // At the begin under the exclusive lock; at the end faults go on, and their reports are nobody's business.
+            if let Event::FastZapBegin = event {
+                model.settle_all(verdict);
+            }
+        } else if let Event::FastZapEnd = event {
             // Its roots are invalid and everybody who worked on them has told: no report of theirs is missing.
             for root in ledger.in_fast_zap() {
                 model.settle_root(root, verdict);

@@ -12,6 +12,9 @@
 //! The 5.18 re-arm (0 -> 1, for the worker) is legal for [`Owner::Work`] on an invalid root only: whoever put the last reference of a valid
 //! root made the transition, and passes that reference on.
 //!
+//! What a fast zap must have done by its end is the design's own promise ([`tdpmmu_mmu::Obligations`]). One that keeps its roots valid is asked for
+//! less: that each entry which was there at its begin was removed at some time, whatever was mapped since.
+//!
 //! **I5, and why it needs no allowance.** A fault tests for staleness after it took mmu_lock shared. A root turns invalid either under the
 //! exclusive lock, which no fault shares, or in the last put, when no vCPU holds the root and none can get it, the count being zero. Both sides tell
 //! inside their hold. So in order of arrival too, a creation after the invalidation is a creation under an invalid root. The reference
@@ -23,7 +26,7 @@ use tdpmmu_platform::{Event, Owner};
 use tdpmmu_spte::{Role, Spte};
 
 use crate::chain::{Chain, Edge};
-use crate::model::ReferenceModel;
+use crate::model::{Key, ReferenceModel};
 use crate::rule::{OWNERS, Rule, Rules, Verdict, slot};
 
 #[derive(Clone, Debug)]
@@ -67,12 +70,21 @@ pub struct RootLedger {
     births: u64,
     /// The roots, by page and birth, that the open fast zap must leave empty.
     fast_zap: Option<BTreeSet<(u32, u64)>>,
+    /// What was present when it began and has not been removed since; of designs that keep their roots.
+    before: BTreeSet<Key>,
 }
 
 impl RootLedger {
     /// An empty ledger.
     pub fn new(rules: Rules) -> Self {
-        Self { rules, live: BTreeMap::new(), late: HashMap::new(), births: 0, fast_zap: None }
+        Self {
+            rules,
+            live: BTreeMap::new(),
+            late: HashMap::new(),
+            births: 0,
+            fast_zap: None,
+            before: BTreeSet::new(),
+        }
     }
 
     /// Takes an event in. `model` must not have seen it yet when it frees a root, and says what is present.
@@ -111,7 +123,10 @@ impl RootLedger {
                 r.zapped += 1;
             }
             Event::RootFree { root } => self.free(root, verdict),
-            Event::SpteChanged { root, gfn, level, old, new, .. } => {
+            Event::SpteChanged { as_id, root, gfn, level, old, new, .. } => {
+                if Spte(old).is_present() && !Spte(new).is_present() {
+                    self.before.remove(&Key { as_id, root, gfn, level });
+                }
                 let created = !Spte(old).is_present() && Spte(new).is_present();
                 if created && self.live.get(&root).is_some_and(|r| !r.valid) {
                     verdict.broken(
@@ -126,6 +141,10 @@ impl RootLedger {
                 // Under the exclusive lock: no report is missing. All roots, not only the valid ones: those that were invalid
                 // before have an obligation open that this fast zap must wait for (D4), or are empty.
                 let met = self.live.iter().map(|(&root, r)| (root, r.birth)).collect();
+                if self.rules.design.keeps_roots {
+                    self.before =
+                        model.entries().filter(|(_, spte)| spte.is_present()).map(|(key, _)| key).collect();
+                }
                 if self.fast_zap.replace(met).is_some() {
                     let what = "a fast zap began inside another: slots_lock is not held".to_owned();
                     verdict.broken(Rule::FastZapOverlap, None, None, what);
@@ -257,6 +276,18 @@ impl RootLedger {
         };
         for (root, birth) in met {
             let Some(r) = self.live.get(&root).filter(|r| r.birth == birth) else { continue };
+            if self.rules.design.keeps_roots {
+                let mut left = self.before.iter().filter(|key| key.root == root);
+                if let Some(key) = left.next() {
+                    let what = format!(
+                        "the fast zap returned and {} entries that it met were never removed, among them one at level {}",
+                        1 + left.count(),
+                        key.level
+                    );
+                    verdict.broken(Rule::FastZapLeft, Some(root), Some(key.gfn), what);
+                }
+                continue;
+            }
             let left = model.present_under(root);
             if left != 0 {
                 let example = model.example_under(root);
@@ -273,7 +304,7 @@ impl RootLedger {
             if r.valid {
                 let what = "the fast zap returned and the root is still valid".to_owned();
                 verdict.broken(Rule::FastZapLeft, Some(root), None, what);
-            } else if [Owner::Gift, Owner::Work, Owner::Mmu].iter().any(|&o| r.owners[slot(o)] > 0) {
+            } else if self.held_after(r) {
                 let what = format!("the fast zap returned and the root is still held by {}", r.owners_text());
                 verdict.broken(Rule::GiftKept, Some(root), None, what);
             }
@@ -282,6 +313,12 @@ impl RootLedger {
                 verdict.broken(Rule::NeverScheduled, Some(root), None, what);
             }
         }
+    }
+
+    /// Is an obligation on this root still open, though the fast zap that had to wait for it has returned?
+    fn held_after(&self, root: &Root) -> bool {
+        let holds = |owner: Owner| root.owners[slot(owner)] > 0;
+        holds(Owner::Gift) || holds(Owner::Mmu) || holds(Owner::Work) && !self.rules.design.zapper_outlives
     }
 
     /// Live roots: (page, address space, valid).

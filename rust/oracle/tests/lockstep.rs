@@ -10,6 +10,7 @@ use proptest::test_runner::{Config, RngSeed, TestRunner};
 use tdpmmu_mmu::{BulkMap, DESIGNS, Frame, MapOutcome};
 use tdpmmu_oracle::{Node, Sequential};
 use tdpmmu_spte::FormatKind;
+use tdpmmu_spte::Ownership;
 use tdpmmu_spte::geometry::{round_down, span};
 
 const CPUS: usize = 3;
@@ -124,8 +125,8 @@ impl Lockstep {
         let stale = self.cpus[cpu].is_stale();
         self.cpus[cpu].drop_root();
         self.world.settle(&self.task);
-        // `sync` keeps a valid root without users; every design lets go of an invalid one, or of the last reference.
-        if !others && (stale || self.world.setup.design != "sync") {
+        // The MMU's own reference keeps a valid root without users; every design lets go of an invalid one, or of the last reference.
+        if !others && (stale || self.world.mmu.ownership() == Ownership::Vcpu) {
             self.model.drop_root(root);
         }
     }

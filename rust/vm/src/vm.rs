@@ -121,6 +121,8 @@ pub struct Vm<P: Platform> {
     observer: Option<Arc<dyn Observer>>,
     task: TaskConfig,
     pub(crate) mmap_lock: StdMutex<()>,
+    /// Somebody holds a file descriptor of this VM.
+    open_fd: AtomicBool,
     closing: AtomicBool,
     closed: StdMutex<Option<CloseReport>>,
 }
@@ -201,6 +203,7 @@ impl<P: Platform> Vm<P> {
             observer: config.observer,
             task: config.task,
             mmap_lock: StdMutex::new(()),
+            open_fd: AtomicBool::new(true),
             closing: AtomicBool::new(false),
             closed: StdMutex::new(None),
         })
@@ -221,6 +224,18 @@ impl<P: Platform> Vm<P> {
     #[inline(always)]
     pub(crate) fn rules(&self) -> &Rules {
         &self.rules
+    }
+
+    /// User references (kvm->users_count): the file descriptor's, and one of each item that waits or runs in the system's queue.
+    pub fn users(&self) -> u32 {
+        self.mmu.users()
+    }
+
+    /// The last file descriptor is closed: from here on nobody may begin to hold this VM, and a root that the system's workers would have zapped is
+    /// zapped by whoever loses it. What has it still may use it: an nx_huge_pages toggle walks the list of VMs without a reference of its own. Returns the references
+    /// left; the second call does nothing.
+    pub fn release_user(&self) -> u32 {
+        if self.open_fd.swap(false, Ordering::AcqRel) { self.mmu.put_user() } else { self.users() }
     }
 
     /// vCPUs.
@@ -444,7 +459,7 @@ impl<P: Platform> Vm<P> {
         }
     }
 
-    /// The end of the VM, as when its process dies: vCPUs stop, the memory goes (zap_all), vCPUs put their roots, the MMU is torn down, every table must be back.
+    /// The end of the VM, as when its process dies: vCPUs stop, the last user reference is given back, the memory goes (zap_all), vCPUs put their roots, the MMU is torn down, every table must be back.
     /// The second call returns the first one's report.
     ///
     /// # Errors
@@ -473,6 +488,7 @@ impl<P: Platform> Vm<P> {
         // former may wait for an invalidation to end, whose task holds the latter and wants only mmu_lock.
         let _slots_lock = self.slots_lock.lock();
         let _mmap_lock = self.mmap_lock.lock().unwrap_or_else(PoisonError::into_inner);
+        self.release_user();
         let zap_begin = P::ticks();
         self.mmu.zap_all(&mut self.mmu.lock.write(&task));
         let zap_all_ns = P::ticks_to_ns(P::ticks() - zap_begin);
