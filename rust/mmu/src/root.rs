@@ -11,7 +11,7 @@
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use tdpmmu_platform::{Event, Guard, Mode, Mutex, NIL, Owner, Platform, RcuDomain, Site, Task};
+use tdpmmu_platform::{Event, Guard, Mode, Moment, Mutex, NIL, Owner, Platform, RcuDomain, Site, Task};
 use tdpmmu_spte::{LockMode, Ownership, Role as RootRole};
 use tdpmmu_table::{PoolError, TableCache, TableFlag};
 
@@ -153,6 +153,7 @@ impl<P: Platform> TdpMmu<P> {
 
     /// Hands an unlisted root's page to RCU.
     pub fn free_root(&self, task: &Task<P>, root: u32) {
+        task.mark(Moment::RootFree, root);
         if let Some(observer) = self.observer() {
             observer.event(task.id(), &Event::RootFree { root });
         }
@@ -169,8 +170,11 @@ impl<P: Platform> TdpMmu<P> {
         let was = meta.swap_role(RootRole(meta.role()).with_invalid(layout).0);
         let first = !RootRole(was).invalid(layout);
         meta.set(TableFlag::Invalid);
-        if first && let Some(observer) = self.observer() {
-            observer.event(task.id(), &Event::RootInvalidate { root });
+        if first {
+            task.mark(Moment::RootInvalidate, root);
+            if let Some(observer) = self.observer() {
+                observer.event(task.id(), &Event::RootInvalidate { root });
+            }
         }
         first
     }

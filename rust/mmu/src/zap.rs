@@ -10,7 +10,7 @@
 
 use std::ops::Range;
 
-use tdpmmu_platform::{Event, Exclusive, Guard, Mode, Phase, Platform};
+use tdpmmu_platform::{Event, Exclusive, Guard, Mode, Moment, NIL, Phase, Platform};
 
 use crate::TdpMmu;
 use crate::debt::FlushDebt;
@@ -31,6 +31,7 @@ impl<P: Platform> TdpMmu<P> {
     fn zap_passes<M: Mode>(&self, guard: &mut Guard<'_, P, M>, root: u32, yields: Yield, owes: bool) {
         let task = guard.task();
         let _work = task.phase(Phase::SpteWork);
+        task.mark(Moment::RootZapBegin, root);
         if let Some(observer) = self.observer() {
             observer.event(task.id(), &Event::RootZapBegin { root });
         }
@@ -43,6 +44,7 @@ impl<P: Platform> TdpMmu<P> {
             let spent = &task.meter().walk_cpu_ns;
             spent.set(spent.get() + P::thread_cpu_ns().saturating_sub(cpu));
         }
+        task.mark(Moment::RootZapEnd, root);
         if let Some(observer) = self.observer() {
             observer.event(task.id(), &Event::RootZapEnd { root });
         }
@@ -158,6 +160,7 @@ impl<P: Platform> TdpMmu<P> {
 
     /// First step of a fast zap, under slots_lock and the exclusive lock: after it no valid root is left (except in designs that keep them).
     pub fn fast_zap_invalidate(&self, guard: &mut Guard<'_, P, Exclusive>) {
+        guard.task().mark(Moment::FastZapBegin, NIL);
         if let Some(observer) = self.observer() {
             observer.event(guard.task().id(), &Event::FastZapBegin);
         }
@@ -172,6 +175,7 @@ impl<P: Platform> TdpMmu<P> {
     /// Last step, lock released: returns when nothing is mapped under the roots that were valid at the beginning.
     pub fn fast_zap_finish(&self, task: &tdpmmu_platform::Task<P>) {
         self.design().finish(self, task);
+        task.mark(Moment::FastZapEnd, NIL);
         if let Some(observer) = self.observer() {
             observer.event(task.id(), &Event::FastZapEnd);
         }

@@ -14,7 +14,7 @@ use crate::{api::Platform, histogram::Histogram, timeline::Recording};
 pub enum Phase {
     /// None of the others.
     Other,
-    /// Waiting for mmu_lock.
+    /// Waiting for mmu_lock or slots_lock.
     LockWait,
     /// Walking and changing SPTEs.
     SpteWork,
@@ -261,6 +261,12 @@ impl Meter {
         }
     }
 
+    /// Ticks by phase since the task began or since the last `take`, up to now. The difference of two is what a stretch was spent on.
+    pub fn phase_ticks(&self) -> [u64; PHASES] {
+        self.switch(self.phase.get(), (self.clock)());
+        std::array::from_fn(|i| self.phase_ticks[i].get())
+    }
+
     /// What was measured since the task began or since the last `take`; starts anew.
     pub fn take(&self) -> MeterSnapshot {
         self.switch(self.phase.get(), (self.clock)());
@@ -332,7 +338,7 @@ impl MeterSnapshot {
         self.phase_ns[phase as usize]
     }
 
-    /// Adds another task's measurements; recordings stay what they are, each of one task.
+    /// Adds another task's measurements, or later ones of the same task: only then recordings are joined.
     pub fn merge(&mut self, other: &MeterSnapshot) {
         for (mine, others) in [
             (&mut self.entry_reads, other.entry_reads),
@@ -355,6 +361,10 @@ impl MeterSnapshot {
         for i in 0..PHASES {
             self.phase_ns[i] += other.phase_ns[i];
             self.phase_ticks[i] += other.phase_ticks[i];
+        }
+        match (&mut self.recording, &other.recording) {
+            (Some(mine), Some(later)) if mine.task == later.task => mine.append(later),
+            _ => (),
         }
         match (&mut self.histograms, &other.histograms) {
             (Some(mine), Some(others)) => mine.merge(others),

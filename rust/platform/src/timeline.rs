@@ -77,7 +77,7 @@ pub struct Recording {
     pub name: Box<str>,
     /// What it is for.
     pub role: Role,
-    /// Phases, without gaps: each begins where the one before ends.
+    /// Phases: each begins where the one before ends, but where something was left out between two recordings.
     pub slices: Vec<Slice>,
     /// Holds of mmu_lock, by their end.
     pub holds: Vec<Hold>,
@@ -141,6 +141,29 @@ impl Recording {
         } else {
             self.lost.sections += 1;
         }
+    }
+
+    /// Adds what the same task did later.
+    pub fn append(&mut self, later: &Self) {
+        for slice in &later.slices {
+            self.slice(slice.phase, slice.from, slice.to);
+        }
+        for hold in &later.holds {
+            self.hold(hold.shared, hold.from, hold.to);
+        }
+        for section in &later.sections {
+            self.section(section.from, section.to);
+        }
+        self.lost.slices += later.lost.slices;
+        self.lost.holds += later.lost.holds;
+        self.lost.sections += later.lost.sections;
+        for (mine, ticks) in self.lost.phase_ticks.iter_mut().zip(later.lost.phase_ticks) {
+            *mine += ticks;
+        }
+        self.lost.span = match (self.lost.span, later.lost.span) {
+            (Some((begin, _)), Some((_, end))) => Some((begin, end)),
+            (mine, theirs) => mine.or(theirs),
+        };
     }
 
     /// Hands over what there is and starts anew.

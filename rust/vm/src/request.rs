@@ -226,7 +226,8 @@ pub fn make_all_cpus_request<P: Platform, V: AsRef<VcpuState>>(
     vcpus: &[V],
     bits: u64,
 ) -> Kicks {
-    let _phase = task.phase(Phase::KickWait);
+    // Those of a flush are part of the flush.
+    let _phase = (task.meter().phase() != Phase::Flush).then(|| task.phase(Phase::KickWait));
     let begin = P::ticks();
     let mut kicks = Kicks::default();
     for vcpu in vcpus {

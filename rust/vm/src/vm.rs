@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex as StdMutex, PoisonError, TryLockError};
 
 use tdpmmu_mmu::{Leftovers, MmuConfig, MmuError, TdpMmu, design};
-use tdpmmu_platform::{Mutex, Observer, Phase, Platform, RcuConfig, Role as TaskRole, Task, TaskConfig};
+use tdpmmu_platform::{Mutex, MutexGuard, Observer, Phase, Platform, RcuConfig, Recording, Role as TaskRole, Task, TaskConfig};
 use tdpmmu_spte::NotifierUnit;
 use tdpmmu_spte::mmio::GENERATION_MASK;
 use tdpmmu_table::TableCache;
@@ -62,6 +62,8 @@ pub struct FastZapTimes {
     pub zap_ns: u64,
     /// Entry to return.
     pub total_ns: u64,
+    /// The calling task's ticks by phase meanwhile, indexed by `Phase as usize`.
+    pub phase_ticks: [u64; Phase::ALL.len()],
 }
 
 /// What a memslot update came to.
@@ -86,6 +88,12 @@ pub struct CloseReport {
     pub zap_all_ns: u64,
     /// From the call to the last table freed, in nanoseconds.
     pub total_ns: u64,
+    /// Entry of the call, in ticks.
+    pub begin: u64,
+    /// The closing task's ticks by phase meanwhile, indexed by `Phase as usize`.
+    pub phase_ticks: [u64; Phase::ALL.len()],
+    /// What the closing task recorded, if tasks record.
+    pub recording: Option<Box<Recording>>,
     /// Roots, tables and leaves still counted: all zero, or something leaked.
     pub leftovers: Leftovers,
     /// Table pages that did not come back to the pool.
@@ -137,7 +145,7 @@ impl<P: Platform> Vm<P> {
         let design = design::build::<P>(config.design_name(), &config.design_options())
             .map_err(|e| VmError::Mmu(e.to_string()))?;
         // SRCU waits for faults, which may wait for mmu_lock for as long as a zap holds it: no stall reports.
-        let srcu = RcuConfig { batch_delay_ns: 0, stall_ns: u64::MAX, observer: None, ..config.rcu.clone() };
+        let srcu = RcuConfig { batch_delay_ns: 0, stall_ns: u64::MAX, observer: None, log: false, ..config.rcu.clone() };
         let slots = Arc::new(Memslots::new(srcu));
         let side =
             Arc::new(HostSide::new(PrimaryMmu::new(config.host_pages)?, Arc::clone(&slots), config.vcpus));
@@ -321,30 +329,41 @@ impl<P: Platform> Vm<P> {
     /// # Errors
     /// The rules of [`plan`]; [`VmError::Closed`].
     pub fn set_memslot(&self, task: &Task<P>, region: &Region) -> Result<SlotUpdate, VmError> {
-        let mut slots = self.slots_lock.lock();
+        let mut slots = self.lock_slots(task);
         self.open()?;
+        // A new set of memslots waits for those who read the old one (synchronize_srcu).
+        let waits = || task.phase(Phase::GracePeriod);
+        let install = |slots: &mut SlotWriter<P>, slot| {
+            let _waiting = waits();
+            slots.install(slot)
+        };
+        let invalidate = |slots: &mut SlotWriter<P>, slot: &_| {
+            let _waiting = waits();
+            slots.invalidate(slot);
+        };
         let change = plan(&slots.set(), region, self.mmu.max_gfn())?;
         let (update, generation) = match change {
             Change::Nothing => return Ok(SlotUpdate::Nothing),
-            Change::Create(slot) => (SlotUpdate::Created, slots.install(slot)),
+            Change::Create(slot) => (SlotUpdate::Created, install(&mut slots, slot)),
             Change::Flags(old, new) => {
                 let starts_logging = new.flags.log_dirty && !old.flags.log_dirty;
                 let (as_id, gfns) = (new.as_id, new.gfns());
-                let generation = slots.install(new);
+                let generation = install(&mut slots, new);
                 if starts_logging {
                     self.start_dirty_log(task, as_id, gfns);
                 }
                 (SlotUpdate::Flags, generation)
             }
             Change::Delete(old) => {
-                slots.invalidate(&old);
+                invalidate(&mut slots, &old);
                 let times = self.fast_zap_locked(task, &mut slots);
+                let _waiting = waits();
                 (SlotUpdate::Deleted(times), slots.remove(old.as_id, old.id))
             }
             Change::Move(old, new) => {
-                slots.invalidate(&old);
+                invalidate(&mut slots, &old);
                 let times = self.fast_zap_locked(task, &mut slots);
-                (SlotUpdate::Moved(times), slots.install(new))
+                (SlotUpdate::Moved(times), install(&mut slots, new))
             }
         };
         if generation & GENERATION_MASK & !1 == 0 {
@@ -423,15 +442,21 @@ impl<P: Platform> Vm<P> {
     /// # Errors
     /// [`VmError::Closed`].
     pub fn fast_zap(&self, task: &Task<P>) -> Result<FastZapTimes, VmError> {
-        let mut slots = self.slots_lock.lock();
+        let mut slots = self.lock_slots(task);
         self.open()?;
         Ok(self.fast_zap_locked(task, &mut slots))
+    }
+
+    fn lock_slots(&self, task: &Task<P>) -> MutexGuard<'_, P, SlotWriter<P>> {
+        let _waiting = task.phase(Phase::LockWait);
+        self.slots_lock.lock()
     }
 
     /// kvm_mmu_zap_all_fast; the writer stands for slots_lock.
     fn fast_zap_locked(&self, task: &Task<P>, _slots_lock: &mut SlotWriter<P>) -> FastZapTimes {
         let ns = |from: u64, to: u64| P::ticks_to_ns(to.saturating_sub(from));
         task.meter().reset_exclusive_holds();
+        let before = task.meter().phase_ticks();
         let t0 = P::ticks();
         let mut guard = self.mmu.lock.write(task);
         let taken = P::ticks();
@@ -443,6 +468,7 @@ impl<P: Platform> Vm<P> {
         let released = P::ticks();
         self.mmu.fast_zap_finish(task);
         let done = P::ticks();
+        let after = task.meter().phase_ticks();
         // Summed by the lock itself: a design that zaps under the exclusive lock breaks it, and holds it again.
         let holds = task.meter().exclusive_holds();
         FastZapTimes {
@@ -456,6 +482,7 @@ impl<P: Platform> Vm<P> {
             kicked: kicks.kicked,
             zap_ns: ns(released, done),
             total_ns: ns(t0, done),
+            phase_ticks: std::array::from_fn(|phase| after[phase] - before[phase]),
         }
     }
 
@@ -471,6 +498,7 @@ impl<P: Platform> Vm<P> {
         }
         let task = self.task("close", TaskRole::Caller);
         let begin = P::ticks();
+        drop(task.meter().take());
         self.closing.store(true, Ordering::Release);
         self.stop_vcpus(&task);
         let mut cores = Vec::with_capacity(self.vcpus.len());
@@ -486,7 +514,7 @@ impl<P: Platform> Vm<P> {
         }
         // What is under way ends first: a fast zap waits for no vCPU, since their handles are ours. slots_lock before mmap_lock: who holds the
         // former may wait for an invalidation to end, whose task holds the latter and wants only mmu_lock.
-        let _slots_lock = self.slots_lock.lock();
+        let _slots_lock = self.lock_slots(&task);
         let _mmap_lock = self.mmap_lock.lock().unwrap_or_else(PoisonError::into_inner);
         self.release_user();
         let zap_begin = P::ticks();
@@ -505,9 +533,14 @@ impl<P: Platform> Vm<P> {
         };
         self.side.slots.stop();
         let pool = self.mmu.pool().stats();
+        let total_ns = P::ticks_to_ns(P::ticks() - begin);
+        let meter = task.meter().take();
         let report = CloseReport {
             zap_all_ns,
-            total_ns: P::ticks_to_ns(P::ticks() - begin),
+            total_ns,
+            begin,
+            phase_ticks: meter.phase_ticks,
+            recording: meter.recording,
             leftovers,
             tables_leaked: pool.taken,
             double_frees: pool.double_frees,
