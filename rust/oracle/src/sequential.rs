@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use tdpmmu_mmu::{BulkMap, FastOutcome, Frame, MapFault, MapOutcome};
 use tdpmmu_spte::geometry::{ENTRIES, round_down, span};
-use tdpmmu_spte::{Access, AdMode, Format, KernelProfile, MakeLeaf, SplitInFault, Spte};
+use tdpmmu_spte::{Access, AdMode, EagerSplit, Format, KernelProfile, MakeLeaf, SplitInFault, Spte};
 
 /// What an entry holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -176,6 +176,74 @@ impl Sequential {
                 _ => true,
             });
         }
+    }
+
+    /// The leaves of one address space that `range` touches, of level `at_least` and above: (root, gfn, level, value).
+    fn leaves_in(&self, as_id: u8, range: &Range<u64>, at_least: u8) -> Vec<(u32, u64, u8, Spte)> {
+        let end = range.end.min(self.max_gfn);
+        let in_space = self.roots.iter().filter(|(_, root)| root.as_id == as_id);
+        in_space
+            .flat_map(|(&id, root)| root.entries.iter().map(move |(&at, &node)| (id, at, node)))
+            .filter_map(|(id, (gfn, level), node)| match node {
+                Node::Entry(spte) if spte.is_leaf(level) => Some((id, gfn, level, spte)),
+                _ => None,
+            })
+            .filter(|&(_, gfn, level, _)| level >= at_least && gfn < end && gfn + span(level) > range.start)
+            .collect()
+    }
+
+    /// Eager split to `target`, one size after the other; returns how many leaves were split. Kernels without it do nothing.
+    pub fn split(&mut self, as_id: u8, range: Range<u64>, target: u8) -> u64 {
+        if self.profile.eager_split == EagerSplit::None {
+            return 0;
+        }
+        let mut split = 0;
+        for level in (target + 1..=3).rev() {
+            for (id, gfn, _, huge) in self.leaves_in(as_id, &range, level) {
+                let Some(root) = self.roots.get_mut(&id) else { continue };
+                root.entries.insert((gfn, level), Node::Table);
+                for i in 0..ENTRIES {
+                    let child = self.format.split_child(huge, level, i, false);
+                    let at = (gfn + i as u64 * span(level - 1), level - 1);
+                    root.entries.insert(at, Node::Entry(child));
+                }
+                split += 1;
+            }
+        }
+        split
+    }
+
+    /// W goes from every leaf of `min_level` and above that `range` touches; returns how many had it.
+    pub fn write_protect(&mut self, as_id: u8, range: Range<u64>, min_level: u8) -> u64 {
+        let mut changed = 0;
+        for (id, gfn, level, spte) in self.leaves_in(as_id, &range, min_level) {
+            if self.format.is_writable(spte)
+                && let Some(root) = self.roots.get_mut(&id)
+            {
+                root.entries.insert((gfn, level), Node::Entry(self.format.without_write(spte)));
+                changed += 1;
+            }
+        }
+        changed
+    }
+
+    /// As [`Sequential::write_protect`] for the 4 KiB leaves of `base + n` for each bit n of `mask`.
+    pub fn write_protect_masked(&mut self, as_id: u8, base: u64, mask: u64) -> u64 {
+        (0..64).filter(|n| mask >> n & 1 != 0).map(|n| self.protect_small(as_id, base + n)).sum()
+    }
+
+    fn protect_small(&mut self, as_id: u8, gfn: u64) -> u64 {
+        let mut changed = 0;
+        for (id, at, level, spte) in self.leaves_in(as_id, &(gfn..gfn + 1), 1) {
+            if level == 1
+                && self.format.is_writable(spte)
+                && let Some(root) = self.roots.get_mut(&id)
+            {
+                root.entries.insert((at, 1), Node::Entry(self.format.without_write(spte)));
+                changed += 1;
+            }
+        }
+        changed
     }
 
     /// Bulk population: new leaves where nothing is, a larger leaf stays; `None` where the engine must refuse (an MMIO entry on the path).

@@ -43,6 +43,9 @@ enum Op {
     Fast { cpu: usize, gfn: u64, write: bool },
     Bulk { cpu: usize, gfn: u64, units: u64, level: u8, fixable: bool },
     Unmap { as_id: u8, gfn: u64, pages: u64 },
+    Split { as_id: u8, gfn: u64, pages: u64, target: u8 },
+    Protect { as_id: u8, gfn: u64, pages: u64, level: u8 },
+    Mask { as_id: u8, gfn: u64, mask: u64 },
     FastZap,
     Drop { cpu: usize },
     Check,
@@ -59,6 +62,11 @@ fn op() -> impl Strategy<Value = Op> {
         5 => (cpu(), gfn(), 1..1200u64, level(), prop::bool::weighted(0.3))
             .prop_map(|(cpu, gfn, units, level, fixable)| Op::Bulk { cpu, gfn, units, level, fixable }),
         6 => (0..2u8, gfn(), pages).prop_map(|(as_id, gfn, pages)| Op::Unmap { as_id, gfn, pages }),
+        2 => (0..2u8, gfn(), 1..1200u64, 1..3u8)
+            .prop_map(|(as_id, gfn, pages, target)| Op::Split { as_id, gfn, pages, target }),
+        3 => (0..2u8, gfn(), 1..1200u64, level())
+            .prop_map(|(as_id, gfn, pages, level)| Op::Protect { as_id, gfn, pages, level }),
+        2 => (0..2u8, gfn(), any::<u64>()).prop_map(|(as_id, gfn, mask)| Op::Mask { as_id, gfn, mask }),
         2 => Just(Op::FastZap),
         2 => cpu().prop_map(|cpu| Op::Drop { cpu }),
         2 => Just(Op::Check),
@@ -170,6 +178,22 @@ impl Lockstep {
                 let range = gfn..gfn + pages;
                 self.world.unmap(&self.task, as_id, range.clone());
                 self.model.unmap(as_id, range);
+            }
+            Op::Split { as_id, gfn, pages, target } => {
+                let range = gfn..gfn + pages;
+                let got = self.world.mmu.split_huge_pages(&self.task, as_id, range.clone(), target);
+                assert_eq!(got.expect("room for tables"), self.model.split(as_id, range, target), "{op:?}");
+            }
+            Op::Protect { as_id, gfn, pages, level } => {
+                let range = gfn..gfn + pages;
+                let got = self.world.mmu.write_protect(&self.task, as_id, range.clone(), level);
+                assert_eq!(got, self.model.write_protect(as_id, range, level), "{op:?}");
+            }
+            Op::Mask { as_id, gfn, mask } => {
+                let base = gfn / 64 * 64;
+                let mut guard = self.world.mmu.lock.write(&self.task);
+                let got = self.world.mmu.write_protect_masked(&mut guard, as_id, base, mask);
+                assert_eq!(got, self.model.write_protect_masked(as_id, base, mask), "{op:?}");
             }
             Op::FastZap => {
                 self.world.fast_zap(&self.task);
