@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 Raw = dict[str, Any]
@@ -68,6 +69,163 @@ def bench(kind: str = "drop") -> Raw:
         "limits": {"swap_ns": 5.8, "stable": True},
         "runs": [run(d, rep, drop=drop, blocked=ns + rep) for rep in range(3) for d, ns in blocked.items()],
     }
+
+
+FLAWED = ("system-workqueue", "no-second-phase")
+
+
+def curve(middle: float, spread: float, samples: int, seed: int) -> list[list[int]]:
+    """A sparse histogram as the native side writes it: values to three digits, with how often each came."""
+    rng = random.Random(seed)
+    found: dict[int, int] = {}
+    for _ in range(samples):
+        value = int(rng.lognormvariate(0, spread) * middle)
+        digits = max(0, len(str(value)) - 3)
+        value = value // 10**digits * 10**digits
+        found[value] = found.get(value, 0) + 1
+    return [[value, found[value]] for value in sorted(found)]
+
+
+def scene_run(design: str, rep: int, *, scene: str = "memslot-delete", blocked: int = 4_000_000) -> Raw:
+    """A run of `bench zap` with everything that a picture is drawn from. Times in ns."""
+    out = run(design, rep, drop=False, blocked=blocked)
+    payer = {"inline": "caller", "sync": "caller"}.get(design, "worker")
+    seed = sum(design.encode()) + rep
+    work, wait = int(blocked * 0.8), int(blocked * 0.2)
+    mine = {"spte_work": work, "lock_wait": wait // 2, "flush": wait - wait // 2}
+    asked = mine if payer == "caller" else {"queue_delay": blocked}
+    threads = [
+        ("vmm", "caller", True, asked),
+        ("vcpu-0", "vcpu", False, {"other": blocked - 9_000, "lock_wait": 9_000}),
+        ("vcpu-1", "vcpu", False, {"other": blocked}),
+        ("tdpmmu-rcu", "rcu", True, {"grace_period": blocked // 4, "free": blocked // 5}),
+    ]
+    if payer == "worker":
+        threads.insert(3, ("worker-0", "worker", True, mine))
+    out.update(
+        scene=scene,
+        preempt="full",
+        kernel_profile="6.12",
+        sharing="local",
+        flawed=design in FLAWED,
+        workers=1,
+        worker_queue="per-vm" if payer == "worker" else None,
+        sptes_mapped_at_return=4_096 if design in FLAWED else 0,
+        violations=2 if design in FLAWED else 0,
+        fit=None,
+        updates=None,
+        teardown={
+            "ns_per_spte": 8.25,
+            "ns_per_entry": 8.2,
+            "fz_return_ns": blocked,
+            "last_spte_unreachable_ns": blocked,
+            "last_table_free_ns": int(blocked * 1.3),
+            "entry_writes": 262_144,
+            "cpus_used": 0.9,
+            "cpu_ns": {"caller": 0, "vcpu": 0, "worker": 0, "rcu": blocked // 5, payer: work},
+        },
+        rcu={
+            "flavour": "membarrier",
+            "backlog_pages_peak": 515,
+            "backlog_series": [[blocked // 8 * n, min(515, 70 * n)] for n in range(1, 9)]
+            + [[int(blocked * 1.3), 0]],
+        },
+        others={
+            "lock_wait_ns": 9_000,
+            "kicked_ns": 60_000,
+            "run_delay_ns": blocked // 3,
+            "accesses_late": 12,
+        },
+        attribution=[
+            {
+                "thread": name,
+                "role": role,
+                "cpu": at % 2,
+                "cpu_ns": sum(ns.values()) // 2,
+                "pays": pays,
+                "ns": ns,
+                "elapsed_ns": sum(ns.values()),
+                "run_delay_ns": 0,
+            }
+            for at, (name, role, pays, ns) in enumerate(threads)
+        ],
+        curves={
+            "access_ns": curve(90, 1.4 if payer == "worker" else 1.9, 20_000, seed),
+            "block_update_ns": [[30_000, 1], [41_000, 1]],
+            "step_units": curve(200, 0.4, 400, seed),
+        },
+        timeline={
+            "tracks": [track(name, role, ns) for name, role, _, ns in threads],
+            "marks": marks(blocked),
+        },
+    )
+    return out
+
+
+def track(name: str, role: str, ns: Raw) -> Raw:
+    """The slices of a thread: its phases one after the other, cut in five."""
+    slices, at = [], 0
+    for _ in range(5):
+        for phase, length in ns.items():
+            slices.append([at, at + length // 5, phase])
+            at += length // 5
+    locks = [[start, stop, "shared"] for start, stop, phase in slices if phase == "spte_work"]
+    if role == "caller":
+        locks.append([200, 40_000, "exclusive"])
+    return {"thread": name, "role": role, "slices": slices, "locks": locks}
+
+
+def marks(blocked: int) -> list[list[Any]]:
+    end = int(blocked * 1.3)
+    return [
+        [150, "root 5 invalidated"],
+        [900, "root 5 queued"],
+        [blocked, "root 5 zapped"],
+        [end, "last free"],
+    ]
+
+
+def scenes(designs: tuple[str, ...] = ("inline", "async-worker", "sync"), *, reps: int = 1) -> Raw:
+    """A result of `bench zap` as of the scenes, with series."""
+    blocked = {"inline": 4_000_000, "async-worker": 4_400_000, "sync": 8_800_000, "no-second-phase": 60_000}
+    runs = [scene_run(d, rep, blocked=blocked[d] + 1_000 * rep) for rep in range(reps) for d in designs]
+    config = {"memory_bytes": 1 << 30, "designs": list(designs), "sharing": "local"}
+    return {**bench("zap"), "config": config, "runs": runs}
+
+
+def scaling(designs: tuple[str, ...] = ("inline", "async-worker")) -> Raw:
+    """A result of `bench drop --scene zap-64t`: sizes that were built, and the line through them."""
+    each = {"inline": 7.3, "async-worker": 0.0002}
+    runs = []
+    for design in designs:
+        slope, base = each[design], 12_000.0
+        points = []
+        for n, wobble in enumerate((1.01, 0.98, 1.02, 0.995)):
+            sptes = (1 << 22) << n
+            points.append([sptes, int((base + slope * sptes) * wobble)])
+            one = run(design, 0, drop=True, blocked=points[-1][1])
+            one.update(scene="zap-64t", sptes=sptes, memory_bytes=sptes * 4096, flawed=False, fit=None)
+            one.update(preempt="full", kernel_profile="6.12")
+            runs.append(one)
+        guess = base + slope * (1 << 34)
+        runs[-1]["fit"] = {
+            "of": "block_drop_ns.max",
+            "points": points,
+            "ns_per_spte": slope,
+            "ns_per_spte_se": slope * 0.02 + 1e-5,
+            "intercept_ns": base,
+            "r2": 0.9993 if design == "inline" else 0.12,
+            "at": [
+                {
+                    "memory_bytes": 1 << 46,
+                    "sptes": 1 << 34,
+                    "ns": guess,
+                    "ci95": [guess * 0.9, guess * 1.1],
+                    "extrapolated": True,
+                }
+            ],
+        }
+    return {**bench("drop"), "runs": runs}
 
 
 def micro() -> Raw:

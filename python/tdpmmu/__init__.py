@@ -29,6 +29,7 @@ from tdpmmu.units import pages, parse_size, table_bytes, table_pages
 
 if TYPE_CHECKING:
     from tdpmmu import bench, plot
+    from tdpmmu.comparison import Comparison, ComparisonRow, compare
     from tdpmmu.machine import (
         MAPPING_DTYPE,
         CloseReport,
@@ -42,7 +43,16 @@ if TYPE_CHECKING:
         ZapReport,
     )
     from tdpmmu.recording import replay
-    from tdpmmu.results import BenchResult, BenchRun, MicroResult, MicroRow, Percentiles, Replay, load
+    from tdpmmu.results import (
+        BenchResult,
+        BenchRun,
+        MicroResult,
+        MicroRow,
+        Percentiles,
+        Replay,
+        load,
+        load_file,
+    )
     from tdpmmu.vm import VM
     from tdpmmu.workload import RunReport
 
@@ -54,6 +64,8 @@ __all__ = [
     "Busy",
     "CloseReport",
     "Closed",
+    "Comparison",
+    "ComparisonRow",
     "FaultOutcome",
     "FaultResult",
     "ForkedError",
@@ -79,8 +91,10 @@ __all__ = [
     "__version__",
     "bench",
     "build_info",
+    "compare",
     "info",
     "load",
+    "load_file",
     "pages",
     "parse_size",
     "plot",
@@ -110,6 +124,10 @@ _LAZY = {
     "Percentiles": "results",
     "Replay": "results",
     "load": "results",
+    "load_file": "results",
+    "Comparison": "comparison",
+    "ComparisonRow": "comparison",
+    "compare": "comparison",
     "replay": "recording",
     "bench": "",
     "plot": "",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import secrets
 from collections.abc import Callable, Iterable
 from typing import Any, SupportsIndex
@@ -31,9 +32,10 @@ def config(
     vcpus: int = 2,
     levels: int = 4,
     design: str | Iterable[str] = "all",
+    scene: str | Iterable[str] | None = None,
     passes: str | Iterable[str] | None = None,
     ownership: str | None = None,
-    preempt: str = "full",
+    preempt: str | Iterable[str] = "full",
     tick: Size = "4ms",
     profile: str = "6.12",
     reps: int = 1,
@@ -47,12 +49,54 @@ def config(
     drop_loop: int | None = None,
     workers: int | None = None,
     max_memory: Size | None = None,
+    sharing: str | None = None,
+    worker_cpus: Iterable[int] | None = None,
+    worker_queue: str | None = None,
+    vcpu_cpus: Iterable[int] | None = None,
+    churns: int | None = None,
+    timeline: bool = False,
+    perfetto: str | os.PathLike[str] | None = None,
+    hlog: str | os.PathLike[str] | None = None,
+    experiment: str = "zap",
 ) -> dict[str, Any]:
     """Return the configuration object that the native side takes, after checking every value.
 
     Sizes are in bytes or text with a binary suffix, `tick` in ns or text with a unit. None leaves the choice
     to the design's historic default, then the profile, or takes the experiment's default. A seed is
-    drawn where none is given.
+    drawn where none is given. `design`, `scene`, `passes` and `preempt` take several: a run each.
+
+    Args:
+        memory: guest memory in bytes.
+        page: size of the mappings, one of 4K, 2M, 1G.
+        vcpus: running vCPU threads.
+        levels: 4 or 5.
+        design: zap designs; `all` is every sound one, a flawed one must be named.
+        scene: what happens to the guest; None is the experiment's usual one, `all` is each of them.
+        passes: zap passes, such as `4K,2M,1G,root`.
+        ownership: who owns a root's first reference, `vcpu` or `mmu`.
+        preempt: `none`, `voluntary` or `full`.
+        tick: CPU time in ns after which a task is asked to yield.
+        profile: kernel profile.
+        reps: repetitions of each run.
+        seed: of the guests' accesses.
+        working_set: what each vCPU touches, in bytes.
+        arrival_ns: a vCPU's accesses are this many ns apart (open loop).
+        populate: `bulk` or `fault`.
+        writeback: A/D of removed leafs, `none` or `bitmap`.
+        ad_mix: A/D of the leafs before, `clean`, `accessed` or `dirty`.
+        check: a further repetition, untimed, with every oracle listening.
+        drop_loop: drops of small roots (`bench drop`), a count.
+        workers: worker threads of designs that have a queue.
+        max_memory: refuse to use more than this, in bytes.
+        sharing: how the vCPUs' working sets overlap, `local`, `pipeline` or `global`.
+        worker_cpus: CPUs that the workers are pinned to, in turn.
+        worker_queue: `per-vm` or `system`, against the design's own.
+        vcpu_cpus: CPUs that the vCPUs are pinned to, in turn.
+        churns: cycles of the scene slot-churn, a count.
+        timeline: keep each thread's phases in the result, for `plot --kind timeline`.
+        perfetto: write a Perfetto trace to this file.
+        hlog: write HdrHistogram logs to this file.
+        experiment: what the configuration is for, `zap`, `drop` or one of the micro experiments.
 
     Raises:
         InvalidArgument: a value breaks a rule; the message names it.
@@ -74,8 +118,9 @@ def config(
         "page": page_text,
         "vcpus": between(vcpus, 1, MAX_VCPUS, "vcpus"),
         "levels": levels,
-        "designs": _names.designs(design),
-        "preempt": _names.one_of(preempt, _names.PREEMPT, "preempt"),
+        # `all` stays: which designs are sound under the profile is decided below.
+        "designs": ["all"] if design in ("all", ("all",), ["all"]) else _names.designs(design),
+        "preempt": _one_or_list(_names.each_of(preempt, _names.PREEMPT, "preempt")),
         "tick_ns": units.parse_time(tick, "tick"),
         "kernel_profile": _names.profile(profile),
         "reps": between(reps, 1, 1_000_000, "reps"),
@@ -86,7 +131,9 @@ def config(
     if out["tick_ns"] == 0:
         raise InvalidArgument(f"tick={tick!r}: must be above 0")
     if passes is not None:
-        out["passes"] = _names.passes(passes)
+        out["passes"] = _one_or_list(_names.passes_list(passes))
+    if scene is not None:
+        out["scenes"] = _names.scenes(scene, experiment)
     if ownership is not None:
         out["ownership"] = _names.one_of(ownership, _names.OWNERSHIP, "ownership")
     if working_set is not None:
@@ -103,7 +150,36 @@ def config(
         out["drop_loop"] = between(drop_loop, 0, 10**9, "drop_loop")
     if max_memory is not None:
         out["max_memory_bytes"] = units.parse_size(max_memory, "max_memory")
+    if sharing is not None:
+        out["sharing"] = _names.one_of(sharing, _names.SHARING, "sharing")
+    for name, cpus in (("worker_cpus", worker_cpus), ("vcpu_cpus", vcpu_cpus)):
+        if cpus is not None:
+            out[name] = _cpus(cpus, name)
+    if worker_queue is not None:
+        out["worker_queue"] = _names.one_of(worker_queue, _names.QUEUES, "worker_queue")
+    if churns is not None:
+        out["churns"] = between(churns, 1, 10**6, "churns")
+    if timeline:
+        out["timeline"] = True
+    for name, path in (("perfetto", perfetto), ("hlog", hlog)):
+        if path is not None:
+            out[name] = os.fspath(path)
     return out
+
+
+def _one_or_list(values: list[str]) -> str | list[str]:
+    return values[0] if len(values) == 1 else values
+
+
+def _cpus(values: Iterable[int], name: str) -> list[int]:
+    """Return CPU numbers that this process may run on."""
+    cpus = [between(cpu, 0, 1 << 20, name) for cpu in values]
+    allowed = os.sched_getaffinity(0)
+    for cpu in cpus:
+        if cpu not in allowed:
+            may = ", ".join(map(str, sorted(allowed)))
+            raise InvalidArgument(f"{name}={cpu}: this process may not run on that CPU (it may on {may})")
+    return cpus
 
 
 def between(value: object, low: int, high: int, name: str) -> int:
@@ -190,7 +266,24 @@ def rcu(*, progress: Progress | None = None, timeout: float | None = None, **opt
 def _run(
     kind: str, options: dict[str, Any], progress: Progress | None, timeout: float | None
 ) -> dict[str, Any]:
-    text = json.dumps(config(**options))
-    result = json.loads(_native.bench(kind, text, progress=progress, timeout=check_timeout(timeout)))
-    assert isinstance(result, dict)
-    return result
+    request = config(**options, experiment=kind)
+    return measure(kind, request, progress=progress, timeout=timeout)
+
+
+def measure(
+    kind: str, request: dict[str, Any], *, progress: Progress | None = None, timeout: float | None = None
+) -> dict[str, Any]:
+    """Run a checked request (see `config`) and return the result object; times in ns.
+
+    The scene process-exit is played here, by child processes; all others below.
+
+    Raises:
+        InvalidArgument, OutOfTableMemory, OracleViolation, StallError: see `zap`.
+    """
+    from tdpmmu import process_exit
+
+    patience = check_timeout(timeout)
+    scenes = request.get("scenes") or ()
+    if kind != "drop" or not {_names.PROCESS_EXIT, "all"}.intersection(scenes):
+        return dict(json.loads(_native.bench(kind, json.dumps(request), progress=progress, timeout=patience)))
+    return process_exit.play(request, progress=progress, timeout=patience)

@@ -7,19 +7,26 @@ typed attributes are what most people read. A field that a design does not have 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
-from tdpmmu.errors import InvalidArgument, Unsupported
+from tdpmmu.errors import InvalidArgument
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
-__all__ = ["BenchResult", "BenchRun", "MicroResult", "MicroRow", "Percentiles", "Replay", "load"]
+    from tdpmmu.comparison import Comparison
+
+__all__ = ["BenchResult", "BenchRun", "MicroResult", "MicroRow", "Percentiles", "Replay", "load", "load_file"]
 
 Raw = Mapping[str, Any]
+
+#: What a run or a result carries for pictures, not for tables: left out of flat rows.
+SERIES = ("curves", "timeline", "backlog_series")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +58,8 @@ class BenchRun:
     """One repetition of `bench zap` or `bench drop` under one design. Times in nanoseconds.
 
     Attributes:
+        scene: what happened to the guest, as a KVM engineer would call it.
+        flawed: the design is wrong on purpose: its violations are the result.
         sptes: present leaf SPTEs at the start, counted in the tree.
         update_ns: parts of the memslot update (`bench zap`): total, lock_wait, exclusive_hold, ...
         block_drop_ns: how long the vCPU that dropped its root was blocked (`bench drop`).
@@ -58,12 +67,22 @@ class BenchRun:
         retained_table_pages: tables that stay because the MMU owns a reference.
         teardown: stamps and costs of the teardown, or None where nothing was torn down.
         step_units: SPTE reads and writes between two reschedule checks (no unit).
+        updates: count and times of the updates, in scenes that have many.
+        attribution: a thread each: its role, its time in ns by phase, whether it took part in the teardown.
+        others: what those lost who did not ask for the zap, in ns.
+        fit: `zap-64t`: the line through sizes that were built, and what it says of 64 TiB (extrapolated).
+        process_exit: how a process ended that left work pending, by the way it ended; times in ns.
+        curves: sparse histograms by field, as [value, count] pairs.
         raw: the whole JSON object.
     """
 
+    scene: str
     design: str
+    flawed: bool
     passes: str
     ownership: str
+    preempt: str
+    kernel_profile: str
     rep: int
     memory_bytes: int
     page: str
@@ -86,16 +105,28 @@ class BenchRun:
     yields: int | None
     table_pages_leaked: int | None
     violations: int | None
+    updates: Raw | None
+    attribution: tuple[Raw, ...] = field(repr=False)
+    others: Raw | None
+    fit: Raw | None
+    process_exit: Raw | None
+    curves: Mapping[str, Any] = field(repr=False)
     raw: Raw = field(repr=False)
 
     @classmethod
     def from_raw(cls, raw: Raw) -> BenchRun:
         """Return the typed view of one element of `runs`."""
         h = Percentiles.from_raw
+        # Results of before there were scenes have the one of their experiment.
+        scene = raw.get("scene") or ("memslot-delete" if raw.get("update_ns") else "cr0-wp")
         return cls(
+            scene=str(scene),
             design=str(raw.get("design", "?")),
+            flawed=bool(raw.get("flawed")),
             passes=str(raw.get("passes", "?")),
             ownership=str(raw.get("ownership", "?")),
+            preempt=str(raw.get("preempt", "?")),
+            kernel_profile=str(raw.get("kernel_profile", "?")),
             rep=int(raw.get("rep", 0)),
             memory_bytes=int(raw.get("memory_bytes", 0)),
             page=str(raw.get("page", "?")),
@@ -118,6 +149,12 @@ class BenchRun:
             yields=raw.get("yields"),
             table_pages_leaked=raw.get("table_pages_leaked"),
             violations=raw.get("violations"),
+            updates=raw.get("updates"),
+            attribution=tuple(raw.get("attribution") or ()),
+            others=raw.get("others"),
+            fit=raw.get("fit"),
+            process_exit=raw.get("process_exit"),
+            curves=raw.get("curves") or {},
             raw=raw,
         )
 
@@ -126,6 +163,7 @@ class _Document:
     """What all results share: the JSON they came from and its exports. No units of its own."""
 
     __slots__ = ()
+    _ROWS: ClassVar[str] = "rows"
     raw: Raw
 
     def to_json(self, indent: int | None = None) -> str:
@@ -133,7 +171,10 @@ class _Document:
         return json.dumps(self.raw, indent=indent)
 
     def to_rows(self) -> list[dict[str, Any]]:
-        """Return one flat dict a row; nested names are joined by a dot (`teardown.ns_per_spte`)."""
+        """Return one flat dict a row, for a table or a sheet; nested names are joined by a dot.
+
+        Lists become JSON text. Curves and time lines, which are for pictures, are left to `to_arrow`.
+        """
         return [dict(flatten(row)) for row in self._rows()]
 
     def to_numpy(self) -> dict[str, np.ndarray]:
@@ -149,18 +190,22 @@ class _Document:
         return columns
 
     def to_arrow(self) -> pa.Table:
-        """Return `to_rows` as an Arrow table.
+        """Return an Arrow table, a row a run: dotted names with units, curves and series as list columns.
+
+        Host, build, limits and request are JSON in the schema's metadata, under `tdpmmu`.
 
         Raises:
             Unsupported: pyarrow is not installed (`pip install 'tdpmmu[arrow]'`).
         """
-        try:
-            import pyarrow as pa
-        except ImportError as error:
-            raise Unsupported("Arrow export needs pyarrow: pip install 'tdpmmu[arrow]'") from error
-        rows = self.to_rows()
-        names = list(dict.fromkeys(name for row in rows for name in row))
-        return pa.table({name: [row.get(name) for row in rows] for name in names})
+        from tdpmmu.arrow import to_table
+
+        rows = self._rows()
+        about = {name: value for name, value in self.raw.items() if value is not self.raw.get(self._ROWS)}
+        return to_table(rows, {**about, "rows_are": self._ROWS})
+
+    def __arrow_c_stream__(self, requested_schema: object = None) -> object:
+        """Give the Arrow table to whoever takes one (pandas, polars, duckdb) without a copy."""
+        return self.to_arrow().__arrow_c_stream__(requested_schema)
 
     def _rows(self) -> list[Raw]:
         raise NotImplementedError
@@ -177,6 +222,8 @@ class BenchResult(_Document):
         runs: one per design and repetition, in the order run.
         raw: the whole JSON object.
     """
+
+    _ROWS: ClassVar[str] = "runs"
 
     schema: str
     experiment: str
@@ -276,6 +323,8 @@ class Replay(_Document):
         raw: the whole JSON object.
     """
 
+    _ROWS: ClassVar[str] = "zaps"
+
     schema: str
     file: str
     kernel: str
@@ -315,15 +364,20 @@ class Replay(_Document):
 
 
 def flatten(raw: Raw, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the leaves of nested objects as (dotted name, value); lists become JSON text."""
+    """Yield the leaves of nested objects as (dotted name, value); lists become JSON text, series go."""
     for name, value in raw.items():
+        if name in SERIES:
+            continue
         if isinstance(value, Mapping):
             yield from flatten(value, f"{prefix}{name}.")
         else:
             yield prefix + name, json.dumps(value) if isinstance(value, (list, tuple)) else value
 
 
-def load(text: str | bytes, source: str = "the text") -> BenchResult | MicroResult | Replay:
+Document: TypeAlias = "BenchResult | MicroResult | Replay | Comparison"
+
+
+def load(text: str | bytes, source: str = "the text") -> Document:
     """Return the typed result of JSON text that `--json` or `-o FILE.json` wrote.
 
     Raises:
@@ -333,13 +387,53 @@ def load(text: str | bytes, source: str = "the text") -> BenchResult | MicroResu
         raw = json.loads(text)
     except ValueError as error:
         raise InvalidArgument(f"{source} is not JSON: {error}") from error
+    return typed(raw, source)
+
+
+def load_file(path: str | os.PathLike[str]) -> Document:
+    """Return the typed result of a file that `-o` wrote: Parquet where the suffix says so, else JSON text.
+
+    Raises:
+        OSError: it cannot be read.
+        InvalidArgument: not what its suffix says, or not a result of tdpmmu; the message names the file.
+        Unsupported: Parquet, and pyarrow is not installed.
+    """
+    where = Path(path)
+    data = where.read_bytes()
+    if where.suffix.lower() != ".parquet":
+        return load(data, str(where))
+    from tdpmmu.arrow import from_parquet
+
+    return typed(from_parquet(data, str(where)), str(where))
+
+
+def typed(raw: object, source: str = "the object") -> Document:
+    """Return the typed view of a result that is a JSON object already.
+
+    Raises:
+        InvalidArgument: not a schema of tdpmmu, or not its fields; `source` names it in the message.
+    """
     schema = raw.get("schema", "") if isinstance(raw, dict) else ""
     if not isinstance(schema, str):
         schema = ""
+    assert isinstance(raw, dict) or not schema
+    try:
+        return _by_schema(schema, raw, source)  # type: ignore[arg-type]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, InvalidArgument):
+            raise
+        raise InvalidArgument(f"{source} has the schema {schema!r}, but not its fields: {error}") from error
+
+
+def _by_schema(schema: str, raw: Raw, source: str) -> Document:
     if schema.startswith("tdpmmu.bench."):
         return BenchResult.from_raw(raw)
     if schema.startswith("tdpmmu.micro/"):
         return MicroResult.from_raw(raw)
     if schema.startswith("tdpmmu.replay/"):
         return Replay.from_raw(raw)
+    if schema.startswith("tdpmmu.compare/"):
+        from tdpmmu.comparison import Comparison
+
+        return Comparison.from_raw(raw)
     raise InvalidArgument(f"{source} is not a result of tdpmmu: its schema is {schema or None!r}")

@@ -19,9 +19,23 @@ import click
 
 from tdpmmu.errors import InvalidArgument
 
-__all__ = ["Output", "progress", "say", "write_file"]
+__all__ = [
+    "PICTURES",
+    "RECORDINGS",
+    "SUFFIXES",
+    "Output",
+    "check_free",
+    "place_file",
+    "progress",
+    "say",
+    "write_file",
+]
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
+#: Of a bench result.
+PICTURES = (".svg", ".png", ".pdf")
+#: Written by the native part while it runs, and the option that names such a file.
+RECORDINGS = {".pftrace": "perfetto", ".hlog": "hlog"}
 _QUIET_SECONDS = 3.0
 
 
@@ -48,19 +62,29 @@ def write_file(path: Path, data: bytes, force: bool) -> None:
         mask = os.umask(0)
         os.umask(mask)
         Path(temporary).chmod(0o666 & ~mask)
-        if force:
-            Path(temporary).replace(path)
-        else:
-            # Link and not rename: fails if somebody made the file meanwhile.
-            try:
-                os.link(temporary, path)
-            except FileExistsError:
-                check_free(path, force)
-            Path(temporary).unlink()
+        place_file(Path(temporary), path, force)
     except BaseException:
         with contextlib.suppress(OSError):
             Path(temporary).unlink()
         raise
+
+
+def place_file(draft: Path, path: Path, force: bool) -> None:
+    """Give a finished file its name, in the same folder.
+
+    Raises:
+        click.UsageError: somebody made a file of that name meanwhile and `force` is false.
+        OSError: it cannot be renamed.
+    """
+    if force:
+        draft.replace(path)
+        return
+    # Link and not rename: fails if the file is there.
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        check_free(path, force)
+    draft.unlink()
 
 
 def check_free(path: Path, force: bool) -> None:
@@ -76,18 +100,26 @@ def check_free(path: Path, force: bool) -> None:
 class Output:
     """One command's output options, checked before the work starts."""
 
-    def __init__(self, *, as_json: bool, path: Path | None, force: bool, quiet: bool) -> None:
+    def __init__(
+        self,
+        *,
+        as_json: bool,
+        path: Path | None,
+        force: bool,
+        quiet: bool,
+        suffixes: tuple[str, ...] = SUFFIXES,
+    ) -> None:
         self.as_json, self.path, self.force, self.quiet = as_json, path, force, quiet
         if path is not None:
-            if path.suffix.lower() not in SUFFIXES:
+            if path.suffix.lower() not in suffixes:
                 raise click.UsageError(
-                    f"-o {path}: unknown suffix {path.suffix!r}; it picks the format: {' '.join(SUFFIXES)}"
+                    f"-o {path}: unknown suffix {path.suffix!r}; it picks the format: {' '.join(suffixes)}"
                 )
             check_free(path, force)
 
     def emit(self, result: Any, render: Callable[[Any], str]) -> None:
         """Write the result to the file, if one was named, and to stdout as a table or as JSON."""
-        if self.path is not None:
+        if self.path is not None and self.path.suffix.lower() not in RECORDINGS:
             write_file(self.path, encode(result, self.path.suffix.lower(), render), self.force)
             if not self.quiet:
                 say(f"wrote {self.path}")
@@ -108,6 +140,10 @@ def encode(result: Any, suffix: str, render: Callable[[Any], str]) -> bytes:
         sink = io.BytesIO()
         pq.write_table(table, sink)
         return sink.getvalue()
+    if suffix in PICTURES:
+        from tdpmmu import plot
+
+        return plot.draw(result, suffix[1:])
     rows = result.to_rows()
     if suffix == ".jsonl":
         return "".join(json.dumps(row) + "\n" for row in rows).encode()

@@ -41,7 +41,27 @@ pub fn info() -> Result<String, Fault> {
 }
 
 pub fn catalogue() -> String {
+    let design = |info: &tdpmmu_mmu::DesignInfo| {
+        json!({
+            "name": info.name,
+            "mainline": info.mainline,
+            "summary": info.summary,
+            "passes": info.passes.map(|passes| passes.to_string()),
+            "ownership": info.ownership.to_string(),
+            "flawed": info.flawed,
+        })
+    };
+    let scene = |scene: &tdpmmu_lab::scene::Scene| {
+        json!({
+            "name": scene.name,
+            "experiment": scene.kind.name(),
+            "summary": scene.summary,
+            "look_at": scene.look_at,
+        })
+    };
     json!({
+        "scene_info": tdpmmu_lab::scene::SCENES.iter().map(scene).collect::<Vec<_>>(),
+        "design_info": tdpmmu_mmu::DESIGNS.iter().map(design).collect::<Vec<_>>(),
         "designs": tdpmmu_mmu::DESIGNS.iter().map(|design| design.name).collect::<Vec<_>>(),
         "sound_designs": tdpmmu_mmu::DESIGNS.iter().filter(|d| !d.flawed).map(|d| d.name).collect::<Vec<_>>(),
         "profiles": KernelProfile::NAMES,

@@ -1,0 +1,270 @@
+"""`tdpmmu bench`: its options, and how a measurement is run. Heavy imports wait: `--help` stays quick."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import click
+
+import tdpmmu
+from tdpmmu import _names, errors
+from tdpmmu.cli.common import Command, Decorator, common
+from tdpmmu.cli.output import PICTURES, RECORDINGS, SUFFIXES, Output, check_free, place_file, progress, say
+
+__all__ = ["bench"]
+
+
+@click.group()
+def bench() -> None:
+    """Measure zap designs and single operations."""
+
+
+def size_option(flag: str, default: str | None, text: str) -> Decorator:
+    """Make an option that takes a size, checked where configurations are checked."""
+    return click.option(flag, default=default, show_default=default is not None, metavar="SIZE", help=text)
+
+
+def machine_options(body: Command) -> Command:
+    """Add the options that say which guest is measured."""
+    options: list[Decorator] = [
+        size_option("--memory", "1G", "Guest memory: 4K, 2M, 64G, 1T ..."),
+        size_option("--page", "4K", "Page size of the mappings: 4K, 2M or 1G."),
+        click.option("--vcpus", type=int, default=2, show_default=True, metavar="N", help="vCPU threads."),
+        click.option(
+            "--profile",
+            default="6.12",
+            show_default=True,
+            metavar="NAME[,SWITCH=VALUE]",
+            help="Kernel profile: " + ", ".join(_names.catalogue()["profiles"]) + ".",
+        ),
+        click.option("--reps", type=int, default=1, show_default=True, metavar="N", help="Repetitions."),
+        click.option(
+            "--seed", type=int, metavar="S", help="Make the run repeatable; drawn and printed if absent."
+        ),
+        size_option("--max-memory", None, "Refuse to use more than this."),
+    ]
+    for decorate in reversed(options):
+        body = decorate(body)
+    return body
+
+
+def zap_options(body: Command) -> Command:
+    """Add the options that say how the teardown is done and watched."""
+    options: list[Decorator] = [
+        click.option(
+            "--design",
+            multiple=True,
+            default=("all",),
+            show_default=True,
+            metavar="NAME",
+            help="Zap design; repeat, or give a comma list; all is every sound one. See below.",
+        ),
+        click.option(
+            "--scene",
+            multiple=True,
+            metavar="NAME",
+            help="What happens to the guest; repeat, or give a comma list, or all. See below. [the first]",
+        ),
+        click.option(
+            "--passes",
+            multiple=True,
+            metavar="LIST",
+            help="Zap passes, such as 4K,2M,1G,root; repeat for a run each. Default: the design's.",
+        ),
+        click.option("--ownership", metavar="WHO", help="Who owns a root's first reference: vcpu or mmu."),
+        click.option(
+            "--preempt",
+            multiple=True,
+            default=("full",),
+            show_default=True,
+            metavar="MODE",
+            help="none, voluntary or full; repeat, or give a comma list.",
+        ),
+        click.option(
+            "--tick",
+            default="4ms",
+            show_default=True,
+            metavar="TIME",
+            help="CPU time until need_resched.",
+        ),
+        size_option("--working-set", None, "What each vCPU touches [64M]."),
+        click.option("--arrival-ns", type=int, metavar="NS", help="Interval of a vCPU's accesses [20000]."),
+        click.option("--populate", default="bulk", show_default=True, metavar="HOW", help="bulk or fault."),
+        click.option("--writeback", metavar="HOW", help="A/D of removed leafs: none or bitmap [bitmap]."),
+        click.option(
+            "--ad-mix", metavar="MIX", help="A/D of the leafs at t0: clean, accessed or dirty [dirty]."
+        ),
+        click.option(
+            "--check/--no-check", default=True, show_default=True, help="Verify in an untimed repetition."
+        ),
+        click.option("--drop-loop", type=int, metavar="N", help="Drops of small roots, bench drop [10000]."),
+        click.option("--workers", type=int, metavar="N", help="Workers of designs with a queue [1]."),
+        click.option("--worker-cpus", metavar="LIST", help="CPUs for the workers: 0,1 or 0-3 [any]."),
+        click.option(
+            "--worker-queue", metavar="KIND", help="per-vm, or system (shared by all VMs) [the design's]."
+        ),
+        click.option("--vcpu-cpus", metavar="LIST", help="CPUs for the vCPUs: 0,1 or 0-3 [any]."),
+        click.option(
+            "--sharing", metavar="HOW", help="vCPUs' working sets: local, pipeline or global [local]."
+        ),
+        click.option("--churns", type=int, metavar="N", help="Cycles of slot-churn [100]."),
+        click.option("--timeline", is_flag=True, help="Keep each thread's phases, for plot --kind timeline."),
+        click.option(
+            "--perfetto",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            help="Write a Perfetto trace: opens in ui.perfetto.dev.",
+        ),
+        click.option(
+            "--hlog", type=click.Path(path_type=Path), metavar="FILE", help="Write HdrHistogram logs."
+        ),
+    ]
+    for decorate in reversed(options):
+        body = decorate(body)
+    return body
+
+
+def measure(kind: str, out: Output, options: dict[str, Any]) -> int:
+    """Run one experiment, show its result, and return the exit code."""
+    from tdpmmu import bench as experiments
+    from tdpmmu import results, table
+
+    timeout = options.pop("timeout")
+    drawn = options["seed"] is None
+    if drawn:
+        import secrets
+
+        options["seed"] = secrets.randbits(31)
+    for name in ("scene", "passes"):
+        if name in options:
+            options[name] = options[name] or None
+    for name in ("worker_cpus", "vcpu_cpus"):
+        if options.get(name) is not None:
+            options[name] = cpu_list(options[name], name)
+    exports = Exports(out, options)
+    request = experiments.config(**options, experiment=kind)
+    if drawn and not out.quiet:
+        say(f"seed: {options['seed']}")
+    if tdpmmu.build_info()["debug_assertions"]:
+        say("warning: a debug build; its timings mean nothing")
+    if len(os.sched_getaffinity(0)) < 2:
+        say("warning: one CPU; whoever waits for a lock here waits for the CPU as well")
+    for name in request["designs"]:
+        if name in _names.flawed():
+            say(f"note: {_names.marked(name)}: its violations are the result, not an error")
+    render = table.render_bench if kind in ("zap", "drop") else table.render_micro
+    with exports:
+        try:
+            with progress(out.quiet) as report:
+                answer = experiments.measure(kind, request, progress=report, timeout=timeout)
+        except errors.OracleViolation as error:
+            # What was measured until the check failed is shown where it is a whole document.
+            partial = None
+            if error.partial:
+                with contextlib.suppress(errors.InvalidArgument):
+                    partial = results.load(error.partial, "the partial result")
+            if partial is not None:
+                out.emit(partial, render)
+            raise
+        exports.place(answer)
+        out.emit(results.typed(answer, "the result"), render)
+    return 0
+
+
+def cpu_list(text: str, name: str) -> list[int]:
+    """Return the CPUs of `0,2-3`."""
+    cpus: list[int] = []
+    for part in text.split(","):
+        low, dash, high = part.strip().partition("-")
+        if not low.isdecimal() or (dash and not high.isdecimal()):
+            raise errors.InvalidArgument(f"{name}={text!r}: expected CPU numbers such as 0,1 or 0-3")
+        cpus.extend(range(int(low), int(high or low) + 1))
+    return cpus
+
+
+class Exports:
+    """The files that the native part writes by itself: beside their place first, moved there at the end."""
+
+    def __init__(self, out: Output, options: dict[str, Any]) -> None:
+        self.out = out
+        self.moves: list[tuple[str, Path, Path]] = []
+        named = {name: options.get(name) for name in ("perfetto", "hlog")}
+        if out.path is not None and out.path.suffix.lower() in RECORDINGS:
+            name = RECORDINGS[out.path.suffix.lower()]
+            if named[name] is not None:
+                raise click.UsageError(f"-o {out.path} and --{name} {named[name]}: give one of the two")
+            named[name] = out.path
+        for name, path in named.items():
+            if path is not None:
+                check_free(path, out.force)
+                draft = path.with_name(f".{path.name}.{os.getpid()}")
+                options[name] = draft
+                self.moves.append((name, draft, path))
+
+    def __enter__(self) -> Exports:
+        return self
+
+    def place(self, answer: dict[str, Any]) -> None:
+        """Move the drafts to their places, and let the result name those."""
+        for name, draft, path in self.moves:
+            answer["config"][name] = str(path)
+            place_file(draft, path, self.out.force)
+            if not self.out.quiet:
+                say(f"wrote {path}")
+
+    def __exit__(self, *error: object) -> None:
+        for _, draft, _ in self.moves:
+            draft.unlink(missing_ok=True)
+
+
+def catalogue_help(experiment: str) -> str:
+    """Return the designs and the scenes of an experiment, a line each, for the end of a help text."""
+    rows = [("Designs:", "")]
+    for info in _names.catalogue()["design_info"]:
+        rows.append((f"  {_names.marked(info['name'])}", info["mainline"]))
+    rows.append(("Scenes:", ""))
+    for name, summary in _names.scene_summaries(experiment):
+        rows.append((f"  {name}", summary))
+    width = max(len(name) for name, summary in rows if summary) + 2
+    lines = []
+    for name, summary in rows:
+        first, *rest = textwrap.wrap(summary, 78 - width) or [""]
+        lines.append(f"{name:<{width}}{first}".rstrip())
+        lines += [" " * width + more for more in rest]
+    return "\b\n" + "\n".join(lines)
+
+
+@bench.command("zap", epilog=catalogue_help("zap"))
+@machine_options
+@zap_options
+@common(suffixes=(*SUFFIXES, *PICTURES, *RECORDINGS))
+def bench_zap(out: Output, **options: Any) -> int:
+    """A memslot update under running vCPUs: a fast zap of every root."""
+    return measure("zap", out, options)
+
+
+@bench.command("drop", epilog=catalogue_help("drop"))
+@machine_options
+@zap_options
+@common(suffixes=(*SUFFIXES, *PICTURES, *RECORDINGS))
+def bench_drop(out: Output, **options: Any) -> int:
+    """A vCPU drops the last reference to its root: how long is it blocked?"""
+    return measure("drop", out, options)
+
+
+def _micro(name: str, text: str) -> None:
+    @bench.command(name, help=text)
+    @machine_options
+    @common()
+    def command(out: Output, **options: Any) -> int:
+        return measure(name, out, options)
+
+
+_micro("populate", "Mapping a guest, in bulk and through faults: ns per SPTE.")
+_micro("fault", "One page fault through the complete path: ns.")
+_micro("walk", "A lockless walk, dependent: ns.")
+_micro("rcu", "An RCU read section, grace periods, deferred freeing: ns.")

@@ -1,0 +1,80 @@
+"""Charts of results, by matplotlib (`pip install 'tdpmmu[plot]'`), to files: no display is needed.
+
+One kind a file. The title says what was found, the line under it what was measured; axes carry units; colours
+are told apart by readers who see fewer of them, and never carry a meaning alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+from collections.abc import Sequence
+
+from tdpmmu import _names
+from tdpmmu.errors import InvalidArgument, Unsupported
+from tdpmmu.plot.select import Selection
+from tdpmmu.results import BenchResult, MicroResult
+
+__all__ = ["FORMATS", "KINDS", "draw"]
+
+FORMATS = ("svg", "png", "pdf")
+#: What can be drawn of a bench result; a file each.
+KINDS = ("bars", "percentiles", "timeline", "scaling", "attribution", "backlog")
+
+
+def draw(
+    result: object,
+    format: str = "svg",
+    *,
+    kind: str = "bars",
+    field: str | None = None,
+    scene: str | None = None,
+    designs: Sequence[str] | None = None,
+) -> bytes:
+    """Return the chart of a result as a file's bytes. Times are in ns in the result, scaled on the axes.
+
+    Args:
+        result: a `BenchResult`; or a `MicroResult`, which has bars only.
+        format: `svg`, `png` or `pdf`.
+        kind: one of `KINDS`: `bars` (what a KVM engineer compares), `percentiles` (whole distributions),
+            `timeline` (a track a thread), `scaling` (zap-64t: built, fitted, extrapolated), `attribution`
+            (where the time went and who paid), `backlog` (pages that wait for a grace period).
+        field: which distribution `percentiles` draws, such as `access_ns`.
+        scene: only the runs of this scene; None takes the first that has what the kind needs (bars: all).
+        designs: only the runs of these designs, by name.
+
+    Raises:
+        Unsupported: matplotlib is not installed.
+        InvalidArgument: an unknown format or kind, or a result without what the kind draws.
+    """
+    if format not in FORMATS:
+        raise InvalidArgument(f"format={format!r}: expected one of {', '.join(FORMATS)}")
+    _names.one_of(kind, KINDS, "kind")
+    if not isinstance(result, (BenchResult, MicroResult)):
+        raise InvalidArgument(f"result: a {type(result).__name__} has no chart; expected a bench result")
+    if not (result.runs if isinstance(result, BenchResult) else result.rows):
+        raise InvalidArgument("result: nothing to draw, it has no runs")
+    if isinstance(result, MicroResult) and kind != "bars":
+        raise InvalidArgument(f"kind={kind!r}: a MicroResult has bars only")
+    if field is not None and kind != "percentiles":
+        raise InvalidArgument(f"field={field!r}: only percentiles draw one field, not {kind}")
+    try:
+        import matplotlib as mpl
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise Unsupported("charts need matplotlib: pip install 'tdpmmu[plot]'") from error
+    from tdpmmu.plot import style
+
+    # A figure without pyplot touches no display and no global state.
+    with mpl.rc_context(style.RC):
+        figure = Figure(layout="constrained")
+        if isinstance(result, MicroResult):
+            from tdpmmu.plot import bars
+
+            bars.draw_micro(figure, result)
+        else:
+            chosen = Selection.of(result, scene=scene, designs=designs, field=field)
+            importlib.import_module(f"tdpmmu.plot.{kind}").draw(figure, chosen)
+        sink = io.BytesIO()
+        figure.savefig(sink, format=format, dpi=160, metadata={"Date": None} if format == "svg" else None)
+    return sink.getvalue()

@@ -1,0 +1,150 @@
+"""Charts: each kind is drawn from what it needs, says what it found, and refuses what it cannot draw."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import documents
+import tdpmmu
+from conftest import Cli
+from tdpmmu import plot
+
+pytest.importorskip("matplotlib")
+
+ALL = ("inline", "async-worker", "sync", "no-second-phase")
+
+
+def load(raw: dict[str, Any]) -> Any:
+    return tdpmmu.load(json.dumps(raw))
+
+
+def words(svg: bytes) -> str:
+    """What an SVG says: matplotlib leaves each text as a comment above its glyphs."""
+    return "\n".join(re.findall(r"<!--(.*?)-->", svg.decode(), re.DOTALL))
+
+
+RAWS = {
+    "bars": lambda: documents.scenes(ALL, reps=3),
+    "percentiles": lambda: documents.scenes(ALL),
+    "timeline": lambda: documents.scenes(),
+    "scaling": documents.scaling,
+    "attribution": lambda: documents.scenes(ALL, reps=2),
+    "backlog": lambda: documents.scenes(ALL),
+}
+
+
+def test_every_kind_is_tested_here() -> None:
+    assert set(RAWS) == set(plot.KINDS)
+
+
+@pytest.mark.parametrize("kind", plot.KINDS)
+@pytest.mark.parametrize(("format", "magic"), [("svg", b"<?xml"), ("png", b"\x89PNG")])
+def test_each_kind_is_drawn_in_each_format(kind: str, format: str, magic: bytes) -> None:
+    assert plot.draw(load(RAWS[kind]()), format, kind=kind).startswith(magic)
+
+
+@pytest.mark.parametrize("kind", plot.KINDS)
+def test_a_picture_names_its_designs_and_what_was_measured(kind: str) -> None:
+    raw = RAWS[kind]()
+    said = words(plot.draw(load(raw), kind=kind))
+    for design in {run["design"] for run in raw["runs"]}:
+        assert design in said, design
+    assert raw["runs"][0]["scene"] in said
+    if any(run["design"] == "no-second-phase" for run in raw["runs"]):
+        assert "(flawed)" in said
+
+
+@pytest.mark.parametrize("kind", plot.KINDS)
+def test_the_same_result_draws_the_same_file(kind: str) -> None:
+    result = load(RAWS[kind]())
+    assert plot.draw(result, kind=kind) == plot.draw(result, kind=kind)
+
+
+def test_no_finding_rests_on_a_flawed_design() -> None:
+    said = words(plot.draw(load(documents.scenes(ALL)), kind="bars")).splitlines()
+    title = next(line for line in said if "memslot update:" in line.lower())
+    assert "no-second-phase" not in title
+    assert "8.80 ms under sync" in title
+
+
+def test_what_was_not_run_says_so() -> None:
+    said = words(plot.draw(load(documents.scaling()), kind="scaling"))
+    assert "extrapolated to 64 TiB: 125 s under inline" in said.replace("\n", " ")
+    assert "extrapolated, not run" in said
+
+
+def test_scenes_get_a_panel_each() -> None:
+    raw = documents.scenes()
+    raw["runs"] += [documents.scene_run("sync", 0, scene="halted-vcpu")]
+    said = words(plot.draw(load(raw)))
+    assert "2 scenes" in said
+    assert "halted-vcpu: 1 GiB" in said
+    one = words(plot.draw(load(raw), scene="halted-vcpu"))
+    assert "memslot-delete" not in one
+
+
+def test_results_from_before_the_scenes_are_drawn() -> None:
+    for kind in ("drop", "zap"):
+        assert plot.draw(load(documents.bench(kind))).startswith(b"<?xml")
+    assert plot.draw(load(documents.micro())).startswith(b"<?xml")
+
+
+def test_a_chosen_field_and_design_are_drawn() -> None:
+    picture = plot.draw(load(documents.scenes()), kind="percentiles", field="step_units", designs=["inline"])
+    said = words(picture)
+    assert "step_units" in said
+    assert "async-worker" not in said
+
+
+@pytest.mark.parametrize(
+    ("raw", "options", "message"),
+    [
+        (documents.bench(), {"format": "gif"}, "svg, png, pdf"),
+        (documents.bench(), {"kind": "bar"}, "did you mean 'bars'"),
+        (documents.bench() | {"runs": []}, {}, "no runs"),
+        (documents.replay(), {}, "Replay has no chart"),
+        (documents.micro(), {"kind": "timeline"}, "bars only"),
+        (documents.bench(), {"kind": "timeline"}, "--timeline"),
+        (documents.bench(), {"kind": "scaling"}, "zap-64t"),
+        (documents.bench(), {"kind": "attribution"}, "who paid"),
+        (documents.bench(), {"kind": "backlog"}, "backlog"),
+        (documents.bench(), {"kind": "percentiles"}, "no run has curves"),
+        (documents.bench(), {"field": "access_ns"}, "only percentiles"),
+        (documents.scenes(), {"kind": "percentiles", "field": "nothing"}, "known: access_ns"),
+        (documents.bench(), {"scene": "cr0wp"}, "did you mean 'cr0-wp'"),
+        (documents.bench(), {"designs": ["async"]}, "design='async'"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(raw: dict[str, Any], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(tdpmmu.InvalidArgument, match=re.escape(message)):
+        plot.draw(load(raw), **options)
+
+
+def test_plots_come_from_the_command_line(cli: Cli, tmp_path: Path) -> None:
+    source = tmp_path / "r.json"
+    source.write_text(json.dumps(documents.scenes()))
+    ran = cli("plot", source, "-o", tmp_path / "p.svg", "--kind", "percentiles", "--design", "inline,sync")
+    assert ran.code == 0, ran.err
+    assert "async-worker" not in words((tmp_path / "p.svg").read_bytes())
+    assert cli("plot", source, "-o", tmp_path / "q.svg", "--kind", "nothing").code == 2
+    assert cli("plot", source, "-o", tmp_path / "q.svg", "--kind", "scaling").code == 2
+    assert not (tmp_path / "q.svg").exists()
+
+
+def test_a_parquet_file_is_drawn_like_its_json(cli: Cli, tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    result = load(documents.scenes())
+    parquet.write_table(result.to_arrow(), tmp_path / "r.parquet")
+    (tmp_path / "r.json").write_text(result.to_json())
+    for kind in ("timeline", "attribution", "percentiles", "backlog"):
+        pictures = []
+        for suffix in ("json", "parquet"):
+            target = tmp_path / f"{kind}-{suffix}.svg"
+            assert cli("plot", tmp_path / f"r.{suffix}", "-o", target, "--kind", kind).code == 0
+            pictures.append(target.read_bytes())
+        assert pictures[0] == pictures[1], kind
