@@ -290,6 +290,11 @@ impl<P: Platform, T: Send + 'static> WorkQueue<P, T> {
         self.shared.state.lock().items.len()
     }
 
+    /// Items of `owner` queued and not started.
+    pub fn len_for(&self, owner: u64) -> usize {
+        self.shared.state.lock().items.iter().filter(|item| item.owner == owner).count()
+    }
+
     /// Nothing is queued; items may be running.
     pub fn is_empty(&self) -> bool {
         self.len() == 0

@@ -12,7 +12,7 @@ use std::{
 };
 
 use common::{eventually, stress_time};
-use tdpmmu_platform::{Mutex, Platform, Real, WorkQueue};
+use tdpmmu_platform::{Mutex, Platform, Real, Serve, WorkQueue};
 
 #[test]
 fn one_worker_runs_items_in_the_order_queued() {
@@ -120,6 +120,95 @@ fn every_item_runs_once_and_before_its_flush_returns_under_stress() {
             });
         }
     });
+}
+
+#[test]
+fn a_flush_of_one_owner_waits_for_nobody_elses_items() {
+    let ran = Arc::new(StdMutex::new(Vec::new()));
+    let seen = ran.clone();
+    let queue = WorkQueue::<Real, u32>::new("owners", 1, move |i| seen.lock().unwrap().push(*i)).unwrap();
+    queue.hold_for(1);
+    for i in 0..6 {
+        assert!(queue.queue_for(u64::from(i) % 3, i));
+    }
+    queue.flush_for(0);
+    queue.flush_for(2);
+    assert_eq!(*ran.lock().unwrap(), [0, 2, 3, 5], "in order, past the one who is held back");
+    assert_eq!((queue.len_for(1), queue.len()), (2, 2));
+    queue.release_for(1);
+    queue.flush();
+    assert_eq!(*ran.lock().unwrap(), [0, 2, 3, 5, 1, 4]);
+}
+
+#[test]
+fn a_shutdown_runs_what_is_held_back() {
+    let ran = Arc::new(AtomicU64::new(0));
+    let count = ran.clone();
+    let queue = WorkQueue::<Real, ()>::new("held", 2, move |()| {
+        count.fetch_add(1, Ordering::SeqCst);
+    })
+    .unwrap();
+    queue.hold_for(7);
+    assert!(queue.queue_for(7, ()));
+    queue.shutdown();
+    queue.hold_for(7);
+    assert_eq!(ran.load(Ordering::SeqCst), 1);
+}
+
+#[test]
+fn a_queue_grows_and_never_shrinks() {
+    let queue = WorkQueue::<Real, ()>::new("grows", 1, |()| ()).unwrap();
+    for (asked, there) in [(3, 3), (2, 3), (4, 4)] {
+        queue.grow(asked).unwrap();
+        assert_eq!(queue.workers(), there);
+    }
+    queue.shutdown();
+    queue.grow(9).unwrap();
+    assert_eq!(queue.workers(), 4, "nobody starts after the shutdown");
+}
+
+#[test]
+fn a_worker_that_drops_the_last_hold_of_its_queue_waits_for_nobody() {
+    type Slot = StdMutex<Option<Arc<WorkQueue<Real, ()>>>>;
+    let slot = Arc::new(Slot::default());
+    let (held, ran) = (slot.clone(), Arc::new(AtomicU64::new(0)));
+    let count = ran.clone();
+    let queue = WorkQueue::<Real, ()>::new("self", 2, move |()| {
+        drop(held.lock().unwrap().take());
+        count.fetch_add(1, Ordering::SeqCst);
+    })
+    .unwrap();
+    let queue = Arc::new(queue);
+    *slot.lock().unwrap() = Some(queue.clone());
+    queue.hold_for(0);
+    assert!(queue.queue(()) && queue.queue(()));
+    let shared = Arc::downgrade(&queue);
+    queue.release_for(0);
+    drop(queue);
+    eventually("both items have run and the queue is gone", || {
+        ran.load(Ordering::SeqCst) == 2 && shared.upgrade().is_none()
+    });
+}
+
+#[test]
+fn a_nudge_reaches_every_worker_between_its_items() {
+    struct Counts(Arc<Vec<AtomicU64>>, usize);
+    impl Serve<()> for Counts {
+        fn run(&self, (): &()) {}
+        fn between(&self) {
+            self.0[self.1].fetch_add(1, Ordering::SeqCst);
+        }
+    }
+    let seen: Arc<Vec<AtomicU64>> = Arc::new((0..3).map(|_| AtomicU64::new(0)).collect());
+    let counts = seen.clone();
+    let queue = WorkQueue::<Real, ()>::served("nudged", 3, move |n| Counts(counts.clone(), n)).unwrap();
+    for _ in 0..5 {
+        let before: Vec<u64> = seen.iter().map(|n| n.load(Ordering::SeqCst)).collect();
+        queue.nudge();
+        eventually("each has looked again", || {
+            seen.iter().zip(&before).all(|(now, before)| now.load(Ordering::SeqCst) > *before)
+        });
+    }
 }
 
 #[test]

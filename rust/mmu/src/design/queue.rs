@@ -167,9 +167,9 @@ impl<P: Platform> ZapQueue<P> {
         }
     }
 
-    /// Items queued and not started, of all VMs that share the queue.
+    /// Items of this VM that are queued and not started.
     pub fn waiting(&self) -> usize {
-        self.place.get().map_or(0, |(crew, _)| crew.queue.len())
+        self.place.get().map_or(0, |(crew, client)| crew.queue.len_for(client.id))
     }
 
     /// Which kind of queue this is.

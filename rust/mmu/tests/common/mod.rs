@@ -3,7 +3,9 @@
 
 use std::sync::Arc;
 
-use tdpmmu_mmu::{DesignOptions, Frame, MapFault, MapOutcome, MmuConfig, NoHost, TdpMmu, design};
+use tdpmmu_mmu::{
+    DesignOptions, Frame, MapFault, MapOutcome, MmuConfig, MmuError, NoHost, QueueKind, TdpMmu, design,
+};
 use tdpmmu_platform::{Observer, Owner, Preempt, RcuConfig, Real, Role, Task, TaskConfig};
 use tdpmmu_spte::{FormatKind, KernelProfile, Passes};
 use tdpmmu_table::TableCache;
@@ -18,6 +20,8 @@ pub struct Setup {
     pub max_tables: u32,
     pub batch: u16,
     pub force_yield: Option<u32>,
+    pub worker_cpus: Vec<usize>,
+    pub queue: Option<QueueKind>,
     pub workers: usize,
     pub observer: Option<Arc<dyn Observer>>,
 }
@@ -32,6 +36,8 @@ impl Default for Setup {
             max_tables: 4096,
             batch: 512,
             force_yield: None,
+            worker_cpus: Vec::new(),
+            queue: None,
             workers: 1,
             observer: None,
         }
@@ -39,7 +45,15 @@ impl Default for Setup {
 }
 
 impl Setup {
+    fn options(&self) -> DesignOptions {
+        DesignOptions { workers: self.workers, worker_cpus: self.worker_cpus.clone(), queue: self.queue }
+    }
+
     pub fn build(self) -> Arc<Mmu> {
+        self.try_build().expect("a small pool")
+    }
+
+    pub fn try_build(self) -> Result<Arc<Mmu>, MmuError> {
         let profile = KernelProfile::named(self.profile).expect("a known profile");
         let info = design::info(self.design).expect("a known design");
         let asked = self.passes.map(|p| Passes::parse(p).expect("passes"));
@@ -50,11 +64,7 @@ impl Setup {
             maxphyaddr: 52,
             passes: design::effective_passes(asked, info, &profile),
             ownership: info.ownership,
-            design: design::build(
-                self.design,
-                &DesignOptions { workers: self.workers, ..DesignOptions::default() },
-            )
-            .expect("a known design"),
+            design: design::build(self.design, &self.options()).expect("a known design"),
             max_tables: self.max_tables,
             hugepages: false,
             batch: self.batch,
@@ -67,7 +77,7 @@ impl Setup {
                 ..TaskConfig::default()
             },
         };
-        TdpMmu::new(config, Arc::new(NoHost)).expect("a small pool")
+        TdpMmu::new(config, Arc::new(NoHost))
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use tdpmmu_mmu::{
     BulkError, BulkMap, DESIGNS, DesignOptions, FastOutcome, Frame, MapFault, MapOutcome, MmuConfig, NoHost,
-    TdpMmu, ZapDesign, design,
+    QueueKind, TdpMmu, ZapDesign, design,
 };
 use tdpmmu_oracle::{Judge, Rule, Rules};
 use tdpmmu_platform::{Observer, Owner, Preempt, RcuConfig, Real, Role, Task, TaskConfig};
@@ -28,6 +28,8 @@ pub struct Setup {
     pub batch: u16,
     pub workers: usize,
     pub force_yield: Option<u32>,
+    pub worker_cpus: Vec<usize>,
+    pub queue: Option<QueueKind>,
 }
 
 impl Default for Setup {
@@ -42,6 +44,8 @@ impl Default for Setup {
             batch: 512,
             workers: 1,
             force_yield: None,
+            worker_cpus: Vec::new(),
+            queue: None,
         }
     }
 }
@@ -54,11 +58,13 @@ pub struct World {
 }
 
 impl Setup {
+    fn options(&self) -> DesignOptions {
+        DesignOptions { workers: self.workers, worker_cpus: self.worker_cpus.clone(), queue: self.queue }
+    }
+
     pub fn build(&self) -> World {
         let info = design::info(self.design).expect("a known design");
-        let design =
-            design::build(self.design, &DesignOptions { workers: self.workers, ..DesignOptions::default() })
-                .expect("a known design");
+        let design = design::build(self.design, &self.options()).expect("a known design");
         self.build_with(design, info.name)
     }
 
