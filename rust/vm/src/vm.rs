@@ -88,6 +88,14 @@ pub struct CloseReport {
     pub zap_all_ns: u64,
     /// From the call to the last table freed, in nanoseconds.
     pub total_ns: u64,
+    /// CPU time of the closing thread meanwhile, in nanoseconds.
+    pub cpu_ns: u64,
+    /// Of it, inside zaps of roots.
+    pub walk_cpu_ns: u64,
+    /// SPTEs that it wrote.
+    pub entry_writes: u64,
+    /// SPTEs that it read.
+    pub entry_reads: u64,
     /// Entry of the call, in ticks.
     pub begin: u64,
     /// The closing task's ticks by phase meanwhile, indexed by `Phase as usize`.
@@ -498,6 +506,7 @@ impl<P: Platform> Vm<P> {
         }
         let task = self.task("close", TaskRole::Caller);
         let begin = P::ticks();
+        let cpu = P::thread_cpu_ns();
         drop(task.meter().take());
         self.closing.store(true, Ordering::Release);
         self.stop_vcpus(&task);
@@ -534,10 +543,15 @@ impl<P: Platform> Vm<P> {
         self.side.slots.stop();
         let pool = self.mmu.pool().stats();
         let total_ns = P::ticks_to_ns(P::ticks() - begin);
+        let cpu_ns = P::thread_cpu_ns().saturating_sub(cpu);
         let meter = task.meter().take();
         let report = CloseReport {
             zap_all_ns,
             total_ns,
+            cpu_ns,
+            walk_cpu_ns: meter.walk_cpu_ns,
+            entry_writes: meter.entry_writes,
+            entry_reads: meter.entry_reads,
             begin,
             phase_ticks: meter.phase_ticks,
             recording: meter.recording,
