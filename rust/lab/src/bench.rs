@@ -166,7 +166,13 @@ fn one(plan: &Plan, case: &Case, rep: u32, cpus: usize, control: &Control) -> Re
 /// An untimed repetition on a smaller guest, with every oracle listening.
 fn checked(plan: &Plan, case: &Case, control: &Control, row: &mut Run) -> Result<(), LabError> {
     let most = if case.scene.is_default() { CHECKED_BYTES } else { CHECKED_BYTES / 4 };
-    let small = resized(plan, plan.config.memory_bytes.min(most.max(4 * page_bytes(plan.level))));
+    // The smallest guest at which the scene makes sense.
+    let whole = plan.config.memory_bytes;
+    let first = whole.min(most.max(4 * page_bytes(plan.level)));
+    let small = std::iter::successors(Some(first), |size| (*size < whole).then(|| (size * 2).min(whole)))
+        .map(|size| resized(plan, size))
+        .find(|small| (case.scene.fits)(small).is_ok())
+        .unwrap_or_else(|| plan.clone());
     let format = plan.profile.format(FormatKind::Npt);
     let judge = Judge::new(Rules::of(&plan.profile, format, case.info.name));
     let outcome = run::run(&case.scene.scenario(&small, case, false), control, Some(judge.clone()))?;

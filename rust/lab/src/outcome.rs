@@ -87,8 +87,6 @@ pub struct Outcome {
     pub written_back: u64,
     /// The end of the VM.
     pub close: CloseReport,
-    /// CPU time of closing it, where that was the request.
-    pub close_cpu_ns: Option<u64>,
     /// Most present SPTEs under invalidated roots at the return of a fast zap.
     pub mapped_at_return: u64,
     /// Tables under invalidated roots that somebody still holds after the teardown.

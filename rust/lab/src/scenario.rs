@@ -47,8 +47,12 @@ pub struct VmSpec {
     pub levels: u8,
     /// Guest memory in bytes, in slots from gfn 0 on.
     pub memory_bytes: u64,
-    /// Largest leaf level.
+    /// Level of the host's mappings, hence of the leaves.
     pub level: u8,
+    /// Largest leaf level that the VM may use, should the host's mappings grow.
+    pub max_level: u8,
+    /// Address space 1 (SMM) has the same memslots.
+    pub smm: bool,
     /// Cap of the table pool in pages.
     pub max_tables: u32,
     /// Workers of designs with a queue.
@@ -99,6 +103,7 @@ pub enum Flag {
     WarmedUp,
     HolderReady,
     UserGone,
+    Promoted,
     Awake,
     BaselineDone,
     HolderGone,
@@ -122,7 +127,7 @@ pub enum Mark {
     Waiting,
     /// A halted vCPU: from being woken to its first completed access.
     Wake,
-    /// A fault that replaces a table by a huge page.
+    /// A fault that replaces tables by a huge page.
     Replace,
     /// What had to be done before the zap, once (dirty logging).
     Prepare,
@@ -157,6 +162,8 @@ pub struct Populate {
     pub ad: Ad,
     /// Under so many roots, each of a role of its own, of which vCPU 0 caches up to four.
     pub roots: usize,
+    /// And once more in address space 1, by this vCPU, which stays in SMM.
+    pub smm: Option<usize>,
 }
 
 /// How the working sets of the vCPUs overlap.
@@ -204,6 +211,17 @@ pub struct GuestCode {
     pub until: Flag,
 }
 
+/// How a vCPU loses its roots.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Drop {
+    /// All are put, and one is loaded again for guest entry: CR0.WP toggled.
+    Toggle,
+    /// An SMI and its RSM, each of which resets the MMU context; roots loaded for both entries.
+    Smi,
+    /// All are put, and that is all: the vCPU of a dying VM.
+    Unload,
+}
+
 /// A memslot update that zaps everything.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Update {
@@ -241,8 +259,17 @@ pub enum Op {
         times: u64,
         /// SPTEs faulted in before each drop.
         sptes: u64,
-        /// Loads a root again, as guest entry needs it; a vCPU of a dying VM does not.
-        reload: bool,
+        /// By what.
+        by: Drop,
+    },
+    /// An SMI: address space 1 from now on.
+    EnterSmm,
+    /// Touches the first page of each of the first so many pieces of this level, each timed: a huge page takes the place of a table.
+    Replace {
+        /// Pieces.
+        pieces: u64,
+        /// 2 or 3.
+        level: u8,
     },
     /// Runs guest code until a flag is raised.
     Guest(GuestCode),
@@ -268,6 +295,17 @@ pub enum Op {
     Intrude(Intruder),
     /// Wakes a halted vCPU.
     Wake(usize),
+    /// Dirty logging begins in all of the guest's memory, timed: huge pages are split.
+    StartDirtyLog,
+    /// The last file descriptor of the VM is closed: it has no user any more.
+    ReleaseUser,
+    /// The host maps the first so many pieces by pages of this level from now on (khugepaged).
+    Promote {
+        /// Pieces.
+        pieces: u64,
+        /// 2 or 3.
+        level: u8,
+    },
     /// Waits until everything that was to be torn down is, and its tables are back.
     AwaitTeardown,
     /// Sleeps.

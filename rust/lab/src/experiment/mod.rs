@@ -42,6 +42,15 @@ fn merged<'a>(meters: impl Iterator<Item = &'a MeterSnapshot>) -> MeterSnapshot 
 
 /// What those who tear down have measured, workers included.
 fn paying(outcome: &Outcome) -> MeterSnapshot {
+    if outcome.pays.is_none() {
+        let end = &outcome.close;
+        return MeterSnapshot {
+            entry_writes: end.entry_writes,
+            entry_reads: end.entry_reads,
+            walk_cpu_ns: end.walk_cpu_ns,
+            ..MeterSnapshot::default()
+        };
+    }
     let threads = outcome.threads.iter().filter(|t| tears_down(outcome, t)).map(|t| &t.meter);
     merged(threads.chain(outcome.workers.iter().map(|w| &w.0)))
 }
@@ -69,7 +78,8 @@ pub fn to_run(plan: &Plan, case: &Case, rep: u32, outcome: &Outcome, cpus: usize
     let op_cpu: u64 = outcome.threads.iter().filter(|t| tears_down(outcome, t)).map(|t| t.op_cpu_ns).sum();
     let (caller, vcpu) = match outcome.pays {
         Some(Who::Vcpu(_)) => (0, op_cpu),
-        _ => (op_cpu + outcome.close_cpu_ns.unwrap_or(0), 0),
+        Some(_) => (op_cpu, 0),
+        None => (outcome.close.cpu_ns, 0),
     };
     let cpu_ns = CpuNs { caller, vcpu, worker: worker_cpu, rcu: outcome.rcu_cpu_ns };
     let update = outcome.update.map(|t| UpdateNs {
@@ -88,12 +98,16 @@ pub fn to_run(plan: &Plan, case: &Case, rep: u32, outcome: &Outcome, cpus: usize
         zap_all: outcome.close.zap_all_ns,
         rest: outcome.close.total_ns.saturating_sub(outcome.close.zap_all_ns),
     });
+    let op_ns = outcome.marks.get(&Mark::Replace).map_or(0, |h| h.buckets().map(|(ns, n)| ns * n).sum());
     let return_ns = match (&update, &close_ns) {
         (Some(update), _) => update.total,
         (_, Some(close)) => close.total,
+        _ if op_ns > 0 => op_ns,
         _ => drop_ns,
     };
-    let teardown = outcome.last_zap_end_ns.map(|zap_end| {
+    // A subtree that a huge page replaces is no zap of a root: its end is the end of the request.
+    let replaced = outcome.marks.get(&Mark::Replace).map(|_| op_ns);
+    let teardown = outcome.last_zap_end_ns.or(replaced).map(|zap_end| {
         let free = outcome.last_free_ns.unwrap_or(zap_end);
         Teardown {
             fz_return_ns: return_ns,

@@ -4,9 +4,9 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tdpmmu_platform::{Platform, Role as TaskRole, Task};
-use tdpmmu_spte::geometry::{page_bytes, span};
+use tdpmmu_spte::geometry::span;
 use tdpmmu_vm::slots::Region;
-use tdpmmu_vm::{FastZapTimes, SlotUpdate};
+use tdpmmu_vm::{FastZapTimes, SlotFlags, SlotUpdate};
 
 use super::setup::{Regions, task_config};
 use super::{P, Paid, Shared, internal, lock};
@@ -55,6 +55,34 @@ impl Shared<'_> {
                 self.await_teardown(task);
                 if paid.meter.is_none() {
                     paid.meter = Some(task.meter().take());
+                }
+            }
+            Op::ReleaseUser => drop(self.vm.release_user()),
+            Op::StartDirtyLog => {
+                self.control.report("splitting", 0.0);
+                let begin = P::ticks();
+                for slot in self.vm.slots().space(0).iter().filter(|slot| slot.base < self.pages()) {
+                    let flags = SlotFlags { log_dirty: true, ..slot.flags };
+                    let region = Region {
+                        id: slot.id,
+                        as_id: slot.as_id,
+                        base: slot.base,
+                        pages: slot.pages,
+                        hva: slot.hva,
+                        flags,
+                    };
+                    self.set_slot(task, &region)?;
+                }
+                self.mark(Mark::Prepare, P::ticks() - begin);
+            }
+            Op::Promote { pieces, level } => {
+                let gfns = 0..pieces * span(level);
+                let made = self.vm.promote_gfns(task, gfns.clone(), level).map_err(internal("the host"))?;
+                if made != gfns.end {
+                    return Err(LabError::Internal(format!(
+                        "the host collapsed {made} of {} pages",
+                        gfns.end
+                    )));
                 }
             }
             Op::Intrude(what) => self.intrude(task, what)?,
@@ -153,7 +181,7 @@ impl Shared<'_> {
             Intruder::Update => timed(&|| self.set_slot(task, &self.regions()?.other).map(drop)),
             Intruder::Notifier => {
                 let spec = &self.scenario.vm;
-                let (pages, span) = (spec.memory_bytes / page_bytes(1), span(spec.level));
+                let (pages, span) = (self.pages(), span(spec.level));
                 // From the end of memory down, a quarter of it at most.
                 for n in 1..=(pages / span / 4).clamp(1, NOTIFIER_PAGES) {
                     if self.stopped() || self.window.end.load(Ordering::Acquire) != 0 {

@@ -24,6 +24,7 @@ use std::time::Duration;
 
 use tdpmmu_oracle::Judge;
 use tdpmmu_platform::{MeterSnapshot, Observer, Platform, RcuDomain, Real, Role as TaskRole, Task};
+use tdpmmu_spte::geometry::page_bytes;
 use tdpmmu_vm::{Vm, VmError};
 
 use self::setup::Regions;
@@ -133,7 +134,6 @@ pub fn run(scenario: &Scenario, control: &Control, judge: Option<Arc<Judge>>) ->
         freed: collected.freed,
         written_back: collected.written_back,
         close: end.report,
-        close_cpu_ns: end.cpu_ns,
         mapped_at_return: collected.mapped_at_return,
         stale_tables: collected.stale_tables,
         last: end.last,
@@ -228,6 +228,11 @@ impl Shared<'_> {
             run_delay_ns: P::run_delay_ns(),
         };
         lock(&self.collected).threads.push(report);
+    }
+
+    /// Guest memory in pages.
+    fn pages(&self) -> u64 {
+        self.scenario.vm.memory_bytes / page_bytes(1)
     }
 
     fn since_t0(&self, at: u64) -> u64 {

@@ -1,5 +1,6 @@
 //! Before the clock runs: the VM, its memory, its population.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -61,8 +62,9 @@ pub fn vm_config(spec: &VmSpec, observer: Option<Arc<dyn Observer>>) -> Result<V
     config.worker_queue = spec.worker_queue.as_deref().and_then(QueueKind::parse);
     config.vcpus = spec.vcpus;
     config.max_tables = spec.max_tables;
-    config.max_level = spec.level;
-    config.host_pages = (spec.memory_bytes / page_bytes(1) + EXTRA_PAGES).max(1 << 20);
+    config.max_level = spec.max_level;
+    // Each small region begins a GiB of its own.
+    config.host_pages = (spec.memory_bytes / page_bytes(1) + 2 * page_bytes(3) / page_bytes(1)).max(1 << 20);
     config.write_back = spec.write_back;
     config.task = task_config(spec);
     config.rcu = RcuConfig::default();
@@ -81,16 +83,18 @@ pub(super) struct Regions {
 }
 
 impl Shared<'_> {
-    /// A small region at one of several places.
+    /// First gfn of one of several places far from the guest's memory.
+    fn place(&self, n: u64) -> u64 {
+        let (middle, away) = (max_gfn(4, 48) / 2, n * 2 * EXTRA_PAGES);
+        if self.pages() <= middle {
+            return middle + away;
+        }
+        max_gfn(self.scenario.vm.levels, 52) - EXTRA_PAGES - away
+    }
+
+    /// A small region at one of these places.
     fn region(&self, id: u16, place: u64) -> Result<Region, LabError> {
-        let spec = &self.scenario.vm;
-        let pages = spec.memory_bytes / page_bytes(1);
-        let extra = max_gfn(4, 48) / 2;
-        let base = if pages <= extra {
-            extra + place * 2 * EXTRA_PAGES
-        } else {
-            max_gfn(spec.levels, 52) - EXTRA_PAGES - place * 2 * EXTRA_PAGES
-        };
+        let base = self.place(place);
         let hva =
             self.vm.side().primary.region(EXTRA_PAGES, base, 1, true).map_err(internal("host memory"))?;
         Ok(Region { id, as_id: 0, base, pages: EXTRA_PAGES, hva, flags: SlotFlags::default() })
@@ -102,14 +106,14 @@ impl Shared<'_> {
         let task = self.vm.task("setup", TaskRole::Caller);
         let pages = spec.memory_bytes / page_bytes(1);
         self.vm.add_memory(&task, 0, pages, spec.level).map_err(internal("memslots"))?;
-        let places: Vec<Region> = [(EXTRA_SLOT, 0), (EXTRA_SLOT, 1), (OTHER_SLOT, 2)]
-            .into_iter()
-            .map(|(id, place)| self.region(id, place))
-            .collect::<Result<_, _>>()?;
-        self.vm.set_memslot(&task, &places[0]).map_err(internal("the extra memslot"))?;
+        let (extra, other) = (self.region(EXTRA_SLOT, 0)?, self.region(OTHER_SLOT, 2)?);
+        self.vm.set_memslot(&task, &extra).map_err(internal("the extra memslot"))?;
         // A move keeps the host address.
-        let moved = Region { base: places[1].base, ..places[0] };
-        let _ = self.regions.set(Regions { extra: places[0], moved, other: places[2] });
+        let moved = Region { base: self.place(1), ..extra };
+        let _ = self.regions.set(Regions { extra, moved, other });
+        if spec.smm {
+            self.vm.share_memory_with_smm(&task).map_err(internal("memslots of SMM"))?;
+        }
         self.control.report("touching page-table memory", 0.0);
         let begin = P::ticks();
         // In steps, so that an interrupt is heeded while gigabytes are touched.
@@ -125,7 +129,7 @@ impl Shared<'_> {
         self.scenario.populate.as_ref().map_or(Ok(()), |how| self.populate(how))
     }
 
-    /// The roles in which memory is populated: vCPU 0 ends in the common one, with all the roots in its cache.
+    /// Once per role; vCPU 0 ends in the common one, with all the roots in its cache. Then in SMM.
     fn populate(&self, how: &Populate) -> Result<(), LabError> {
         let vcpus = if how.by == By::Bulk { 0..1 } else { 0..self.guests };
         for variant in (0..how.roots).rev() {
@@ -135,12 +139,16 @@ impl Shared<'_> {
                     vcpu.switch_role(self.role(variant));
                 }
             }
-            self.populate_root(how)?;
+            self.populate_root(how, vcpus.clone())?;
+        }
+        if let Some(id) = how.smm {
+            self.vm.vcpu(id).map_err(internal("a vCPU"))?.enter_smm();
+            self.populate_root(how, id..id + 1)?;
         }
         Ok(())
     }
 
-    fn populate_root(&self, how: &Populate) -> Result<(), LabError> {
+    fn populate_root(&self, how: &Populate, vcpus: Range<usize>) -> Result<(), LabError> {
         let spec = &self.scenario.vm;
         let pages = spec.memory_bytes / page_bytes(1);
         let progress = Progress::default();
@@ -159,7 +167,7 @@ impl Shared<'_> {
                 }
             });
             let made = match how.by {
-                By::Bulk => self.vm.vcpu(0).and_then(|mut vcpu| {
+                By::Bulk => self.vm.vcpu(vcpus.start).and_then(|mut vcpu| {
                     let ad = match how.ad {
                         Ad::Clean => AdMix::Untouched,
                         Ad::Accessed => AdMix::Clean,
@@ -170,9 +178,7 @@ impl Shared<'_> {
                 }),
                 By::Faults => {
                     let write = how.ad == Ad::Dirty;
-                    self.vm
-                        .populate_by_faults(0..self.guests, 0..pages, write, &progress)
-                        .map(|(made, _)| made)
+                    self.vm.populate_by_faults(vcpus, 0..pages, write, &progress).map(|(made, _)| made)
                 }
             };
             done.store(true, Ordering::Relaxed);

@@ -6,12 +6,12 @@ use std::time::Duration;
 use tdpmmu_platform::{Histogram, Platform, Site};
 use tdpmmu_spte::geometry::{page_bytes, span};
 use tdpmmu_spte::{Ownership, Role};
-use tdpmmu_vm::{GuestAccess, Vcpu};
+use tdpmmu_vm::{AccessOutcome, GuestAccess, Vcpu};
 
 use super::{P, Paid, Shared, internal, lock, setup::task_config};
 use crate::LabError;
 use crate::guest::{self, Felt, GuestPlan, WorkingSet};
-use crate::scenario::{Flag, Mark, Op, Sharing, Who};
+use crate::scenario::{Drop, Flag, Mark, Op, Sharing, Who};
 
 /// A halted vCPU looks up so often whether the run was cancelled.
 const NAP_NS: u64 = 20_000_000;
@@ -21,7 +21,7 @@ struct Drops {
     mark: Mark,
     times: u64,
     sptes: u64,
-    reload: bool,
+    by: Drop,
 }
 
 impl Shared<'_> {
@@ -83,12 +83,14 @@ impl Shared<'_> {
     ) -> Result<(), LabError> {
         match *op {
             Op::SwitchRole(variant) => vcpu.switch_role(self.role(variant)),
+            Op::EnterSmm => vcpu.enter_smm(),
+            Op::Replace { pieces, level } => self.replace(vcpu, pieces, level, paid)?,
             Op::Load => {
                 vcpu.root().map_err(internal("a root"))?;
             }
             Op::Unload => vcpu.unload(),
-            Op::DropRoot { mark, times, sptes, reload } => {
-                self.drop_root(vcpu, &Drops { mark, times, sptes, reload }, paid)?;
+            Op::DropRoot { mark, times, sptes, by } => {
+                self.drop_root(vcpu, &Drops { mark, times, sptes, by }, paid)?;
             }
             Op::Guest(ref code) => {
                 let (writes, reads) = self.working_sets(id, code.pages, code.sharing);
@@ -143,7 +145,7 @@ impl Shared<'_> {
     }
 
     fn drop_root(&self, vcpu: &mut Vcpu<'_, P>, what: &Drops, paid: &mut Paid) -> Result<(), LabError> {
-        let Drops { mark, times, sptes, reload } = *what;
+        let Drops { mark, times, sptes, by } = *what;
         let fail = internal("dropping a root");
         let mut histogram = Histogram::new();
         let big = mark == Mark::Drop && times == 1;
@@ -171,10 +173,15 @@ impl Shared<'_> {
             }
             let cpu = if big { P::thread_cpu_ns() } else { 0 };
             let begin = P::ticks();
-            if reload {
-                vcpu.drop_root().map_err(&fail)?;
-            } else {
-                vcpu.unload();
+            match by {
+                Drop::Toggle => drop(vcpu.drop_root().map_err(&fail)?),
+                Drop::Smi => {
+                    vcpu.enter_smm();
+                    vcpu.root().map_err(&fail)?;
+                    vcpu.exit_smm();
+                    vcpu.root().map_err(&fail)?;
+                }
+                Drop::Unload => vcpu.unload(),
             }
             let end = P::ticks();
             if big {
@@ -187,6 +194,36 @@ impl Shared<'_> {
             }
         }
         lock(&self.collected).marks.entry(mark).or_default().merge(&histogram);
+        Ok(())
+    }
+
+    /// The first fault of each piece, timed.
+    fn replace(
+        &self,
+        vcpu: &mut Vcpu<'_, P>,
+        pieces: u64,
+        level: u8,
+        paid: &mut Paid,
+    ) -> Result<(), LabError> {
+        let fail = internal("a fault on a huge page");
+        vcpu.leave();
+        self.open_window(vcpu.task(), None);
+        vcpu.enter().map_err(&fail)?;
+        let _ = vcpu.task().meter().take();
+        self.window.t0.store(P::ticks(), Ordering::Release);
+        let cpu = P::thread_cpu_ns();
+        for piece in 0..pieces {
+            let access = GuestAccess { gfn: piece * span(level), write: true, exec: false };
+            let begin = P::ticks();
+            let outcome = vcpu.access(access).map_err(&fail)?;
+            if outcome == AccessOutcome::Stopped {
+                return Err(LabError::Cancelled);
+            }
+            self.mark(Mark::Replace, P::ticks() - begin);
+        }
+        paid.cpu_ns += P::thread_cpu_ns() - cpu;
+        paid.meter = Some(vcpu.task().meter().take());
+        vcpu.leave();
         Ok(())
     }
 

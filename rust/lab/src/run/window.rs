@@ -145,22 +145,19 @@ impl Shared<'_> {
             }
             last = Some(state);
         }
-        let cpu = P::thread_cpu_ns();
         let report = self.vm.close().map_err(internal("closing the VM"))?;
-        let cpu_ns = P::thread_cpu_ns() - cpu;
         if measured {
+            self.window.t0.store(report.begin, Ordering::Release);
             self.window.end.store(P::ticks(), Ordering::Release);
             self.seal();
         }
-        Ok(End { report, cpu_ns: measured.then_some(cpu_ns), last })
+        Ok(End { report, last })
     }
 }
 
 /// How a VM ended.
 pub(super) struct End {
     pub(super) report: CloseReport,
-    /// CPU time, where it was what is measured.
-    pub(super) cpu_ns: Option<u64>,
     /// What was mapped before.
     pub(super) last: Option<LastState>,
 }

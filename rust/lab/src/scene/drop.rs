@@ -5,7 +5,7 @@ use super::parts::{after, any, code, guest, one_root, scenario, vm_spec};
 use super::{Ask, Kind, Scene};
 use crate::config::{Case, Plan};
 use crate::memory::Estimate;
-use crate::scenario::{Flag, Mark, Op, Scenario, Thread, Who, wait};
+use crate::scenario::{Drop, Flag, Mark, Op, Scenario, Thread, Who, wait};
 
 pub(super) const CR0_WP: Scene = Scene {
     name: "cr0-wp",
@@ -14,7 +14,17 @@ pub(super) const CR0_WP: Scene = Scene {
     look_at: "block_drop_ns, block_baseline_ns, teardown, retained_table_pages, drop_loop",
     estimate: one_root,
     fits: any,
-    build: cr0_wp,
+    build: |ask| last_drop(ask, Drop::Toggle),
+};
+
+pub(super) const SMM_EXIT: Scene = Scene {
+    name: "smm-exit",
+    kind: Kind::Drop,
+    summary: "an SMI and its RSM: each resets the vCPU's MMU context, and the SMI drops the last reference to the root that maps all of the memory",
+    look_at: "block_drop_ns (the whole round trip), block_baseline_ns, teardown, retained_table_pages",
+    estimate: one_root,
+    fits: any,
+    build: |ask| last_drop(ask, Drop::Smi),
 };
 
 pub(super) const ZAP_64T: Scene = Scene {
@@ -24,7 +34,7 @@ pub(super) const ZAP_64T: Scene = Scene {
     look_at: "fit, block_drop_ns",
     estimate: one_root,
     fits: eighths,
-    build: cr0_wp,
+    build: |ask| last_drop(ask, Drop::Toggle),
 };
 
 /// Drops of the baseline.
@@ -32,11 +42,11 @@ const BASELINE_DROPS: u64 = 200;
 /// SPTEs under each root of the drop loop.
 pub const LOOP_SPTES: u64 = 16;
 
-pub(super) fn drops(mark: Mark, times: u64, sptes: u64) -> Op {
-    Op::DropRoot { mark, times, sptes, reload: true }
+fn drops(mark: Mark, times: u64, sptes: u64, by: Drop) -> Op {
+    Op::DropRoot { mark, times, sptes, by }
 }
 
-fn cr0_wp(ask: &Ask<'_>) -> Scenario {
+fn last_drop(ask: &Ask<'_>, by: Drop) -> Scenario {
     let vcpus = ask.plan.config.vcpus;
     let mut threads = vec![
         Thread {
@@ -44,10 +54,10 @@ fn cr0_wp(ask: &Ask<'_>) -> Scenario {
             ops: vec![
                 wait(Flag::HolderReady),
                 Op::Await { flag: Flag::WarmedUp, count: vcpus - 1 },
-                drops(Mark::Baseline, BASELINE_DROPS, 0),
+                drops(Mark::Baseline, BASELINE_DROPS, 0, by),
                 Op::Raise(Flag::BaselineDone),
                 wait(Flag::HolderGone),
-                drops(Mark::Drop, 1, 0),
+                drops(Mark::Drop, 1, 0, by),
                 Op::Raise(Flag::Dropped),
             ],
         },
@@ -82,10 +92,10 @@ pub fn drop_loop_scenario(plan: &Plan, case: &Case) -> Scenario {
         Thread {
             who: Who::Vcpu(0),
             ops: vec![
-                drops(Mark::Drop, times, LOOP_SPTES),
+                drops(Mark::Drop, times, LOOP_SPTES, Drop::Toggle),
                 Op::Raise(Flag::Dropped),
                 wait(Flag::HolderReady),
-                drops(Mark::Baseline, times, LOOP_SPTES),
+                drops(Mark::Baseline, times, LOOP_SPTES, Drop::Toggle),
                 Op::Raise(Flag::BaselineDone),
             ],
         },

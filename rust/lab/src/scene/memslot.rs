@@ -46,6 +46,16 @@ pub(super) const BOOT: Scene = Scene {
     build: boot,
 };
 
+pub(super) const NX_TOGGLE: Scene = Scene {
+    name: "nx-toggle",
+    kind: Kind::Zap,
+    summary: "nx_huge_pages is toggled: a fast zap of every VM on the host, this one among them, whose last user reference is gone already",
+    look_at: "update_ns, teardown.cpu_ns (a queue of the system's takes no work of a VM without a user)",
+    estimate: one_root,
+    fits: any,
+    build: |ask| update(ask, vec![Op::ReleaseUser, Op::Zap(Update::NxToggle)]),
+};
+
 pub(super) const ZAP_64T: Scene = Scene {
     name: "zap-64t",
     kind: Kind::Zap,

@@ -10,6 +10,7 @@ mod end;
 mod memslot;
 mod parts;
 mod roots;
+mod sizes;
 mod vcpus;
 mod waiting;
 
@@ -78,14 +79,20 @@ pub const SCENES: &[Scene] = &[
     memslot::MOVE,
     memslot::CHURN,
     memslot::BOOT,
+    sizes::DIRTY_SPLIT,
+    roots::TWO_SPACES,
     roots::SEVERAL,
     vcpus::HALTED,
     vcpus::MIGRATING,
+    sizes::HUGE_IN_FAULT,
     waiting::UPDATE,
     waiting::NOTIFIER,
+    memslot::NX_TOGGLE,
     memslot::ZAP_64T,
     drop::CR0_WP,
+    drop::SMM_EXIT,
     end::TEARDOWN,
+    end::DYING,
     drop::ZAP_64T,
 ];
 

@@ -38,6 +38,8 @@ pub(super) fn vm_spec(ask: &Ask<'_>, tables: u64, vcpus: u32) -> VmSpec {
         levels: c.levels,
         memory_bytes: c.memory_bytes,
         level: ask.plan.level,
+        max_level: ask.plan.level,
+        smm: false,
         max_tables: u32::try_from(tables + spare_tables(ask.plan)).unwrap_or(u32::MAX - 256),
         workers: c.workers,
         worker_cpus: c.worker_cpus.clone(),
@@ -76,7 +78,7 @@ pub(super) fn populate(plan: &Plan, roots: usize) -> Populate {
         AdMix::Accessed => Ad::Accessed,
         AdMix::Dirty => Ad::Dirty,
     };
-    Populate { by, ad, roots }
+    Populate { by, ad, roots, smm: None }
 }
 
 /// Random accesses to a warm working set, until the teardown is over.

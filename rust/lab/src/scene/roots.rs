@@ -1,8 +1,8 @@
 //! More than one root: roles and address spaces.
 
-use super::parts::{any, code, delete, guest, one_root, populate, scenario, vmm};
+use super::parts::{any, code, delete, guest, guests, one_root, populate, scenario, vmm};
 use super::{Ask, Kind, Scene};
-use crate::scenario::{Op, Scenario, Who};
+use crate::scenario::{Op, Populate, Scenario, Who};
 
 pub(super) const SEVERAL: Scene = Scene {
     name: "several-roots",
@@ -28,5 +28,27 @@ fn several(ask: &Ask<'_>) -> Scenario {
     threads.push(vmm(vcpus, delete()));
     let mut made = scenario(ask, vcpus, Some(Who::Caller), threads);
     made.populate = Some(populate(ask.plan, ROOTS));
+    made
+}
+
+pub(super) const TWO_SPACES: Scene = Scene {
+    name: "two-address-spaces",
+    kind: Kind::Zap,
+    summary: "a memslot update while one vCPU is in SMM: address space 1 has the same memory and a root of its own, and is zapped too",
+    look_at: "update_ns, sptes (twice the guest's), block_update_ns",
+    estimate: |plan| one_root(plan).times(2),
+    fits: any,
+    build: two_spaces,
+};
+
+fn two_spaces(ask: &Ask<'_>) -> Scenario {
+    let vcpus = ask.plan.config.vcpus;
+    let in_smm = vcpus;
+    let mut threads = guests(ask.plan);
+    threads.push(guest(ask.plan, in_smm, vec![Op::EnterSmm], code(ask.plan)));
+    threads.push(vmm(vcpus + 1, delete()));
+    let mut made = scenario(ask, vcpus + 1, Some(Who::Caller), threads);
+    made.populate = Some(Populate { smm: Some(in_smm as usize), ..populate(ask.plan, 1) });
+    made.vm.smm = true;
     made
 }
