@@ -109,7 +109,9 @@ fn dropping_the_last_reference_tears_down_or_retains_as_the_design_says() {
                 mapped.len() as i64,
                 "the MMU's own reference keeps it"
             ),
-            "in-place" | "inline" | "defunct-flag" | "second-list" => assert_eq!(mmu.leaf_pages(), [0; 3], "zapped before the put returned"),
+            "in-place" | "inline" | "defunct-flag" | "second-list" => {
+                assert_eq!(mmu.leaf_pages(), [0; 3], "zapped before the put returned")
+            }
             _ => {}
         }
         let mmu = cpu.close();

@@ -7,7 +7,7 @@ use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use common::{Cpu, Setup, World, frame_of, template};
-use tdpmmu_mmu::{BulkMap, DESIGNS, Which};
+use tdpmmu_mmu::{BulkMap, DESIGNS, QueueKind, Which};
 use tdpmmu_platform::Role;
 use tdpmmu_spte::geometry::span;
 
@@ -136,6 +136,22 @@ fn racing_faults_zaps_and_reloads_break_no_rule_in_any_design() {
                 drop(task);
                 world.end();
             }
+        }
+    }
+}
+
+#[test]
+fn racing_on_the_systems_queue_breaks_no_rule_in_any_design_with_workers() {
+    for design in DESIGNS.iter().filter(|d| !d.flawed && d.queue.is_some()) {
+        for force_yield in [None, Some(1)] {
+            let setup = Setup {
+                design: design.name,
+                queue: Some(QueueKind::System),
+                force_yield,
+                workers: 3,
+                ..Setup::default()
+            };
+            race(&setup, &Race { cpus: 3, steps: 400, zappers: 2 }).end();
         }
     }
 }

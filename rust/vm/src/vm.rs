@@ -150,6 +150,11 @@ impl<P: Platform> Vm<P> {
     /// [`VmError::Config`], [`VmError::Host`], [`VmError::Pool`].
     pub fn new(config: VmConfig) -> Result<Self, VmError> {
         let (passes, ownership) = config.check()?;
+        let cpus = P::cpus();
+        if let Some(cpu) = config.worker_cpus.iter().find(|cpu| !cpus.is_empty() && !cpus.contains(cpu)) {
+            let rule = "a CPU that this process may run on";
+            return Err(VmError::Config { what: "worker_cpus", value: cpu.to_string(), rule });
+        }
         let design = design::build::<P>(config.design_name(), &config.design_options())
             .map_err(|e| VmError::Mmu(e.to_string()))?;
         // SRCU waits for faults, which may wait for mmu_lock for as long as a zap holds it: no stall reports.

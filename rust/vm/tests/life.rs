@@ -2,14 +2,19 @@
 
 use std::sync::atomic::Ordering;
 
+use tdpmmu_mmu::DESIGNS;
 use tdpmmu_platform::{Real, Role as TaskRole, Task};
-use tdpmmu_spte::{EagerSplit, FormatKind, KernelProfile};
+use tdpmmu_spte::{EagerSplit, FormatKind, KernelProfile, Ownership};
 use tdpmmu_vm::{
     AccessOutcome, AdMix, BulkOptions, FaultOutcome, GuestAccess, Progress, Region, SlotFlags, SlotUpdate,
     Vm, VmConfig, VmError,
 };
 
-const DESIGNS: [&str; 3] = ["inline", "async-worker", "sync"];
+/// Every design that is meant to be right.
+fn sound() -> impl Iterator<Item = &'static str> {
+    DESIGNS.iter().filter(|design| !design.flawed).map(|design| design.name)
+}
+
 const GIG: u64 = 512 * 512;
 
 fn config(design: &str) -> VmConfig {
@@ -37,7 +42,7 @@ fn assert_clean(vm: &Vm<Real>) {
 
 #[test]
 fn a_vm_faults_is_zapped_and_torn_down_in_every_design() {
-    for design in DESIGNS {
+    for design in sound() {
         let (vm, task) = vm(design);
         vm.add_memory(&task, 0, GIG, 1).expect("memory");
         {
@@ -70,7 +75,7 @@ fn a_vm_faults_is_zapped_and_torn_down_in_every_design() {
 
 #[test]
 fn dropping_a_root_zaps_it_unless_the_mmu_owns_a_reference() {
-    for design in DESIGNS {
+    for design in sound() {
         let (vm, task) = vm(design);
         vm.add_memory(&task, 0, GIG, 1).expect("memory");
         {
@@ -78,9 +83,8 @@ fn dropping_a_root_zaps_it_unless_the_mmu_owns_a_reference() {
             vcpu.access(GuestAccess::write(5)).expect("mapped");
             let before = vcpu.current_root();
             let after = vcpu.drop_root().expect("a page");
-            // The worker is asynchronous: the next fast zap waits for it.
-            vm.mmu().fast_zap_finish(&task);
-            if design == "sync" {
+            vm.mmu().design().quiesce();
+            if vm.mmu().ownership() == Ownership::Mmu {
                 assert_eq!(Some(after), before, "found again by its role");
                 assert_eq!(vm.mmu().leaf_pages()[0], 1);
                 assert_eq!(vcpu.access(GuestAccess::write(5)).expect("still mapped"), AccessOutcome::Walk);

@@ -5,6 +5,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
+use tdpmmu_mmu::DESIGNS;
 use tdpmmu_platform::{Real, Role as TaskRole, TaskConfig};
 use tdpmmu_spte::KernelProfile;
 use tdpmmu_vm::request::{FREE_OBSOLETE_ROOTS, NO_WAKEUP, OUTSIDE_GUEST, WAIT};
@@ -12,7 +13,11 @@ use tdpmmu_vm::{
     AccessOutcome, GuestAccess, Progress, Region, SlotFlags, SlotUpdate, VcpuProbe, Vm, VmConfig, VmError,
 };
 
-const DESIGNS: [&str; 3] = ["inline", "async-worker", "sync"];
+/// Every design that is meant to be right.
+fn sound() -> impl Iterator<Item = &'static str> {
+    DESIGNS.iter().filter(|design| !design.flawed).map(|design| design.name)
+}
+
 const GIG: u64 = 512 * 512;
 
 fn rounds(n: u64) -> u64 {
@@ -141,7 +146,7 @@ fn a_host_that_releases_frames_without_a_notifier_is_found_out() {
 
 #[test]
 fn after_a_memslot_delete_nothing_of_it_is_mapped_although_guests_keep_faulting() {
-    for design in DESIGNS {
+    for design in sound() {
         let vm = vm(design, "6.12", 2);
         let task = vm.task("vmm", TaskRole::Caller);
         let pages = 2048;
@@ -171,7 +176,7 @@ fn after_a_memslot_delete_nothing_of_it_is_mapped_although_guests_keep_faulting(
 
 #[test]
 fn fast_zaps_notifiers_and_root_drops_at_once_leak_nothing_even_when_every_check_yields() {
-    for design in DESIGNS {
+    for design in sound() {
         let vm = vm(design, "6.12", 3);
         let yielding = TaskConfig { force_yield: Some(1), ..TaskConfig::default() };
         let task = vm.task_with("vmm", TaskRole::Caller, yielding);
@@ -400,7 +405,7 @@ fn a_probe_sees_each_block_and_the_first_fault_after_it() {
 
 #[test]
 fn closing_waits_for_what_is_under_way_and_nothing_begins_after_it() {
-    for design in DESIGNS {
+    for design in sound() {
         for _ in 0..rounds(40) {
             let vm = vm(design, "6.12", 1);
             let task = vm.task("test", TaskRole::Caller);
