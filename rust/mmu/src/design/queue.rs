@@ -204,6 +204,16 @@ impl<P: Platform> ZapQueue<P> {
     }
 }
 
+impl<P: Platform> Drop for ZapQueue<P> {
+    fn drop(&mut self) {
+        if let Some((crew, client)) = self.place.get() {
+            // A VM that was not drained: its items find it gone, the system's workers give up their tasks for it.
+            client.left.store(true, Ordering::Release);
+            crew.queue.release_for(client.id);
+        }
+    }
+}
+
 /// One thing to do for one VM.
 struct Item<P: Platform> {
     client: Arc<Client<P>>,
@@ -228,8 +238,11 @@ struct Crew<P: Platform> {
     pins: Arc<Mutex<Vec<Option<usize>>>>,
 }
 
-/// The crews of the system's queues, by platform.
-static SYSTEM: Mutex<Vec<(TypeId, Box<dyn Any + Send>)>> = Mutex::new(Vec::new());
+/// A crew of the system's queue, by platform and process: threads do not survive a fork.
+type Place = (TypeId, u32);
+
+/// The crews of the system's queues; an entry outlives its crew and is then replaced.
+static SYSTEM: Mutex<Vec<(Place, Box<dyn Any + Send>)>> = Mutex::new(Vec::new());
 
 impl<P: Platform> Crew<P> {
     fn start(
@@ -257,7 +270,8 @@ impl<P: Platform> Crew<P> {
     /// The system's crew, with as many workers as any of its clients asked for. Those that an earlier client had bound stay bound.
     fn of_system(workers: usize, cpus: &[usize]) -> io::Result<Arc<Self>> {
         let mut crews = lock(&SYSTEM);
-        let at = crews.iter().position(|(platform, _)| *platform == TypeId::of::<P>());
+        let place = (TypeId::of::<P>(), std::process::id());
+        let at = crews.iter().position(|(there, _)| *there == place);
         let found = at.and_then(|at| crews[at].1.downcast_ref::<Weak<Self>>()).and_then(Weak::upgrade);
         if let Some(crew) = found {
             {
@@ -269,7 +283,7 @@ impl<P: Platform> Crew<P> {
             return Ok(crew);
         }
         let crew = Self::start("system_unbound_wq", None, workers, cpus)?;
-        let entry: (TypeId, Box<dyn Any + Send>) = (TypeId::of::<P>(), Box::new(Arc::downgrade(&crew)));
+        let entry: (Place, Box<dyn Any + Send>) = (place, Box::new(Arc::downgrade(&crew)));
         match at {
             Some(at) => crews[at] = entry,
             None => crews.push(entry),
