@@ -64,14 +64,18 @@ impl Chain {
 
     /// All reports are in: what was left out, and whether it is balanced (a round trip) or not (no history).
     pub(crate) fn quiet(&mut self, core: impl Fn(u64) -> u64) -> (Vec<Edge>, bool) {
-        let left = std::mem::take(&mut self.early);
+        let balanced = self.is_balanced(core);
+        (std::mem::take(&mut self.early), balanced)
+    }
+
+    /// Nothing waits, or round trips only: the chain stands where it would with all of them taken.
+    pub(crate) fn is_balanced(&self, core: impl Fn(u64) -> u64) -> bool {
         let mut balance: BTreeMap<u64, i64> = BTreeMap::new();
-        for edge in &left {
+        for edge in &self.early {
             *balance.entry(core(edge.from)).or_default() -= 1;
             *balance.entry(core(edge.to)).or_default() += 1;
         }
-        let balanced = balance.values().all(|&b| b == 0);
-        (left, balanced)
+        balance.values().all(|&b| b == 0)
     }
 }
 
