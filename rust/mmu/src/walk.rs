@@ -184,6 +184,7 @@ impl<P: Platform, M: Mode> Entry<'_, '_, '_, P, M> {
     ///
     /// # Errors
     /// [`Lost`] in shared mode when the entry changed meanwhile; the snapshot is refreshed, nothing else happened.
+    #[inline]
     pub fn set(&mut self, new: Spte) -> Result<(), Lost> {
         self.set_as(new, Site::SpteZap)
     }
@@ -192,6 +193,7 @@ impl<P: Platform, M: Mode> Entry<'_, '_, '_, P, M> {
     ///
     /// # Errors
     /// [`Lost`] as for [`Entry::set`].
+    #[inline]
     pub(crate) fn set_as(&mut self, new: Spte, site: Site) -> Result<(), Lost> {
         let Walk { mmu, iter, ledger, task, as_id, .. } = &mut *self.walk;
         let (level, gfn, table) = (iter.level(), iter.gfn(), iter.table());

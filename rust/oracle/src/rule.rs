@@ -4,7 +4,7 @@ use std::fmt;
 
 use tdpmmu_mmu::{Obligations, design};
 use tdpmmu_platform::Owner;
-use tdpmmu_spte::{Format, KernelProfile, SplitInFault};
+use tdpmmu_spte::{Format, KernelProfile};
 
 macro_rules! rules {
     ($($(#[$doc:meta])* $variant:ident = $name:literal),+ $(,)?) => {
@@ -175,8 +175,6 @@ impl Verdict {
 pub struct Rules {
     /// The entries' format.
     pub format: Format,
-    /// A huge leaf replaced by a table becomes 512 leaves that no event announces (untraced writes, `docs/rules.md`).
-    pub split_in_fault: bool,
     /// Page statistics are kept.
     pub page_stats: bool,
     /// What the design promises, and which freedoms it takes.
@@ -189,7 +187,6 @@ impl Rules {
     pub fn of(profile: &KernelProfile, format: Format, design: &str) -> Self {
         Self {
             format,
-            split_in_fault: profile.split_in_fault == SplitInFault::Split,
             page_stats: profile.page_stats,
             design: design::info(design).map_or(Obligations::STRICT, |info| info.obligations),
         }
