@@ -11,7 +11,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex as StdMutex, PoisonError, TryLockError};
 
 use tdpmmu_mmu::{Leftovers, MmuConfig, MmuError, TdpMmu, design};
-use tdpmmu_platform::{Mutex, MutexGuard, Observer, Phase, Platform, RcuConfig, Recording, Role as TaskRole, Task, TaskConfig};
+use tdpmmu_platform::{
+    Mutex, MutexGuard, Observer, Phase, Platform, RcuConfig, Recording, Role as TaskRole, Task, TaskConfig,
+};
 use tdpmmu_spte::NotifierUnit;
 use tdpmmu_spte::mmio::GENERATION_MASK;
 use tdpmmu_table::TableCache;
