@@ -16,9 +16,19 @@ import pytest
 
 import tdpmmu
 from conftest import Cli
-from tdpmmu import bench
+from tdpmmu import _names, bench
 
-DESIGNS = ("inline", "async-worker", "sync")
+DESIGNS = (
+    "in-place",
+    "inline",
+    "defunct-flag",
+    "second-list",
+    "second-list-worker",
+    "async-worker",
+    "async-worker-owned",
+    "sync",
+)
+FLAWED = ("system-workqueue", "no-second-phase")
 H_FIELDS = {"count", "min", "p50", "p90", "p99", "p999", "max"}
 SMALL: dict[str, Any] = {"memory": "64M", "drop_loop": 64, "seed": 1, "working_set": "1M"}
 
@@ -52,8 +62,10 @@ def test_sptes_are_counted_and_nothing_leaks(dropped: tdpmmu.BenchResult, zapped
 
 
 def test_who_owns_the_first_reference_decides_what_a_drop_tears_down(dropped: tdpmmu.BenchResult) -> None:
-    inline, worker, sync = dropped.runs
-    assert (inline.ownership, worker.ownership, sync.ownership) == ("vcpu", "vcpu", "mmu")
+    runs = {run.design: run for run in dropped.runs}
+    owners = {design for design, run in runs.items() if run.ownership == "mmu"}
+    assert owners == {"async-worker-owned", "sync"}
+    inline, worker, sync = (runs[design] for design in ("inline", "async-worker", "sync"))
     assert inline.teardown is not None
     assert inline.teardown["entry_writes"] >= inline.sptes
     assert inline.teardown["cpu_ns"]["worker"] == 0
@@ -86,6 +98,84 @@ def test_a_zap_says_where_the_update_spent_its_time(zapped: tdpmmu.BenchResult) 
         assert parts["exclusive_longest"] <= parts["exclusive_total"]
         assert run.teardown is not None, "a memslot update tears down under every design"
         assert run.teardown["last_table_free_ns"] >= 0
+
+
+def test_a_list_of_settings_makes_a_run_each() -> None:
+    result = bench.zap(
+        **{**SMALL, "memory": "16M"},
+        design=["async-worker", "sync"],
+        passes=["1G,root", "4K,2M,1G,root"],
+        preempt=["none", "full"],
+        check=False,
+    )
+    found = [(run.design, run.passes, run.preempt) for run in result.runs]
+    assert len(set(found)) == len(found) == 8
+
+
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        ("1G,root", "1G,root"),
+        (["1G,root"], "1G,root"),
+        (["1G", "root"], "1G,root"),
+        (["root", "1G,root"], ["root", "1G,root"]),
+        (["4K", "2M", "1G", "root"], "4K,2M,1G,root"),
+    ],
+)
+def test_passes_are_one_text_or_its_parts_or_several(given: Any, sent: Any) -> None:
+    assert bench.config(passes=given)["passes"] == sent
+
+
+def test_all_stays_all_so_that_a_profile_may_leave_designs_out() -> None:
+    assert bench.config(design="all", scene="all")["designs"] == ["all"]
+    assert bench.config(scene=["memslot-move", "all"])["scenes"] == ["all"]
+    assert bench.config(design=["sync", "all"])["designs"][0] == "sync"
+    old = bench.drop(**{**SMALL, "memory": "4M"}, profile="5.15", check=False)
+    assert [run.design for run in old.runs] == ["in-place", "inline"]
+
+
+def test_a_flawed_design_is_marked_wherever_it_is_named(cli: Cli) -> None:
+    assert tuple(_names.flawed()) == FLAWED
+    ran = cli(
+        "bench", "zap", "--memory", "16M", "--design", "no-second-phase,sync", "--no-check", "--seed", "1"
+    )
+    assert ran.code == 0, ran.err
+    assert "no-second-phase (flawed)" in ran.out
+    assert "no-second-phase (flawed): its violations are the result" in ran.err
+    assert "sync (flawed)" not in ran.out
+    for command in (("bench", "zap", "--help"), ("info",)):
+        said = cli(*command).out
+        for design in FLAWED:
+            assert f"{design} (flawed)" in said
+    result = bench.zap(memory="16M", design=FLAWED, check=False, seed=1)
+    assert [run.flawed for run in result.runs] == [True, True]
+
+
+@pytest.mark.parametrize(
+    "scene", ["slot-churn", "several-roots", "waiting-notifier", "vm-teardown", "zap-64t"]
+)
+def test_a_scene_comes_back_with_its_own_columns(cli: Cli, scene: str) -> None:
+    kind = "drop" if scene == "vm-teardown" else "zap"
+    own = {
+        "slot-churn": "updates",
+        "several-roots": "memslot",
+        "waiting-notifier": "later waited",
+        "vm-teardown": "VM closed",
+        "zap-64t": "extrapolated",
+    }
+    options = ("--design", "async-worker", "--no-check", "--seed", "1", "--churns", "5")
+    ran = cli("bench", kind, "--memory", "64M", "--scene", scene, *options)
+    assert ran.code == 0, ran.err
+    assert ran.out.startswith(f"{scene}: ")
+    assert own[scene] in ran.out
+
+
+def test_a_picture_is_an_output_format(cli: Cli, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    common = ["bench", "zap", "--memory", "4M", "--no-check", "--design", "sync", "--seed", "1", "-o"]
+    assert cli(*common, tmp_path / "r.svg").code == 0
+    assert (tmp_path / "r.svg").read_bytes().startswith(b"<?xml")
+    assert cli("bench", "rcu", "-o", tmp_path / "r.pftrace").code == 2
 
 
 def test_finer_passes_make_smaller_steps() -> None:
@@ -137,6 +227,17 @@ def test_a_micro_experiment_has_rows_with_their_limits(kind: str) -> None:
         ({"design": []}, "at least one"),
         ({"vcpus": True}, "vcpus=True"),
         ({"timeout": -1.0}, "timeout=-1.0"),
+        ({"scene": "cr0wp"}, "did you mean 'cr0-wp'"),
+        ({"scene": []}, "at least one scene"),
+        ({"scene": "memslot-delete"}, "a scene of bench zap"),
+        ({"sharing": "globl"}, "did you mean 'global'"),
+        ({"worker_queue": "shared"}, "known: per-vm, system"),
+        ({"worker_cpus": [1 << 19]}, "may not run on that CPU"),
+        ({"vcpu_cpus": [-1]}, "vcpu_cpus=-1"),
+        ({"churns": 0}, "churns=0"),
+        ({"passes": []}, "passes"),
+        ({"preempt": ["full", "never"]}, "preempt='never'"),
+        ({"scene": "all", "design": "no-such"}, "design='no-such'"),
     ],
 )
 def test_an_option_that_breaks_a_rule_is_refused_and_named(options: dict[str, Any], message: str) -> None:
@@ -182,7 +283,7 @@ def test_the_table_is_on_stdout_and_the_talk_on_stderr(cli: Cli, tmp_path: Path)
     ]
     ran = cli(*common, "-o", tmp_path / "r.json")
     assert ran.code == 0, ran.err
-    assert ran.out.splitlines()[0].startswith("16 MiB of 4K pages, 4,096 SPTEs")
+    assert ran.out.splitlines()[0].startswith("cr0-wp: 16 MiB of 4K pages, 4,096 SPTEs")
     assert "seed:" in ran.err
     assert "seed" not in ran.out
     saved = tdpmmu.load((tmp_path / "r.json").read_text())

@@ -157,12 +157,21 @@ def build_info() -> dict[str, Any]:
 
 
 def info() -> dict[str, Any]:
-    """Return what this host is: clock, membarrier flavour, CPUs, memory in bytes, huge pages, build.
+    """Return what this host and this build are: clock, CPUs, memory in bytes; designs and scenes by name.
 
     Raises:
         Unsupported: the host cannot be probed.
     """
-    return dict(json.loads(_native.info()))
+    from tdpmmu import _names
+
+    known: dict[str, Any] = json.loads(_native.info())
+    about = {(scene["experiment"], scene["name"]): scene for scene in _names.catalogue()["scene_info"]}
+    scenes = [
+        {"experiment": experiment, "name": name, "summary": summary, **about.get((experiment, name), {})}
+        for experiment in ("zap", "drop")
+        for name, summary in _names.scene_summaries(experiment)
+    ]
+    return {**known, "designs": list(_names.catalogue()["design_info"]), "scenes": scenes}
 
 
 __version__: str = build_info()["version"]

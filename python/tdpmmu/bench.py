@@ -22,6 +22,7 @@ __all__ = ["drop", "fault", "populate", "rcu", "walk", "zap"]
 Progress = Callable[[str, float], object]
 Size = str | SupportsIndex
 MAX_VCPUS = 1024
+MAX_WORKERS = 1024
 AD_MIX = ("clean", "accessed", "dirty")
 
 
@@ -145,7 +146,7 @@ def config(
     if ad_mix is not None:
         out["ad_mix"] = _names.one_of(ad_mix, AD_MIX, "ad_mix")
     if workers is not None:
-        out["workers"] = between(workers, 1, 1024, "workers")
+        out["workers"] = between(workers, 1, MAX_WORKERS, "workers")
     if drop_loop is not None:
         out["drop_loop"] = between(drop_loop, 0, 10**9, "drop_loop")
     if max_memory is not None:
@@ -154,7 +155,7 @@ def config(
         out["sharing"] = _names.one_of(sharing, _names.SHARING, "sharing")
     for name, cpus in (("worker_cpus", worker_cpus), ("vcpu_cpus", vcpu_cpus)):
         if cpus is not None:
-            out[name] = _cpus(cpus, name)
+            out[name] = cpu_numbers(cpus, name)
     if worker_queue is not None:
         out["worker_queue"] = _names.one_of(worker_queue, _names.QUEUES, "worker_queue")
     if churns is not None:
@@ -171,8 +172,13 @@ def _one_or_list(values: list[str]) -> str | list[str]:
     return values[0] if len(values) == 1 else values
 
 
-def _cpus(values: Iterable[int], name: str) -> list[int]:
-    """Return CPU numbers that this process may run on."""
+def cpu_numbers(values: Iterable[int], name: str) -> list[int]:
+    """Return CPU numbers, each one that this process may run on.
+
+    Raises:
+        InvalidArgument: it may not.
+        TypeError: not numbers.
+    """
     cpus = [between(cpu, 0, 1 << 20, name) for cpu in values]
     allowed = os.sched_getaffinity(0)
     for cpu in cpus:

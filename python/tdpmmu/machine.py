@@ -12,7 +12,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 
 from tdpmmu import _names, units
-from tdpmmu.bench import between
+from tdpmmu.bench import MAX_WORKERS, between, cpu_numbers
 from tdpmmu.errors import InvalidArgument
 
 __all__ = [
@@ -178,6 +178,9 @@ class VMConfig:
     max_table_bytes: int | None
     seed: int
     check: str
+    workers: int = 1
+    worker_cpus: tuple[int, ...] = ()
+    worker_queue: str | None = None
 
     @classmethod
     def make(
@@ -196,8 +199,13 @@ class VMConfig:
         max_table_bytes: Size | None = None,
         seed: int | None = None,
         check: str = "off",
+        workers: int = 1,
+        worker_cpus: Iterable[int] = (),
+        worker_queue: str | None = None,
     ) -> VMConfig:
         """Check the arguments of `VM` and return them as a configuration. Sizes in bytes, times in ns.
+
+        `workers`, `worker_cpus` and `worker_queue` (`per-vm` or `system`) are for designs that have workers.
 
         Raises:
             InvalidArgument: a value breaks a rule; the message names the parameter, the value and the rule.
@@ -237,6 +245,11 @@ class VMConfig:
             max_table_bytes=cap,
             seed=secrets.randbits(63) if seed is None else between(seed, 0, (1 << 64) - 1, "seed"),
             check=_names.one_of(check, CHECKS, "check"),
+            workers=between(workers, 1, MAX_WORKERS, "workers"),
+            worker_cpus=tuple(cpu_numbers(worker_cpus, "worker_cpus")),
+            worker_queue=None
+            if worker_queue is None
+            else _names.one_of(worker_queue, _names.QUEUES, "worker_queue"),
         )
 
     @property

@@ -83,17 +83,8 @@ def play(
 
 
 #: What a run of this scene says of its design, taken from the native side's run of the same settings.
-_SAID = (
-    "design",
-    "passes",
-    "ownership",
-    "preempt",
-    "tick_ns",
-    "kernel_profile",
-    "flawed",
-    "workers",
-    "worker_queue",
-)
+_SAID: tuple[str, ...] = ("design", "passes", "ownership", "preempt", "tick_ns", "kernel_profile", "flawed")
+_SAID += ("workers", "worker_queue")
 
 
 def _settings(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -120,6 +111,9 @@ def _one(
         "ownership": run["ownership"],
         "preempt": run["preempt"],
         "profile": run["kernel_profile"],
+        "workers": request.get("workers", 1),
+        "worker_cpus": request.get("worker_cpus", []),
+        "worker_queue": request.get("worker_queue"),
         "seed": request["seed"],
     }
     command = [sys.executable, "-m", "tdpmmu._leaver", json.dumps(job)]
@@ -127,6 +121,8 @@ def _one(
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
         try:
             ended = _wait(child, begin, tick)
+            if ended is None:
+                child.kill()
             out, err = child.communicate()
         finally:
             child.kill()

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 import tdpmmu
-from tdpmmu import errors
+from tdpmmu import _names, errors
 from tdpmmu.cli.bench import bench
 from tdpmmu.cli.common import BadInput, common, exit_code
 from tdpmmu.cli.files import compare, plot, replay
@@ -92,6 +92,15 @@ class _Info:
         return pa.Table.from_pylist(rows)
 
     def render(self) -> str:
-        rows = self.to_rows()
+        rows = [row for row in self.to_rows() if row["name"] not in ("designs", "scenes", "experiments")]
         width = max((len(row["name"]) for row in rows), default=0)
-        return "".join(f"{row['name']:<{width}}  {row['value']}\n" for row in rows)
+        out = [f"{row['name']:<{width}}  {row['value']}" for row in rows]
+        out += ["", "Designs, oldest first (--design; all is every one that is not flawed):"]
+        for info in self.raw["designs"]:
+            out.append(f"  {_names.marked(info['name'])}, {info['mainline']}")
+            out.append(f"      {info['summary']}")
+        for experiment in ("zap", "drop"):
+            out += ["", f"Scenes of bench {experiment}, its usual one first (--scene):"]
+            for name, summary in _names.scene_summaries(experiment):
+                out += [f"  {name}", f"      {summary}"]
+        return "\n".join(out) + "\n"

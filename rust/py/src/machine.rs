@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use serde::Deserialize;
 use serde_json::{Value, json};
+use tdpmmu_mmu::QueueKind;
 use tdpmmu_platform::{Preempt, Real, Role, Task, TaskConfig};
 use tdpmmu_spte::{KernelProfile, Ownership, Passes, Spte};
 use tdpmmu_vm::{
@@ -39,6 +40,9 @@ struct Request {
     #[allow(dead_code)] // kept with the machine by the face
     seed: u64,
     check: String,
+    workers: usize,
+    worker_cpus: Vec<usize>,
+    worker_queue: Option<String>,
 }
 
 /// A leaf as it crosses to numpy: gfn, SPTE, frame, level.
@@ -111,6 +115,14 @@ impl Machine {
             Some(other) => return Err(Fault::Invalid(format!("ownership={other:?}: expected vcpu or mmu"))),
         };
         let passes = request.passes.as_deref().map(Passes::parse).transpose().map_err(|e| invalid(&e))?;
+        let worker_queue = match request.worker_queue.as_deref() {
+            None => None,
+            Some("per-vm") => Some(QueueKind::PerVm),
+            Some("system") => Some(QueueKind::System),
+            Some(other) => {
+                return Err(Fault::Invalid(format!("worker_queue={other:?}: expected per-vm or system")));
+            }
+        };
         // Address space only: pages are taken from the host as they are used. 64 GiB of tables is 32 TiB of 4K.
         let max_tables = request.max_table_bytes.map_or(1 << 24, |bytes| bytes / 4096);
         let config = VmConfig {
@@ -122,6 +134,9 @@ impl Machine {
             vcpus: request.vcpus,
             max_tables: u32::try_from(max_tables).unwrap_or(u32::MAX),
             max_level: level,
+            workers: request.workers,
+            worker_cpus: request.worker_cpus,
+            worker_queue,
             check_frames: request.check == "cheap",
             task: TaskConfig { preempt, tick_ns: request.tick_ns, ..TaskConfig::default() },
             ..VmConfig::new(profile)
