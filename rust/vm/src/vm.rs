@@ -160,7 +160,13 @@ impl<P: Platform> Vm<P> {
         let design = design::build::<P>(config.design_name(), &config.design_options())
             .map_err(|e| VmError::Mmu(e.to_string()))?;
         // SRCU waits for faults, which may wait for mmu_lock for as long as a zap holds it: no stall reports.
-        let srcu = RcuConfig { batch_delay_ns: 0, stall_ns: u64::MAX, observer: None, log: false, ..config.rcu.clone() };
+        let srcu = RcuConfig {
+            batch_delay_ns: 0,
+            stall_ns: u64::MAX,
+            observer: None,
+            log: false,
+            ..config.rcu.clone()
+        };
         let slots = Arc::new(Memslots::new(srcu));
         let side =
             Arc::new(HostSide::new(PrimaryMmu::new(config.host_pages)?, Arc::clone(&slots), config.vcpus));
