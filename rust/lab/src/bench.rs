@@ -1,5 +1,7 @@
 //! The entry: a kind of experiment and a JSON request in, a JSON result out.
 
+use std::time::SystemTime;
+
 use serde_json::{Value, json};
 use tdpmmu_oracle::{Judge, Rules};
 use tdpmmu_spte::FormatKind;
@@ -7,6 +9,7 @@ use tdpmmu_spte::geometry::page_bytes;
 
 use crate::config::{BenchConfig, Case, Plan};
 use crate::experiment;
+use crate::export::Export;
 use crate::fit::Fit;
 use crate::host::HostInfo;
 use crate::limits::{self, LimitOptions, Limits};
@@ -55,6 +58,7 @@ fn cases(kind: Kind, plan: &Plan, build: &Value, control: &Control) -> Result<St
     }
     let before = measure_limits(control)?;
     let host = HostInfo::collect();
+    let mut export = Export::open(&plan.config)?;
     let mut runs: Vec<Run> = Vec::new();
     for case in &plan.cases {
         let first = runs.len();
@@ -62,7 +66,7 @@ fn cases(kind: Kind, plan: &Plan, build: &Value, control: &Control) -> Result<St
             for rep in 0..plan.config.reps {
                 control.check()?;
                 control.report(&title(kind, &size, case, rep), 0.0);
-                runs.push(one(&size, case, rep, host.cpus, control)?);
+                runs.push(one(&size, case, rep, host.cpus, control, &mut export)?);
             }
         }
         if case.scene.scales() {
@@ -70,6 +74,7 @@ fn cases(kind: Kind, plan: &Plan, build: &Value, control: &Control) -> Result<St
         }
     }
     let after = measure_limits(control)?;
+    export.finish(&format!("tdpmmu bench {}, seed {}: times in ns", kind.name(), plan.config.seed))?;
     let result = BenchResult {
         schema: "tdpmmu.bench.zap/1",
         experiment: kind.name(),
@@ -139,10 +144,19 @@ fn scale(runs: &mut [Run], plan: &Plan) {
     }
 }
 
-fn one(plan: &Plan, case: &Case, rep: u32, cpus: usize, control: &Control) -> Result<Run, LabError> {
+fn one(
+    plan: &Plan,
+    case: &Case,
+    rep: u32,
+    cpus: usize,
+    control: &Control,
+    export: &mut Export,
+) -> Result<Run, LabError> {
     let scene = case.scene;
+    let began = SystemTime::now();
     let outcome = run::run(&scene.scenario(plan, case, false), control, None)?;
     let mut row = experiment::to_run(plan, case, rep, &outcome, cpus)?;
+    export.add(&row, &outcome, began)?;
     drop(outcome);
     if scene.is_default() {
         // step_ns comes from a repetition of its own: its clock reads would disturb the first.

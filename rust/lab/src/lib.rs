@@ -14,6 +14,7 @@
 //! | `run/`, `outcome.rs` | the runner; what a run came to |
 //! | `guest.rs` | guest threads: open-loop accesses |
 //! | `experiment/`, `attribution.rs` | outcomes become results; where each thread's time went |
+//! | `timeline.rs`, `export.rs` | what each thread did when; Perfetto traces and HdrHistogram logs |
 //! | `micro.rs` | populate, fault, walk, rcu: one operation against its limit |
 //! | `limits/` | the host's physical limits |
 //! | `fit.rs` | a line through measurements, and its errors |
@@ -27,6 +28,7 @@ pub mod config;
 mod control;
 mod error;
 pub mod experiment;
+pub mod export;
 pub mod fit;
 pub mod guest;
 pub mod host;
@@ -38,6 +40,7 @@ pub mod result;
 pub mod run;
 pub mod scenario;
 pub mod scene;
+pub mod timeline;
 mod units;
 
 pub use control::Control;

@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 use tdpmmu_mmu::Counts;
-use tdpmmu_platform::{Histogram, MeterSnapshot, RcuStats};
+use tdpmmu_platform::{Histogram, MeterSnapshot, RcuStats, timeline::Shared};
 use tdpmmu_vm::{CloseReport, FastZapTimes};
 
+use crate::attribution::Request;
 use crate::guest::Felt;
 use crate::scenario::{Mark, Who};
 
@@ -19,6 +20,12 @@ pub struct ThreadReport {
     pub who: Who,
     /// Its measurements since t0 (or since its start, if there was none).
     pub meter: MeterSnapshot,
+    /// The request, if it was its own.
+    pub request: Option<Request>,
+    /// By the runner's clock: how long `meter` has run, in ticks; where there is no request.
+    pub stamped_ticks: Option<u64>,
+    /// CPU time of its request, or in the stretch that `meter` covers.
+    pub cpu_ns: u64,
     /// CPU time of its timed operations.
     pub op_cpu_ns: u64,
     /// Times that the host took the CPU away meanwhile.
@@ -27,7 +34,7 @@ pub struct ThreadReport {
     pub felt: Felt,
     /// CPU that it ended on.
     pub cpu: Option<u32>,
-    /// Runnable, but waiting for a CPU, since its start.
+    /// Of the same stretch as `cpu_ns`: runnable, but waiting for a CPU.
     pub run_delay_ns: Option<u64>,
 }
 
@@ -39,6 +46,8 @@ pub struct Outcome {
     pub expected: Option<u64>,
     /// t0 in ticks.
     pub t0: u64,
+    /// End of the window, in ticks: the teardown is over.
+    pub end: u64,
     /// What the tree held at t0, counted.
     pub at_t0: Counts,
     /// Tables in use at t0 (all roots).
@@ -71,6 +80,10 @@ pub struct Outcome {
     pub rcu: RcuStats,
     /// RCU thread's CPU time since t0.
     pub rcu_cpu_ns: u64,
+    /// The RCU thread in the window: waiting for grace periods, freeing; in ns.
+    pub rcu_thread_ns: (u64, u64),
+    /// What the RCU domain and the tasks recorded since t0, if they did.
+    pub timeline: Option<Shared>,
     /// Flushes and kicks since t0.
     pub flushes: u64,
     /// Kicks since t0.

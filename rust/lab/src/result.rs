@@ -5,12 +5,14 @@ use std::collections::BTreeMap;
 use serde::ser::SerializeStruct;
 use serde::{Serialize, Serializer};
 use serde_json::Value;
-use tdpmmu_platform::{Histogram, MeterSnapshot, Phase, Summary};
+use tdpmmu_platform::{Histogram, Summary};
 
+use crate::attribution::{Attribution, Others};
 use crate::fit::Fit;
 use crate::host::HostInfo;
 use crate::limits::Limits;
 use crate::outcome::LastState;
+use crate::timeline::Timeline;
 
 /// A distribution: count and percentiles, a percentile only where 10/(1-q) samples stand behind it.
 #[derive(Clone, Copy, Debug, Default)]
@@ -140,6 +142,8 @@ pub struct RcuResult {
     pub grace_period_ns: H,
     /// Most pages that waited for a grace period.
     pub backlog_pages_peak: u64,
+    /// (ns since t0, pages that wait): at most 512 points, the peak among them.
+    pub backlog_series: Vec<(u64, u64)>,
 }
 
 /// `refault`: after the zap, until the working set is mapped again.
@@ -149,31 +153,6 @@ pub struct Refault {
     pub faults: u64,
     /// t0 to the last of them.
     pub wall_ns: u64,
-}
-
-/// One thread's time.
-#[derive(Clone, Debug, Serialize)]
-pub struct Attribution {
-    /// Thread.
-    pub thread: String,
-    /// vcpu, caller, worker or rcu.
-    pub role: &'static str,
-    /// CPU that it ended on.
-    pub cpu: Option<u32>,
-    /// ns by phase; the parts add up to `elapsed_ns`.
-    pub ns: BTreeMap<&'static str, u64>,
-    /// ns between the first and the last look at the clock.
-    pub elapsed_ns: u64,
-    /// Of these, runnable and waiting for a CPU.
-    pub run_delay_ns: Option<u64>,
-}
-
-impl Attribution {
-    /// From a task's measurements.
-    pub fn new(thread: String, role: &'static str, meter: &MeterSnapshot, elapsed_ns: u64) -> Self {
-        let ns = Phase::ALL.iter().map(|&p| (p.name(), meter.phase_ns(p))).collect();
-        Self { thread, role, cpu: None, ns, elapsed_ns, run_delay_ns: None }
-    }
 }
 
 /// `populate`.
@@ -305,6 +284,8 @@ pub struct Run {
     pub queue_ns: H,
     pub refault: Refault,
     pub attribution: Vec<Attribution>,
+    pub others: Others,
+    pub timeline: Option<Timeline>,
     pub fit: Option<Fit>,
     pub yields: u64,
     pub retries: u64,

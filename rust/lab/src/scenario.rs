@@ -73,6 +73,10 @@ pub struct VmSpec {
     pub step_ns: bool,
     /// Every n-th check yields.
     pub force_yield: Option<u32>,
+    /// Tasks record what they do when.
+    pub record: bool,
+    /// The RCU domain logs what waits for a grace period.
+    pub log: bool,
 }
 
 /// Who does it.

@@ -261,9 +261,10 @@ impl Meter {
         }
     }
 
-    /// Ticks by phase since the task began or since the last `take`, up to now. The difference of two is what a stretch was spent on.
-    pub fn phase_ticks(&self) -> [u64; PHASES] {
-        self.switch(self.phase.get(), (self.clock)());
+    /// Ticks by phase since the task began or since the last `take`, up to `now`, a reading of the clock that the caller has just taken as the
+    /// begin or the end of a stretch. The difference of two is what the stretch was spent on.
+    pub fn phase_ticks(&self, now: u64) -> [u64; PHASES] {
+        self.switch(self.phase.get(), now);
         std::array::from_fn(|i| self.phase_ticks[i].get())
     }
 

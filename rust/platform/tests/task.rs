@@ -209,3 +209,18 @@ fn a_task_that_does_not_record_hands_no_recording_over() {
     drop(task.phase(Phase::Flush));
     assert!(task.meter().take().recording.is_none());
 }
+
+#[test]
+fn what_a_stretch_was_spent_on_adds_up_to_its_stamps() {
+    let (_domain, task) = task(TaskConfig::default());
+    let begin = Real::ticks();
+    let before = task.meter().phase_ticks(begin);
+    for phase in [Phase::Flush, Phase::SpteWork, Phase::Flush] {
+        let _in_it = task.phase(phase);
+        std::hint::spin_loop();
+    }
+    let end = Real::ticks();
+    let after = task.meter().phase_ticks(end);
+    assert_eq!((0..after.len()).map(|phase| after[phase] - before[phase]).sum::<u64>(), end - begin);
+    assert!(after[Phase::Flush as usize] > before[Phase::Flush as usize]);
+}

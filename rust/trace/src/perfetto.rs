@@ -106,10 +106,15 @@ pub struct Counter {
 /// What `out` says.
 pub fn write(out: &mut impl io::Write, processes: &[Process]) -> io::Result<()> {
     let mut writer = Writer::new(out);
-    for (index, process) in processes.iter().enumerate() {
-        writer.process(index, process)?;
-    }
-    Ok(())
+    processes.iter().try_for_each(|process| writer.process(process))
+}
+
+/// Reads a trace of ours back.
+///
+/// # Errors
+/// [`io::ErrorKind::InvalidData`]: these bytes are none.
+pub fn read(bytes: &[u8]) -> io::Result<schema::Trace> {
+    prost::Message::decode(bytes).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
 }
 
 /// The only packet sequence.
@@ -117,8 +122,11 @@ const SEQUENCE: u32 = 1;
 /// Ids of processes and threads begin here: none that a host's own trace would use is needed.
 const FIRST_PID: i32 = 1_000_000;
 
-struct Writer<'w, W> {
-    out: &'w mut W,
+/// A trace that is being written, process by process.
+#[derive(Debug)]
+pub struct Writer<W> {
+    out: W,
+    processes: i32,
     buffer: Vec<u8>,
     begun: bool,
     last_uuid: u64,
@@ -136,10 +144,12 @@ struct Event<'a> {
     flows: Option<&'a Flows>,
 }
 
-impl<'w, W: io::Write> Writer<'w, W> {
-    fn new(out: &'w mut W) -> Self {
+impl<W: io::Write> Writer<W> {
+    /// An empty trace.
+    pub fn new(out: W) -> Self {
         Self {
             out,
+            processes: 0,
             buffer: Vec::new(),
             begun: false,
             last_uuid: 0,
@@ -172,12 +182,22 @@ impl<'w, W: io::Write> Writer<'w, W> {
         self.last_id
     }
 
-    fn process(&mut self, index: usize, process: &Process) -> io::Result<()> {
+    /// What was written to, for the last flush.
+    pub fn into_inner(self) -> W {
+        self.out
+    }
+
+    /// Writes a process with all its tracks; shown below those before it.
+    ///
+    /// # Errors
+    /// What `out` says.
+    pub fn process(&mut self, process: &Process) -> io::Result<()> {
         let pid = self.id();
+        self.processes += 1;
         let uuid = self.track(TrackDescriptor {
             process: Some(ProcessDescriptor { pid: Some(pid), process_name: Some(process.name.clone()) }),
             child_ordering: Some(schema::EXPLICIT_ORDER),
-            sibling_order_rank: i32::try_from(index).ok(),
+            sibling_order_rank: Some(self.processes),
             ..TrackDescriptor::default()
         })?;
         for (rank, counter) in process.counters.iter().enumerate() {

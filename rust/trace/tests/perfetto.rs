@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 
-use prost::Message;
 use tdpmmu_trace::perfetto::{
     self, Counter, Flows, Instant, Lane, Process, Span, Thread,
     schema::{Data, EventType, Trace, TrackDescriptor},
@@ -55,7 +54,7 @@ fn run(name: &str, flow: u64) -> Process {
 fn decoded(processes: &[Process]) -> Trace {
     let mut bytes = Vec::new();
     perfetto::write(&mut bytes, processes).unwrap();
-    Trace::decode(&*bytes).unwrap()
+    perfetto::read(&bytes).unwrap()
 }
 
 /// (name of the track, its events as (type, at, name)), names resolved as a reader resolves them.

@@ -477,8 +477,8 @@ impl<P: Platform> Vm<P> {
     fn fast_zap_locked(&self, task: &Task<P>, _slots_lock: &mut SlotWriter<P>) -> FastZapTimes {
         let ns = |from: u64, to: u64| P::ticks_to_ns(to.saturating_sub(from));
         task.meter().reset_exclusive_holds();
-        let before = task.meter().phase_ticks();
         let t0 = P::ticks();
+        let before = task.meter().phase_ticks(t0);
         let mut guard = self.mmu.lock.write(task);
         let taken = P::ticks();
         self.mmu.fast_zap_invalidate(&mut guard);
@@ -489,7 +489,7 @@ impl<P: Platform> Vm<P> {
         let released = P::ticks();
         self.mmu.fast_zap_finish(task);
         let done = P::ticks();
-        let after = task.meter().phase_ticks();
+        let after = task.meter().phase_ticks(done);
         // Summed by the lock itself: a design that zaps under the exclusive lock breaks it, and holds it again.
         let holds = task.meter().exclusive_holds();
         FastZapTimes {
@@ -520,7 +520,7 @@ impl<P: Platform> Vm<P> {
         let task = self.task("close", TaskRole::Caller);
         let begin = P::ticks();
         let cpu = P::thread_cpu_ns();
-        drop(task.meter().take());
+        let before = task.meter().phase_ticks(begin);
         self.closing.store(true, Ordering::Release);
         self.stop_vcpus(&task);
         let mut cores = Vec::with_capacity(self.vcpus.len());
@@ -555,7 +555,9 @@ impl<P: Platform> Vm<P> {
         };
         self.side.slots.stop();
         let pool = self.mmu.pool().stats();
-        let total_ns = P::ticks_to_ns(P::ticks() - begin);
+        let end = P::ticks();
+        let after = task.meter().phase_ticks(end);
+        let total_ns = P::ticks_to_ns(end - begin);
         let cpu_ns = P::thread_cpu_ns().saturating_sub(cpu);
         let meter = task.meter().take();
         let report = CloseReport {
@@ -566,7 +568,7 @@ impl<P: Platform> Vm<P> {
             entry_writes: meter.entry_writes,
             entry_reads: meter.entry_reads,
             begin,
-            phase_ticks: meter.phase_ticks,
+            phase_ticks: std::array::from_fn(|phase| after[phase] - before[phase]),
             recording: meter.recording,
             leftovers,
             tables_leaked: pool.taken,

@@ -4,6 +4,7 @@ use tdpmmu_platform::MeterSnapshot;
 
 use super::tears_down;
 use crate::LabError;
+use crate::attribution;
 use crate::config::{Case, Plan};
 use crate::outcome::Outcome;
 use crate::result::Run;
@@ -30,6 +31,9 @@ pub(super) fn believable(
     let sound = !case.info.flawed;
     if sound && !outcome.close.is_clean() {
         return fail(format!("{}: the VM did not end clean: {:?}", run.design, outcome.close));
+    }
+    if let Some(doubt) = attribution::doubted(outcome, &run.attribution) {
+        return fail(format!("{}: {doubt}", run.design));
     }
     let switched_out: u64 =
         outcome.threads.iter().filter(|t| tears_down(outcome, t)).map(|t| t.switched_out).sum();

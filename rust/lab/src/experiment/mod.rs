@@ -11,6 +11,7 @@ use tdpmmu_table::{TABLE_BYTES, TablePool};
 use tdpmmu_vm::AccessOutcome;
 
 use crate::LabError;
+use crate::attribution;
 use crate::config::{BenchConfig, Case, Plan};
 use crate::outcome::{Outcome, ThreadReport};
 use crate::result::{
@@ -20,6 +21,7 @@ use crate::result::{
 
 use crate::scenario::{Mark, Who};
 use crate::scene::{Kind, LOOP_SPTES};
+use crate::timeline;
 
 /// What `drop_loop` reports.
 pub fn drop_loop(outcome: &Outcome, times: u64) -> DropLoop {
@@ -237,10 +239,13 @@ pub fn to_run(plan: &Plan, case: &Case, rep: u32, outcome: &Outcome, cpus: usize
             section_ns: H::from(&pay_hist.rcu_section),
             grace_period_ns: H::from(&outcome.rcu.grace_period_ns),
             backlog_pages_peak: outcome.rcu.backlog_peak,
+            backlog_series: timeline::backlog(outcome),
         },
         queue_ns: outcome.queue.as_ref().map(H::from).unwrap_or_default(),
         refault: Refault { faults: outcome.refaults.0, wall_ns: outcome.refaults.1 },
-        attribution: crate::attribution::attribution(outcome),
+        attribution: attribution::attribution(outcome),
+        others: attribution::others(outcome, c.arrival_ns),
+        timeline: if c.timeline { timeline::timeline(outcome) } else { None },
         fit: None,
         yields: paying.yields,
         retries: all.retries,

@@ -9,7 +9,7 @@ use tdpmmu_vm::slots::Region;
 use tdpmmu_vm::{FastZapTimes, SlotFlags, SlotUpdate};
 
 use super::setup::{Regions, task_config};
-use super::{P, Paid, Shared, internal, lock};
+use super::{Begun, P, Paid, Shared, internal, lock};
 use crate::LabError;
 use crate::guest::Felt;
 use crate::scenario::{Flag, Intruder, Mark, Op, Update, Who};
@@ -119,6 +119,7 @@ impl Shared<'_> {
             self.open_window(task, None);
         }
         let _ = task.meter().take();
+        let begun = Begun::now();
         let (cpu, switches) = (P::thread_cpu_ns(), P::switches());
         if first {
             self.window.t0.store(P::ticks(), Ordering::Release);
@@ -126,6 +127,8 @@ impl Shared<'_> {
         let times = self.update(task, update)?;
         paid.cpu_ns += P::thread_cpu_ns() - cpu;
         paid.switched_out += P::switches().involuntary - switches.involuntary;
+        paid.delayed(&begun);
+        paid.add(times.t0, times.t0 + P::ns_to_ticks(times.total_ns), &times.phase_ticks);
         let meter = task.meter().take();
         match &mut paid.meter {
             Some(sum) => sum.merge(&meter),

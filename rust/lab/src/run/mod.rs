@@ -23,17 +23,19 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use tdpmmu_oracle::Judge;
-use tdpmmu_platform::{MeterSnapshot, Observer, Platform, RcuDomain, Real, Role as TaskRole, Task};
+use tdpmmu_platform::{MeterSnapshot, Observer, Phase, Platform, RcuDomain, Real, Role as TaskRole, Task};
 use tdpmmu_spte::geometry::page_bytes;
 use tdpmmu_vm::{Vm, VmError};
 
 use self::setup::Regions;
 use self::window::Collected;
+use crate::attribution::Request;
 use crate::guest::{Felt, Window};
 use crate::outcome::{Outcome, ThreadReport};
 use crate::scenario::{FLAGS, Flag, Op, Scenario, Who};
 use crate::{Control, LabError};
 
+pub(crate) use self::setup::MOST_COLLAPSED;
 pub use self::setup::vm_config;
 
 type P = Real;
@@ -54,8 +56,46 @@ struct Shared<'a> {
 #[derive(Default)]
 struct Paid {
     cpu_ns: u64,
+    run_delay_ns: Option<u64>,
     switched_out: u64,
     meter: Option<MeterSnapshot>,
+    request: Option<Request>,
+    /// Where the stretch of a guest begins.
+    since: Option<Begun>,
+}
+
+/// The clocks of a thread at the begin of a stretch.
+#[derive(Clone, Copy)]
+struct Begun {
+    at: u64,
+    /// The stretch may have begun as late as this: the host can take the CPU away between two looks at a clock.
+    latest: u64,
+    cpu_ns: u64,
+    run_delay_ns: Option<u64>,
+}
+
+impl Begun {
+    fn now() -> Self {
+        let (run_delay_ns, cpu_ns, at) = (P::run_delay_ns(), P::thread_cpu_ns(), P::ticks());
+        Self { at, latest: at, cpu_ns, run_delay_ns }
+    }
+
+    /// Runnable without a CPU since then.
+    fn run_delay_ns(&self) -> Option<u64> {
+        Some(P::run_delay_ns()?.saturating_sub(self.run_delay_ns?))
+    }
+}
+
+impl Paid {
+    /// One more call of the request: its stamps, and its ticks by phase.
+    fn add(&mut self, entered: u64, returned: u64, phase_ticks: &[u64; Phase::ALL.len()]) {
+        self.request.get_or_insert_default().add(entered, returned, phase_ticks);
+    }
+
+    /// The time without a CPU since `begun` is part of the request.
+    fn delayed(&mut self, begun: &Begun) {
+        self.run_delay_ns = begun.run_delay_ns().map(|delay| delay + self.run_delay_ns.unwrap_or(0));
+    }
 }
 
 fn internal(what: &str) -> impl Fn(VmError) -> LabError + '_ {
@@ -94,6 +134,9 @@ pub fn run(scenario: &Scenario, control: &Control, judge: Option<Arc<Judge>>) ->
     if let Some(judge) = &judge {
         judge.check_quiet(vm.mmu(), &vm.task("judge", TaskRole::Observer));
     }
+    // The end of the VM is on the timeline only where it is what is measured.
+    let recorded = || vm.mmu().rcu().timeline().map(|timeline| timeline.take());
+    let timeline = scenario.pays.and_then(|_| recorded());
     let end = shared.close(result.is_ok())?;
     result?;
     if let Some(judge) = &judge {
@@ -110,6 +153,10 @@ pub fn run(scenario: &Scenario, control: &Control, judge: Option<Arc<Judge>>) ->
         pays: scenario.pays,
         expected: scenario.sptes,
         t0: shared.window.t0.load(Ordering::Acquire),
+        end: match shared.window.end.load(Ordering::Acquire) {
+            0 => P::ticks(),
+            end => end,
+        },
         at_t0: collected.at_t0,
         tables_at_t0: collected.tables_at_t0,
         populate_ns: collected.populate_ns,
@@ -126,6 +173,8 @@ pub fn run(scenario: &Scenario, control: &Control, judge: Option<Arc<Judge>>) ->
         queue,
         rcu: vm.mmu().rcu().stats(),
         rcu_cpu_ns: collected.rcu_cpu_ns,
+        rcu_thread_ns: collected.rcu_thread_ns,
+        timeline: timeline.or_else(recorded),
         flushes: collected.flushes,
         kicks: collected.kicks,
         refaults: collected.refaults,
@@ -216,16 +265,28 @@ impl Shared<'_> {
     }
 
     fn report(&self, name: &str, who: Who, task: &Task<P>, paid: &mut Paid, felt: Felt) {
+        let whole = Begun { at: 0, latest: 0, cpu_ns: 0, run_delay_ns: Some(0) };
+        let since = paid.since.unwrap_or(whole);
+        let requested = paid.request.is_some();
+        let stamped = paid.since.filter(|_| !requested && paid.meter.is_none());
+        let earliest = P::ticks();
+        // What came after the measured operation is not part of it.
+        let meter = paid.meter.take().unwrap_or_else(|| task.meter().take());
+        let least = |since: Begun| earliest.saturating_sub(since.latest);
+        let most = |since: Begun| P::ticks().saturating_sub(since.at);
+        let stamped_ticks = stamped.map(|s| meter.elapsed_ticks.max(least(s)).min(most(s)));
         let report = ThreadReport {
             name: name.to_owned(),
             who,
-            // What came after the measured operation is not part of it.
-            meter: paid.meter.take().unwrap_or_else(|| task.meter().take()),
+            meter,
+            stamped_ticks,
+            cpu_ns: if requested { paid.cpu_ns } else { P::thread_cpu_ns().saturating_sub(since.cpu_ns) },
             op_cpu_ns: paid.cpu_ns,
             switched_out: paid.switched_out,
             felt,
             cpu: current_cpu(),
-            run_delay_ns: P::run_delay_ns(),
+            run_delay_ns: if requested { paid.run_delay_ns } else { since.run_delay_ns() },
+            request: paid.request.take(),
         };
         lock(&self.collected).threads.push(report);
     }

@@ -7,10 +7,10 @@ use std::time::Duration;
 
 use tdpmmu_mmu::QueueKind;
 use tdpmmu_platform::{Observer, Platform, Preempt, RcuConfig, Role as TaskRole, TaskConfig};
-use tdpmmu_spte::geometry::{max_gfn, page_bytes};
+use tdpmmu_spte::geometry::{max_gfn, page_bytes, span};
 use tdpmmu_spte::{KernelProfile, Ownership, Passes};
 use tdpmmu_vm::slots::Region;
-use tdpmmu_vm::{AdMix, BulkOptions, Progress, SlotFlags, VmConfig};
+use tdpmmu_vm::{AdMix, BulkOptions, MAX_HOST_PAGES, Progress, SlotFlags, VmConfig};
 
 use super::{P, Shared, internal, lock};
 use crate::LabError;
@@ -21,6 +21,8 @@ const EXTRA_SLOT: u16 = 500;
 /// The slot that somebody else creates meanwhile.
 const OTHER_SLOT: u16 = 501;
 const EXTRA_PAGES: u64 = 64;
+/// At most so many pieces does the host collapse in a scene.
+pub(crate) const MOST_COLLAPSED: u64 = 16;
 
 /// Settings of tasks in a scenario.
 pub(super) fn task_config(spec: &VmSpec) -> TaskConfig {
@@ -36,7 +38,7 @@ pub(super) fn task_config(spec: &VmSpec) -> TaskConfig {
         attribute: true,
         step_ns: spec.step_ns,
         force_yield: spec.force_yield,
-        record: false,
+        record: spec.record,
     }
 }
 
@@ -64,10 +66,13 @@ pub fn vm_config(spec: &VmSpec, observer: Option<Arc<dyn Observer>>) -> Result<V
     config.max_tables = spec.max_tables;
     config.max_level = spec.max_level;
     // Each small region begins a GiB of its own.
-    config.host_pages = (spec.memory_bytes / page_bytes(1) + 2 * page_bytes(3) / page_bytes(1)).max(1 << 20);
+    // Room to collapse into: the host copies to a run of frames that is free and aligned.
+    let collapsed = if spec.max_level > spec.level { MOST_COLLAPSED * span(spec.max_level) } else { 0 };
+    let pages = spec.memory_bytes / page_bytes(1) + collapsed + 2 * span(3);
+    config.host_pages = pages.clamp(1 << 20, MAX_HOST_PAGES);
     config.write_back = spec.write_back;
     config.task = task_config(spec);
-    config.rcu = RcuConfig::default();
+    config.rcu = RcuConfig { log: spec.log, ..RcuConfig::default() };
     config.observer = observer;
     Ok(config)
 }

@@ -3,12 +3,12 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use tdpmmu_platform::{Histogram, Platform, Site};
+use tdpmmu_platform::{Histogram, Phase, Platform, Site, Task};
 use tdpmmu_spte::geometry::{page_bytes, span};
 use tdpmmu_spte::{Ownership, Role};
 use tdpmmu_vm::{AccessOutcome, GuestAccess, Vcpu};
 
-use super::{P, Paid, Shared, internal, lock, setup::task_config};
+use super::{Begun, P, Paid, Shared, internal, lock, setup::task_config};
 use crate::LabError;
 use crate::guest::{self, Felt, GuestPlan, WorkingSet};
 use crate::scenario::{Drop, Flag, Mark, Op, Sharing, Who};
@@ -22,6 +22,12 @@ struct Drops {
     times: u64,
     sptes: u64,
     by: Drop,
+}
+
+/// A task's ticks by phase until `end`, since it had spent `before`.
+fn since(task: &Task<P>, end: u64, before: &[u64; Phase::ALL.len()]) -> [u64; Phase::ALL.len()] {
+    let now = task.meter().phase_ticks(end);
+    std::array::from_fn(|phase| now[phase] - before[phase])
 }
 
 impl Shared<'_> {
@@ -108,7 +114,10 @@ impl Shared<'_> {
                     guest::touch(vcpu, &plan.writes)?;
                 }
                 self.raise(Flag::WarmedUp);
+                let mut begun = Begun::now();
                 let _ = vcpu.task().meter().take();
+                begun.latest = P::ticks();
+                paid.since = Some(begun);
                 let until = code.until;
                 let got = guest::run(vcpu, &plan, &self.window, || self.raised(until) > 0 || self.stopped())?;
                 if self.stopped() {
@@ -164,14 +173,18 @@ impl Shared<'_> {
             if !vcpu.enter().map_err(&fail)? {
                 return Err(LabError::Cancelled);
             }
+            let mut begun = None;
             if big {
                 vcpu.leave();
                 self.open_window(vcpu.task(), vcpu.current_root());
                 let _ = vcpu.task().meter().take();
+                begun = Some(Begun::now());
                 vcpu.enter().map_err(&fail)?;
                 self.window.t0.store(P::ticks(), Ordering::Release);
             }
             let cpu = if big { P::thread_cpu_ns() } else { 0 };
+            let asked = P::ticks();
+            let before = if big { vcpu.task().meter().phase_ticks(asked) } else { [0; Phase::ALL.len()] };
             let begin = P::ticks();
             match by {
                 Drop::Toggle => drop(vcpu.drop_root().map_err(&fail)?),
@@ -184,8 +197,10 @@ impl Shared<'_> {
                 Drop::Unload => vcpu.unload(),
             }
             let end = P::ticks();
-            if big {
+            if let Some(begun) = begun {
+                paid.add(asked, end, &since(vcpu.task(), end, &before));
                 paid.cpu_ns += P::thread_cpu_ns() - cpu;
+                paid.delayed(&begun);
                 paid.meter = Some(vcpu.task().meter().take());
             }
             histogram.record(P::ticks_to_ns(end - begin));
@@ -211,16 +226,21 @@ impl Shared<'_> {
         vcpu.enter().map_err(&fail)?;
         let _ = vcpu.task().meter().take();
         self.window.t0.store(P::ticks(), Ordering::Release);
+        let begun = Begun::now();
         let cpu = P::thread_cpu_ns();
         for piece in 0..pieces {
             let access = GuestAccess { gfn: piece * span(level), write: true, exec: false };
             let begin = P::ticks();
+            let before = vcpu.task().meter().phase_ticks(begin);
             let outcome = vcpu.access(access).map_err(&fail)?;
+            let end = P::ticks();
+            paid.add(begin, end, &since(vcpu.task(), end, &before));
             if outcome == AccessOutcome::Stopped {
                 return Err(LabError::Cancelled);
             }
-            self.mark(Mark::Replace, P::ticks() - begin);
+            self.mark(Mark::Replace, end - begin);
         }
+        paid.delayed(&begun);
         paid.cpu_ns += P::thread_cpu_ns() - cpu;
         paid.meter = Some(vcpu.task().meter().take());
         vcpu.leave();

@@ -31,6 +31,7 @@ pub(super) struct Collected {
     pub(super) refaults: (u64, u64),
     pub(super) freed: u64,
     pub(super) rcu_cpu_ns: u64,
+    pub(super) rcu_thread_ns: (u64, u64),
     pub(super) flushes: u64,
     pub(super) kicks: u64,
     pub(super) threads: Vec<ThreadReport>,
@@ -45,6 +46,7 @@ pub(super) struct Collected {
 #[derive(Clone, Copy, Default)]
 pub(super) struct Base {
     pub(super) rcu_cpu_ns: u64,
+    pub(super) rcu_thread_ns: (u64, u64),
     pub(super) flushes: u64,
     pub(super) kicks: u64,
     pub(super) frees: u64,
@@ -61,12 +63,16 @@ impl Shared<'_> {
             Some(root) => mmu.count(task, root),
             None => mmu.count_all(task),
         };
+        // Nor does what was recorded so far.
+        drop(mmu.rcu().timeline().map(|timeline| timeline.take()));
+        let rcu = mmu.rcu().stats();
         let mut all = lock(&self.collected);
         all.at_t0 = counts;
         all.dropped = root;
         all.tables_at_t0 = counts.all_tables();
         all.base = Base {
-            rcu_cpu_ns: mmu.rcu().stats().thread_cpu_ns,
+            rcu_cpu_ns: rcu.thread_cpu_ns,
+            rcu_thread_ns: (rcu.waiting_ns, rcu.freeing_ns),
             flushes: mmu.flushes(),
             kicks: self.vm.side().kicks(),
             frees: mmu.pool().stats().frees,
@@ -118,7 +124,10 @@ impl Shared<'_> {
         all.last_free_ns = (freed > 0).then(|| P::ticks_to_ns(mmu.last_table_free().saturating_sub(t0)));
         all.freed = freed;
         all.written_back = self.vm.side().primary.frames().stats().dirtied - all.base.dirtied;
-        all.rcu_cpu_ns = mmu.rcu().stats().thread_cpu_ns.saturating_sub(all.base.rcu_cpu_ns);
+        let rcu = mmu.rcu().stats();
+        all.rcu_cpu_ns = rcu.thread_cpu_ns.saturating_sub(all.base.rcu_cpu_ns);
+        let (waiting, freeing) = all.base.rcu_thread_ns;
+        all.rcu_thread_ns = (rcu.waiting_ns.saturating_sub(waiting), rcu.freeing_ns.saturating_sub(freeing));
         all.flushes = mmu.flushes() - all.base.flushes;
         all.kicks = self.vm.side().kicks() - all.base.kicks;
     }

@@ -50,6 +50,8 @@ pub(super) fn vm_spec(ask: &Ask<'_>, tables: u64, vcpus: u32) -> VmSpec {
         write_back: ask.plan.write_back,
         step_ns: ask.step_ns,
         force_yield: None,
+        record: !ask.step_ns && (c.timeline || c.perfetto.is_some()),
+        log: !ask.step_ns,
     }
 }
 

@@ -45,6 +45,9 @@ use crate::{
     timeline::{Batch, Timeline},
 };
 
+/// A domain with a timeline looks at the clock each time so many more ids were deferred.
+const LOGGED_EACH: u64 = 16;
+
 /// States of [`Inner::nap`].
 const AWAKE: u32 = 0;
 /// Nothing to do: the next `defer` wakes.
@@ -421,7 +424,9 @@ impl RcuDomain for Domain {
         if backlog > inner.backlog_peak.load(Ordering::Relaxed) {
             inner.backlog_peak.fetch_max(backlog, Ordering::Relaxed);
         }
-        if let Some(timeline) = &inner.timeline {
+        if let Some(timeline) = &inner.timeline
+            && callbacks / LOGGED_EACH != (callbacks - u64::from(count)) / LOGGED_EACH
+        {
             timeline.grown(clock::ticks(), backlog);
         }
         inner.chain.splice(head, tail_link, || inner.first_queued.store(clock::ticks(), Ordering::Relaxed));
