@@ -6,6 +6,7 @@ use super::parts::{SETTLE_MS, code, delete, guest, guests, one_root, scenario, v
 use super::{Ask, Kind, Scene};
 use crate::config::Plan;
 use crate::memory::Estimate;
+use crate::run::MOST_COLLAPSED;
 use crate::scenario::{Flag, Op, Scenario, Sharing, Thread, Who, wait};
 
 pub(super) const DIRTY_SPLIT: Scene = Scene {
@@ -28,9 +29,6 @@ pub(super) const HUGE_IN_FAULT: Scene = Scene {
     build: huge_in_fault,
 };
 
-/// At most so many pieces are replaced.
-const PIECES: u64 = 16;
-
 fn huge_pages(plan: &Plan) -> Result<(), String> {
     if plan.level == 1 {
         return Err(
@@ -52,9 +50,11 @@ fn dirty_split(ask: &Ask<'_>) -> Scenario {
 /// Level of the pieces, and how many of them: the largest whose pieces fit into a quarter of the memory.
 fn piece(plan: &Plan) -> Result<(u8, u64), String> {
     let quarter = plan.config.memory_bytes / 4;
+    // The largest modelled host has little room beside the largest guest.
+    let most = if plan.config.memory_bytes > 60 << 40 { 1 } else { MOST_COLLAPSED };
     (plan.level + 1..=3)
         .rev()
-        .map(|level| (level, (quarter / page_bytes(level)).min(PIECES)))
+        .map(|level| (level, (quarter / page_bytes(level)).min(most)))
         .find(|piece| piece.1 > 0)
         .ok_or_else(|| match plan.level {
             3 => "the guest is mapped by 1G pages, no host page is larger: use page 4K or 2M".into(),
