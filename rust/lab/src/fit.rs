@@ -117,8 +117,8 @@ mod tests {
         assert!(near(fit.ns_per_spte_se.expect("four points"), 0.264_575));
         assert!(near(fit.r2.expect("scatter"), 1.0 - 0.7 / 18.75), "{fit:?}");
         let (low, high) = fit.at[0].ci95.expect("four points");
-        // 4.303 * sqrt(0.35) * sqrt(1 + 1/4 + 7.5^2 / 5) = 8.999
-        assert!(near(high - 19.0, 8.999) && near(19.0 - low, 8.999), "{low} {high}");
+        // 4.303 * sqrt(0.35) * sqrt(1 + 1/4 + 7.5^2 / 5) = 9.0004
+        assert!(near(high - 19.0, 9.0004) && near(19.0 - low, 9.0004), "{low} {high}");
         assert!(fit.at[0].extrapolated && !fit.at[1].extrapolated);
     }
 

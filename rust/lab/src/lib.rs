@@ -8,7 +8,7 @@
 //! | file | idea |
 //! | --- | --- |
 //! | `bench.rs` | the entry: JSON in, JSON out; repetitions, checks |
-//! | `config.rs` | the request, its rules, what follows from it |
+//! | `config/` | the request; its rules, and what follows from it |
 //! | `scenario.rs` | experiments as data |
 //! | `scene/` | the scenes: which scenario a name stands for |
 //! | `run/`, `outcome.rs` | the runner; what a run came to |

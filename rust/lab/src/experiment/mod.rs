@@ -78,11 +78,14 @@ pub fn to_run(plan: &Plan, case: &Case, rep: u32, outcome: &Outcome, cpus: usize
         (all.histograms.as_deref().unwrap_or(&empty), paying.histograms.as_deref().unwrap_or(&empty));
     let worker_cpu: u64 = outcome.workers.iter().map(|w| w.1).sum();
     let op_cpu: u64 = outcome.threads.iter().filter(|t| tears_down(outcome, t)).map(|t| t.op_cpu_ns).sum();
+    // A vCPU that puts the last reference to a root while somebody else's zap is under way may pay too.
+    let others = outcome.threads.iter().filter(|t| !tears_down(outcome, t)).map(|t| t.meter.walk_cpu_ns);
     let (caller, vcpu) = match outcome.pays {
         Some(Who::Vcpu(_)) => (0, op_cpu),
         Some(_) => (op_cpu, 0),
         None => (outcome.close.cpu_ns, 0),
     };
+    let vcpu = vcpu + others.sum::<u64>();
     let cpu_ns = CpuNs { caller, vcpu, worker: worker_cpu, rcu: outcome.rcu_cpu_ns };
     let update = outcome.update.map(|t| UpdateNs {
         total: t.total_ns,
@@ -157,9 +160,6 @@ pub fn to_run(plan: &Plan, case: &Case, rep: u32, outcome: &Outcome, cpus: usize
         ("block_drop_ns", all_of(Mark::Drop)),
     ];
     let many = all_of(Mark::Update).count() > 1;
-    let exclusive_drop = case.scene.kind == Kind::Drop
-        && case.info.name == "inline"
-        && plan.profile.root_free_lock == LockMode::Exclusive;
     let threads_running = c.vcpus as usize + 1 + usize::from(case.info.queue.is_some()) * c.workers;
     let run = Run {
         scene: case.scene.name.into(),
@@ -170,7 +170,7 @@ pub fn to_run(plan: &Plan, case: &Case, rep: u32, outcome: &Outcome, cpus: usize
         sharing: plan.sharing.name(),
         passes: case.passes.to_string(),
         ownership: case.ownership.to_string(),
-        lock_mode: if exclusive_drop { "exclusive" } else { "shared" },
+        lock_mode: if exclusive(plan, case, outcome) { "exclusive" } else { "shared" },
         preempt: case.preempt_name().into(),
         tick_ns: c.tick_ns,
         kernel_profile: plan.profile.to_string(),
@@ -262,6 +262,18 @@ pub fn to_run(plan: &Plan, case: &Case, rep: u32, outcome: &Outcome, cpus: usize
     };
     believe::believable(plan, case, outcome, &paying, &run)?;
     Ok(run)
+}
+
+/// Is mmu_lock held exclusively for the SPTE work of the request?
+fn exclusive(plan: &Plan, case: &Case, outcome: &Outcome) -> bool {
+    let does = &case.info.obligations;
+    match (outcome.pays, case.scene.kind) {
+        // kvm_mmu_zap_all.
+        (None, _) => true,
+        // A fault holds it shared, whoever's design it is.
+        (Some(_), Kind::Zap) => outcome.update.is_some() && does.keeps_roots,
+        (Some(_), Kind::Drop) => does.last_put_zaps && plan.profile.root_free_lock == LockMode::Exclusive,
+    }
 }
 
 /// Tables that stay: those of a dropped root that the MMU owns, or those of an invalid root that a halted vCPU holds.
