@@ -167,11 +167,16 @@ fn two_zappers_share_slots_lock_and_break_no_rule() {
 #[test]
 fn a_pool_that_is_nearly_empty_makes_races_retry_and_not_leak() {
     for design in DESIGNS.iter().filter(|d| !d.flawed) {
-        // Three caches of 16 and a few tables: exhaustion happens all the time, the zapper gives back.
+        // Three caches of 16 and a few tables: exhaustion happens all the time, the zapper gives back. Where the host let the
+        // vCPUs run one after the other it may not, and such a race shows nothing.
         let setup = Setup { design: design.name, max_tables: 80, ..Setup::default() };
-        let world = race(&setup, &Race { cpus: 3, steps: 400, zappers: 1 });
-        assert!(world.mmu.pool().stats().cap_hits > 0, "the cap was never met");
-        world.end();
+        let met = (0..20).any(|_| {
+            let world = race(&setup, &Race { cpus: 3, steps: 400, zappers: 1 });
+            let hits = world.mmu.pool().stats().cap_hits;
+            world.end();
+            hits > 0
+        });
+        assert!(met, "{}: the cap was never met", design.name);
     }
 }
 
