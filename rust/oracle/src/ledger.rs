@@ -262,7 +262,7 @@ impl RootLedger {
         let done = r.count.is_balanced(|v| v);
         let at_zero = r.count.at() == 0;
         let awaited = r.count.early().iter().any(|e| e.to == 0);
-        if (done && !at_zero) || (!done && !awaited && !at_zero) {
+        if !at_zero && (done || !awaited) {
             let what = format!("freed at count {}, held by {}", r.count.at(), r.owners_text());
             verdict.broken(Rule::FreedReferenced, Some(root), None, what);
         } else if !done {

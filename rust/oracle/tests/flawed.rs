@@ -2,10 +2,13 @@
 
 mod common;
 
+use std::sync::Arc;
+
 use common::{Cpu, Setup, World};
-use tdpmmu_mmu::{DESIGNS, Leftovers};
+use tdpmmu_mmu::design::InPlace;
+use tdpmmu_mmu::{DESIGNS, Held, Leftovers, TdpMmu, ZapDesign};
 use tdpmmu_oracle::Rule;
-use tdpmmu_platform::{Real, Task};
+use tdpmmu_platform::{Exclusive, Guard, Real, Task};
 
 /// A root is created and lost between the two phases of one fast zap, and its worker, if it has one, is late. Both vCPUs keep what they have.
 fn lose_a_root_between_the_phases(world: &World, task: &Task<Real>, lost: &mut Cpu) {
@@ -153,5 +156,48 @@ fn no_sound_design_is_caught_where_the_flawed_ones_are() {
             drop(task);
             world.end();
         }
+    }
+}
+
+/// `in-place` that empties nothing: what the judge must see of a design that keeps its roots.
+struct Forgets;
+
+impl ZapDesign<Real> for Forgets {
+    fn name(&self) -> &'static str {
+        "forgets"
+    }
+
+    fn last_put(&self, mmu: &TdpMmu<Real>, task: &Task<Real>, root: u32, held: Held<'_, '_, Real>) {
+        InPlace.last_put(mmu, task, root, held);
+    }
+
+    fn invalidate(&self, _: &TdpMmu<Real>, _: &mut Guard<'_, Real, Exclusive>) {}
+
+    fn finish(&self, _: &TdpMmu<Real>, _: &Task<Real>) {}
+
+    fn drain(&self, _: &TdpMmu<Real>, _: &Task<Real>) {}
+}
+
+#[test]
+fn an_in_place_zap_that_forgets_an_entry_is_caught_and_one_that_is_refilled_is_not() {
+    for (forgets, rules) in [(true, vec![Rule::FastZapLeft]), (false, vec![])] {
+        let setup = Setup { design: "in-place", ..Setup::default() };
+        let world = if forgets { setup.build_with(Arc::new(Forgets), "in-place") } else { setup.build() };
+        let task = world.task();
+        let mut cpu = Cpu::new(&world, 0);
+        cpu.access(3, 1, true);
+        {
+            let mut guard = world.mmu.lock.write(&task);
+            world.mmu.fast_zap_invalidate(&mut guard);
+            world.mmu.fast_zap_in_lock(&mut guard);
+        }
+        // The root is valid: a fault fills it again before the fast zap has returned.
+        cpu.access(3, 1, true);
+        world.mmu.fast_zap_finish(&task);
+        let found: Vec<_> = world.judge.violations().iter().map(|v| v.rule).collect();
+        assert_eq!(found, rules);
+        assert_eq!(world.mmu.leaf_pages()[0], 1);
+        cpu.close();
+        assert_eq!(world.mmu.uninit(&task), Leftovers::default());
     }
 }
