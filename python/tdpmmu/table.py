@@ -207,7 +207,8 @@ def _fits(result: BenchResult) -> str:
     for run in result.runs:
         for guess in (run.fit or {}).get("at", ()):
             fit: Any = run.fit
-            low, high = guess.get("ci95") or (None, None)
+            interval = guess.get("ci95")
+            low, high = (max(float(end), 0.0) for end in interval) if interval else (0.0, 0.0)
             error = fit.get("ns_per_spte_se")
             rows.append(
                 [
@@ -218,9 +219,10 @@ def _fits(result: BenchResult) -> str:
                     f"{fit.get('ns_per_spte', 0.0):.3g}" + (f" +- {error:.2g}" if error is not None else ""),
                     "-" if fit.get("r2") is None else f"{fit['r2']:.4f}",
                     format_size(guess["memory_bytes"]),
-                    format_ns(guess["ns"]),
-                    "-" if low is None else f"{format_ns(low)} .. {format_ns(high)}",
-                    "extrapolated" if guess.get("extrapolated", True) else "",
+                    format_ns(max(guess["ns"], 0)),
+                    f"{format_ns(low)} .. {format_ns(high)}" if interval else "-",
+                    ("extrapolated" if guess.get("extrapolated", True) else "")
+                    + ("; growth not told from none" if interval and low == 0 else ""),
                 ]
             )
     if not rows:

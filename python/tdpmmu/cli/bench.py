@@ -18,7 +18,25 @@ from tdpmmu.cli.output import PICTURES, RECORDINGS, SUFFIXES, Output, check_free
 __all__ = ["bench"]
 
 
-@click.group()
+def catalogue_help(*experiments: str) -> str:
+    """Return the designs, and the scenes of experiments, a line each, for the end of a help text."""
+    rows = [("Designs (flawed ones are wrong on purpose, and never in all):", "")]
+    for info in _names.catalogue()["design_info"]:
+        rows.append((f"  {_names.marked(info['name'])}", info["mainline"]))
+    for experiment in experiments:
+        rows.append((f"Scenes of bench {experiment}, its usual one first:", ""))
+        for name, summary in _names.scene_summaries(experiment):
+            rows.append((f"  {name}", summary))
+    width = max(len(name) for name, summary in rows if summary) + 2
+    lines = []
+    for name, summary in rows:
+        first, *rest = textwrap.wrap(summary, 78 - width) or [""]
+        lines.append(f"{name:<{width}}{first}".rstrip())
+        lines += [" " * width + more for more in rest]
+    return "\b\n" + "\n".join(lines)
+
+
+@click.group(epilog=catalogue_help("zap", "drop"))
 def bench() -> None:
     """Measure zap designs and single operations."""
 
@@ -219,23 +237,6 @@ class Exports:
     def __exit__(self, *error: object) -> None:
         for _, draft, _ in self.moves:
             draft.unlink(missing_ok=True)
-
-
-def catalogue_help(experiment: str) -> str:
-    """Return the designs and the scenes of an experiment, a line each, for the end of a help text."""
-    rows = [("Designs:", "")]
-    for info in _names.catalogue()["design_info"]:
-        rows.append((f"  {_names.marked(info['name'])}", info["mainline"]))
-    rows.append(("Scenes:", ""))
-    for name, summary in _names.scene_summaries(experiment):
-        rows.append((f"  {name}", summary))
-    width = max(len(name) for name, summary in rows if summary) + 2
-    lines = []
-    for name, summary in rows:
-        first, *rest = textwrap.wrap(summary, 78 - width) or [""]
-        lines.append(f"{name:<{width}}{first}".rstrip())
-        lines += [" " * width + more for more in rest]
-    return "\b\n" + "\n".join(lines)
 
 
 @bench.command("zap", epilog=catalogue_help("zap"))

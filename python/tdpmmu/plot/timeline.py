@@ -25,7 +25,7 @@ _LOCKS = {
     "shared": ("#999999", "mmu_lock held, shared"),
     "exclusive": ("#000000", "mmu_lock held, exclusive"),
 }
-_ROLES = ("caller", "vcpu", "worker", "rcu")
+_ROLES = ("caller", "vcpu", "other", "worker", "rcu")
 
 
 def draw(figure: Figure, chosen: Selection) -> None:
