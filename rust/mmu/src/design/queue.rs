@@ -17,7 +17,8 @@
 use std::any::{Any, TypeId};
 use std::cell::{Cell, RefCell};
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::marker::PhantomData;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use tdpmmu_platform::queue::Serve;
@@ -43,6 +44,8 @@ pub struct ZapQueue<P: Platform> {
     place: OnceLock<(Arc<Crew<P>>, Arc<Client<P>>)>,
     /// Scheduled when the VM was dying, by a task that could not zap at once.
     owed: Mutex<Vec<u32>>,
+    /// Tasks that zap what a dying VM's workers would have: a flush waits for them as for workers.
+    direct: AtomicU32,
 }
 
 impl<P: Platform> ZapQueue<P> {
@@ -69,6 +72,7 @@ impl<P: Platform> ZapQueue<P> {
             work: Arc::new(work),
             place: OnceLock::new(),
             owed: Mutex::default(),
+            direct: AtomicU32::new(0),
         }
     }
 
@@ -120,11 +124,18 @@ impl<P: Platform> ZapQueue<P> {
     }
 
     /// Schedules `root`, or, in a dying VM, zaps it here and puts its reference: what the last put does with what it made.
-    pub fn schedule_or_zap(&self, mmu: &TdpMmu<P>, task: &Task<P>, root: u32, mut held: Held<'_, '_, P>) {
+    pub fn schedule_or_zap(&self, mmu: &TdpMmu<P>, task: &Task<P>, root: u32, held: Held<'_, '_, P>) {
         if !self.schedule(mmu, task, root) {
-            held.zap(mmu, task, root, Yield::Allowed);
-            mmu.put_root(task, root, Owner::Work, held);
+            self.zap_here(mmu, task, root, held);
         }
+    }
+
+    /// Zaps a root that no worker took, and puts its [`Owner::Work`] reference. It may yield: a fast zap that comes in between skips the root, which is
+    /// invalid, and therefore waits in its [`ZapQueue::flush`] until this has ended.
+    pub fn zap_here(&self, mmu: &TdpMmu<P>, task: &Task<P>, root: u32, mut held: Held<'_, '_, P>) {
+        let _direct = Direct::<P>::begin(&self.direct);
+        held.zap(mmu, task, root, Yield::Allowed);
+        mmu.put_root(task, root, Owner::Work, held);
     }
 
     /// Schedules `root`; in a dying VM [`ZapQueue::zap_owed`] zaps it, since under the exclusive lock is no place for that.
@@ -148,10 +159,18 @@ impl<P: Platform> ZapQueue<P> {
         }
     }
 
-    /// Waits until everything that this VM has queued so far has ended. Not from a worker.
+    /// Waits until everything that this VM has queued so far has ended, and what it zaps by itself because it is dying. Not from a worker, nor with
+    /// mmu_lock held.
     pub fn flush(&self) {
         if let Some((crew, client)) = self.place.get() {
             crew.queue.flush_for(client.id);
+        }
+        loop {
+            let direct = self.direct.load(Ordering::Acquire);
+            if direct == 0 {
+                return;
+            }
+            P::futex_wait(&self.direct, direct, None);
         }
     }
 
@@ -229,6 +248,24 @@ struct User<'m, P: Platform>(&'m TdpMmu<P>);
 impl<P: Platform> Drop for User<'_, P> {
     fn drop(&mut self) {
         self.0.put_user();
+    }
+}
+
+/// A zap by who lost the root, counted also when it panics. It begins in the hold of mmu_lock that made the root invalid, so a fast zap that finds the root
+/// invalid finds the count too.
+struct Direct<'q, P: Platform>(&'q AtomicU32, PhantomData<P>);
+
+impl<'q, P: Platform> Direct<'q, P> {
+    fn begin(count: &'q AtomicU32) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(count, PhantomData)
+    }
+}
+
+impl<P: Platform> Drop for Direct<'_, P> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Release);
+        P::futex_wake(self.0, u32::MAX);
     }
 }
 

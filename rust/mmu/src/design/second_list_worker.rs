@@ -87,14 +87,13 @@ impl<P: Platform> ZapDesign<P> for SecondListWorker<P> {
         Some(&self.queue)
     }
 
-    fn last_put(&self, mmu: &TdpMmu<P>, task: &Task<P>, root: u32, mut held: Held<'_, '_, P>) {
+    fn last_put(&self, mmu: &TdpMmu<P>, task: &Task<P>, root: u32, held: Held<'_, '_, P>) {
         if !mmu.invalidate_root(task, root) {
             return mmu.retire_root(task, root);
         }
         mmu.rearm_root(task, root);
         if !self.append(mmu, task, root) {
-            held.zap(mmu, task, root, Yield::Allowed);
-            mmu.put_root(task, root, Owner::Work, held);
+            self.queue.zap_here(mmu, task, root, held);
         }
     }
 

@@ -4,11 +4,13 @@
 //! added to [`DESIGNS`] fails here until it is told apart from every other. `docs/designs-compared.md` has the numbers of
 //! all designs and all probes; they are read from there and compared too.
 //!
-//! **Mechanism.** Workers are held back until somebody waits for them; what another task does in between is done at a schedule point (`staged.rs`). No
+//! **Mechanism.** Workers are held back until somebody waits for them; what another task does in between is done at a schedule point (`common/staged.rs`). No
 //! number here is a time.
 
 mod probes;
+#[path = "../common/staged.rs"]
 mod staged;
+#[path = "../common/world.rs"]
 mod world;
 
 use probes::*;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use tdpmmu_platform::{Role, Site};
 
 use crate::staged::{stage, unstage};
-use crate::world::{World, begin_fast_zap, written};
+use crate::world::{Terms, World, begin_fast_zap, finish_fast_zap, written};
 
 /// One schedule, run on the design of this name.
 pub type Probe = fn(&str) -> u64;
@@ -41,8 +41,8 @@ probes! {
 
 /// A vCPU has loaded a root: the count that it was born with.
 pub fn references_at_birth(design: &str) -> u64 {
-    let mut world = World::new(design, false);
-    let root = world.load(0);
+    let mut world = World::new(design, &Terms::default());
+    let root = world.vcpu.load(0);
     let refs = world.mmu.refs(root);
     world.end_well(&[root]);
     refs.into()
@@ -50,30 +50,30 @@ pub fn references_at_birth(design: &str) -> u64 {
 
 /// The vCPU drops the last reference; workers are held back: what it wrote before it could go on.
 pub fn entries_written_by_who_drops_a_root(design: &str) -> u64 {
-    let mut world = World::new(design, false);
-    let root = world.populated();
-    let writes = written(&world.vcpu, || world.drop_roots(&[root]));
+    let mut world = World::new(design, &Terms::default());
+    let root = world.vcpu.populated();
+    let writes = written(&world.vcpu.task, || world.vcpu.drop_roots(&[root]));
     world.end_well(&[]);
     writes
 }
 
 /// The same in a VM whose last user reference is gone.
 pub fn entries_written_by_who_drops_a_root_of_a_dying_vm(design: &str) -> u64 {
-    let mut world = World::new(design, false);
-    let root = world.populated();
+    let mut world = World::new(design, &Terms::default());
+    let root = world.vcpu.populated();
     assert_eq!(world.mmu.put_user(), 0);
-    let writes = written(&world.vcpu, || world.drop_roots(&[root]));
+    let writes = written(&world.vcpu.task, || world.vcpu.drop_roots(&[root]));
     world.end_well(&[]);
     writes
 }
 
 /// The vCPU drops the last reference, and every check asks it to yield: how often it gave mmu_lock up.
 pub fn yields_in_the_last_put(design: &str) -> u64 {
-    let mut world = World::new(design, true);
-    let root = world.populated();
-    let before = world.vcpu.meter().yields.get();
-    world.drop_roots(&[root]);
-    let yields = world.vcpu.meter().yields.get() - before;
+    let mut world = World::new(design, &Terms { yielding: true, ..Terms::default() });
+    let root = world.vcpu.populated();
+    let before = world.vcpu.task.meter().yields.get();
+    world.vcpu.drop_roots(&[root]);
+    let yields = world.vcpu.task.meter().yields.get() - before;
     world.end_well(&[]);
     yields
 }
@@ -81,37 +81,34 @@ pub fn yields_in_the_last_put(design: &str) -> u64 {
 /// The vCPU drops the last reference: the roots that a notifier finds on the list when the first table is torn down by it, or when
 /// it has dropped the root without tearing anything down. The SPTEs are still there (P-RCH).
 pub fn roots_listed_while_their_sptes_are_there(design: &str) -> u64 {
-    let mut world = World::new(design, false);
-    let root = world.populated();
+    let mut world = World::new(design, &Terms::default());
+    let root = world.vcpu.populated();
     let listed = Rc::new(Cell::new(None));
     let (mmu, seen) = (Arc::clone(&world.mmu), Rc::clone(&listed));
     // Inside the RCU section of the walk.
-    stage(Site::SpteTeardown, move || seen.set(Some(mmu.listed_roots().count() as u64)));
-    world.drop_roots(&[root]);
-    unstage();
-    let listed = listed.get().unwrap_or_else(|| {
-        let _rcu = world.vcpu.rcu_read();
-        world.mmu.listed_roots().count() as u64
-    });
+    stage(0, Site::SpteTeardown, move || seen.set(Some(mmu.listed_roots().count() as u64)));
+    world.vcpu.drop_roots(&[root]);
+    unstage(Site::SpteTeardown);
+    let listed = listed.get().unwrap_or_else(|| world.listed_roots());
     world.end_well(&[]);
     listed
 }
 
 /// The only vCPU has dropped its root: the valid ones that the next vCPU with the same role would find.
 pub fn valid_roots_when_no_vcpu_has_one(design: &str) -> u64 {
-    let mut world = World::new(design, false);
-    let root = world.populated();
-    world.drop_roots(&[root]);
-    let valid = world.mmu.valid_roots(&world.vcpu).len() as u64;
+    let mut world = World::new(design, &Terms::default());
+    let root = world.vcpu.populated();
+    world.vcpu.drop_roots(&[root]);
+    let valid = world.mmu.valid_roots(&world.caller).len() as u64;
     world.end_well(&[]);
     valid
 }
 
 /// Three roots lose their last reference in one hold of mmu_lock: the work items that this queues.
 pub fn work_items_queued_for_three_dropped_roots(design: &str) -> u64 {
-    let mut world = World::new(design, false);
-    let roots = world.three_roots();
-    world.drop_roots(&roots);
+    let mut world = World::new(design, &Terms::default());
+    let roots = world.vcpu.three_roots();
+    world.vcpu.drop_roots(&roots);
     let queued = world.queued();
     world.end_well(&[]);
     queued
@@ -119,9 +116,9 @@ pub fn work_items_queued_for_three_dropped_roots(design: &str) -> u64 {
 
 /// The same: the references of the VM's users, the file descriptor's among them, that keep the VM.
 pub fn user_references_after_three_roots_were_dropped(design: &str) -> u64 {
-    let mut world = World::new(design, false);
-    let roots = world.three_roots();
-    world.drop_roots(&roots);
+    let mut world = World::new(design, &Terms::default());
+    let roots = world.vcpu.three_roots();
+    world.vcpu.drop_roots(&roots);
     let users = world.mmu.users();
     world.end_well(&[]);
     users.into()
@@ -129,8 +126,8 @@ pub fn user_references_after_three_roots_were_dropped(design: &str) -> u64 {
 
 /// A fast zap meets three roots: those that are valid when it gives mmu_lock up.
 pub fn valid_roots_after_the_exclusive_hold(design: &str) -> u64 {
-    let mut world = World::new(design, false);
-    let roots = world.three_roots();
+    let mut world = World::new(design, &Terms::default());
+    let roots = world.vcpu.three_roots();
     world.begin_fast_zap();
     let valid = world.mmu.valid_roots(&world.caller).len() as u64;
     world.finish_fast_zap();
@@ -140,8 +137,8 @@ pub fn valid_roots_after_the_exclusive_hold(design: &str) -> u64 {
 
 /// A fast zap meets three roots: the work items that this queues.
 pub fn work_items_queued_by_a_fast_zap_of_three_roots(design: &str) -> u64 {
-    let mut world = World::new(design, false);
-    let roots = world.three_roots();
+    let mut world = World::new(design, &Terms::default());
+    let roots = world.vcpu.three_roots();
     world.begin_fast_zap();
     let queued = world.queued();
     world.finish_fast_zap();
@@ -151,8 +148,8 @@ pub fn work_items_queued_by_a_fast_zap_of_three_roots(design: &str) -> u64 {
 
 /// A fast zap: the entries written while every vCPU's fault waits for mmu_lock.
 pub fn entries_written_in_the_exclusive_hold(design: &str) -> u64 {
-    let mut world = World::new(design, false);
-    let root = world.populated();
+    let mut world = World::new(design, &Terms::default());
+    let root = world.vcpu.populated();
     let writes = written(&world.caller, || world.begin_fast_zap());
     world.finish_fast_zap();
     world.end_well(&[root]);
@@ -161,8 +158,8 @@ pub fn entries_written_in_the_exclusive_hold(design: &str) -> u64 {
 
 /// A fast zap: the entries written by who asked for it.
 pub fn entries_written_by_the_caller_of_a_fast_zap(design: &str) -> u64 {
-    let mut world = World::new(design, false);
-    let root = world.populated();
+    let mut world = World::new(design, &Terms::default());
+    let root = world.vcpu.populated();
     let writes = written(&world.caller, || {
         world.begin_fast_zap();
         world.finish_fast_zap();
@@ -173,8 +170,8 @@ pub fn entries_written_by_the_caller_of_a_fast_zap(design: &str) -> u64 {
 
 /// A fast zap: the entries written by workers.
 pub fn entries_written_by_the_workers_of_a_fast_zap(design: &str) -> u64 {
-    let mut world = World::new(design, false);
-    let root = world.populated();
+    let mut world = World::new(design, &Terms::default());
+    let root = world.vcpu.populated();
     world.begin_fast_zap();
     world.finish_fast_zap();
     let writes = world.written_by_workers();
@@ -184,8 +181,8 @@ pub fn entries_written_by_the_workers_of_a_fast_zap(design: &str) -> u64 {
 
 /// A fast zap whose workers are late: none starts before somebody waits for it. The SPTEs that are mapped under the root when the fast zap returns.
 pub fn sptes_mapped_when_the_fast_zap_returns(design: &str) -> u64 {
-    let mut world = World::new(design, false);
-    let root = world.populated();
+    let mut world = World::new(design, &Terms::default());
+    let root = world.vcpu.populated();
     world.begin_fast_zap();
     world.finish_fast_zap();
     let mapped = world.mmu.count(&world.caller, root).sptes();
@@ -196,8 +193,8 @@ pub fn sptes_mapped_when_the_fast_zap_returns(design: &str) -> u64 {
 /// A halted vCPU holds a root through a fast zap, and nothing is queued any more when a second one comes: the references when that one
 /// ends its exclusive hold, the vCPU's among them.
 pub fn references_of_a_halted_vcpus_root_in_the_second_fast_zap(design: &str) -> u64 {
-    let mut world = World::new(design, false);
-    let root = world.load(0);
+    let mut world = World::new(design, &Terms::default());
+    let root = world.vcpu.load(0);
     world.begin_fast_zap();
     world.finish_fast_zap();
     world.finish_work();
@@ -211,19 +208,19 @@ pub fn references_of_a_halted_vcpus_root_in_the_second_fast_zap(design: &str) ->
 /// A fast zap begins when the last vCPU reference of a root has been dropped and its SPTEs are there: in the first yield of the last put, or after a put
 /// that left the zap to others (whose workers are held back) or gave the lock up nowhere. The references of that root when the exclusive hold ends.
 pub fn references_of_a_dropped_root_in_a_fast_zap(design: &str) -> u64 {
-    let mut world = World::new(design, true);
-    let root = world.populated();
+    let mut world = World::new(design, &Terms { yielding: true, ..Terms::default() });
+    let root = world.vcpu.populated();
     let refs = Rc::new(Cell::new(None));
     let (mmu, seen) = (Arc::clone(&world.mmu), Rc::clone(&refs));
-    stage(Site::LockYield, move || {
+    stage(0, Site::LockYield, move || {
         // Another task, in the gap.
         let task = mmu.task("caller in the gap", Role::Caller);
         begin_fast_zap(&mmu, &task);
         seen.set(Some(mmu.refs(root)));
-        mmu.fast_zap_finish(&task);
+        finish_fast_zap(&mmu, &task);
     });
-    world.drop_roots(&[root]);
-    unstage();
+    world.vcpu.drop_roots(&[root]);
+    unstage(Site::LockYield);
     let refs = refs.get().unwrap_or_else(|| {
         world.begin_fast_zap();
         let refs = world.mmu.refs(root);
@@ -236,13 +233,13 @@ pub fn references_of_a_dropped_root_in_a_fast_zap(design: &str) -> u64 {
 
 /// A root is made and lost between the two phases of one fast zap, its worker held back (bug-history 21): what the MMU records as broken.
 pub fn violations_when_a_root_is_lost_between_the_phases(design: &str) -> u64 {
-    let mut world = World::new(design, false);
-    let old = world.populated();
+    let mut world = World::new(design, &Terms::default());
+    let old = world.vcpu.populated();
     world.begin_fast_zap();
-    world.drop_roots(&[old]);
-    let new = world.load(0);
-    world.fault(new, 5);
-    world.drop_roots(&[new]);
+    world.vcpu.drop_roots(&[old]);
+    let new = world.vcpu.load(0);
+    world.vcpu.fault(new, 5);
+    world.vcpu.drop_roots(&[new]);
     world.finish_fast_zap();
     world.end(&[]).len() as u64
 }

@@ -1,35 +1,78 @@
 //! The real platform, with one thing done at one schedule point: an interleaving is chosen, not hoped for.
 //!
 //! A thread calls [`stage`] with a site and an act; the act runs in this thread, once, when it next comes to that site. What another
-//! task would do between two steps of this one is done there, so that no test waits, sleeps or races.
+//! task would do between two steps of this one is done there, so that no test waits, sleeps or races. An act may stage others. [`stage_worker`] does
+//! the same to whichever worker comes to the site.
+#![allow(dead_code)]
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::io;
 use std::sync::atomic::{AtomicU32, AtomicU64};
+use std::sync::{Mutex, PoisonError};
 
 use tdpmmu_platform::{JoinHandle, Platform, Real, Site, Switches};
 
-type Act = Box<dyn FnOnce()>;
+/// The site of a thread that is about to sleep.
+pub const SLEEP: Site = Site::Spin;
+
+struct Act<F: ?Sized> {
+    site: Site,
+    /// Times that the site is still passed before it acts.
+    pass: u32,
+    act: Box<F>,
+}
 
 thread_local! {
-    static NEXT: RefCell<Option<(Site, Act)>> = const { RefCell::new(None) };
+    static OWN: RefCell<Vec<Act<dyn FnOnce()>>> = const { RefCell::new(Vec::new()) };
+    static IS_WORKER: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Runs `act` when the calling thread next comes to `site`.
-pub fn stage(site: Site, act: impl FnOnce() + 'static) {
-    let before = NEXT.replace(Some((site, Box::new(act))));
-    assert!(before.is_none(), "one act at a time");
+static WORKERS: Mutex<Vec<Act<dyn FnOnce() + Send>>> = Mutex::new(Vec::new());
+
+/// Runs `act` when the calling thread has passed `site` `pass` times and comes to it again.
+pub fn stage(pass: u32, site: Site, act: impl FnOnce() + 'static) {
+    OWN.with_borrow_mut(|acts| {
+        assert!(acts.iter().all(|other| other.site != site), "one act at a time at {site:?}");
+        acts.push(Act { site, pass, act: Box::new(act) });
+    });
 }
 
-/// Takes back an act that is still to come; false: it has run.
-pub fn unstage() -> bool {
-    NEXT.take().is_some()
+/// Takes back the act of the calling thread at `site`; false: it has run.
+pub fn unstage(site: Site) -> bool {
+    OWN.with_borrow_mut(|acts| acts.extract_if(.., |act| act.site == site).count() != 0)
+}
+
+/// Runs `act` in a worker, when workers have passed `site` `pass` times and one comes to it again.
+pub fn stage_worker(pass: u32, site: Site, act: impl FnOnce() + Send + 'static) {
+    let mut acts = WORKERS.lock().unwrap_or_else(PoisonError::into_inner);
+    assert!(acts.is_empty(), "one act at a time");
+    acts.push(Act { site, pass, act: Box::new(act) });
+}
+
+/// Takes back the act of the workers; false: it has run.
+pub fn unstage_worker() -> bool {
+    std::mem::take(&mut *WORKERS.lock().unwrap_or_else(PoisonError::into_inner)).pop().is_some()
+}
+
+/// The act that is due at `site`.
+fn due<F: ?Sized>(acts: &mut Vec<Act<F>>, site: Site) -> Option<Box<F>> {
+    let at = acts.iter().position(|act| act.site == site)?;
+    if acts[at].pass > 0 {
+        acts[at].pass -= 1;
+        return None;
+    }
+    Some(acts.remove(at).act)
 }
 
 fn come_to(site: Site) {
-    let act = NEXT.with_borrow_mut(|next| next.take_if(|(at, _)| *at == site));
-    if let Some((_, act)) = act {
+    if let Some(act) = OWN.with_borrow_mut(|acts| due(acts, site)) {
         act();
+    }
+    if IS_WORKER.get() {
+        let act = due(&mut WORKERS.lock().unwrap_or_else(PoisonError::into_inner), site);
+        if let Some(act) = act {
+            act();
+        }
     }
 }
 
@@ -98,12 +141,14 @@ impl Platform for Staged {
         Real::run_delay_ns()
     }
     fn futex_wait(cell: &AtomicU32, expected: u32, timeout_ns: Option<u64>) {
+        come_to(SLEEP);
         Real::futex_wait(cell, expected, timeout_ns);
     }
     fn futex_wake(cell: &AtomicU32, count: u32) -> u32 {
         Real::futex_wake(cell, count)
     }
     fn background() {
+        IS_WORKER.set(true);
         Real::background();
     }
     fn spawn(name: &str, body: Box<dyn FnOnce() + Send>) -> io::Result<JoinHandle> {

@@ -1,0 +1,244 @@
+//! Every gap of a zap: a walk that may yield gives mmu_lock up, and anything may come in between. Each test puts one thing into the first gap, into
+//! the second, and so on, until there is none left.
+//!
+//! **Guarantee** shown for each sound design: what is mapped when the gap begins is reached by who comes into it. A fast zap that returns has left nothing (P-FZ), a notifier that
+//! returns has left nothing in its range (P-RCH), a root that comes or goes in a gap costs no reference (P-1).
+
+#[path = "common/staged.rs"]
+mod staged;
+#[path = "common/world.rs"]
+mod world;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
+use std::thread;
+
+use staged::{SLEEP, stage, stage_worker, unstage, unstage_worker};
+use tdpmmu_mmu::{DESIGNS, DesignInfo, Held, QueueKind};
+use tdpmmu_platform::{Owner, Role, Site};
+use tdpmmu_spte::Passes;
+use world::{Mmu, REGIONS, Terms, Vcpu, World, begin_fast_zap, finish_fast_zap, regions};
+
+fn sound() -> impl Iterator<Item = &'static DesignInfo> {
+    DESIGNS.iter().filter(|design| !design.flawed)
+}
+
+/// Is there a gap in the zap that the last put of a root makes, or makes a worker do?
+fn put_yields(design: &DesignInfo) -> bool {
+    !["in-place", "inline", "async-worker-owned", "sync"].contains(&design.name)
+}
+
+/// What comes into a gap of a zap of the root.
+type Act = fn(&Arc<Mmu>, u32);
+
+/// Runs `schedule` with `act` in the first gap of its zap, then in the second, and so on; returns how many gaps there were: this thread's and the workers'. A
+/// schedule is told whether the act has run; at its end no vCPU holds a root.
+fn in_each_gap(design: &str, terms: &Terms, act: Act, schedule: fn(&World, u32, &AtomicBool)) -> u32 {
+    for gap in 0.. {
+        let mut world = World::new(design, terms);
+        let root = world.vcpu.populated();
+        let acted = Arc::new(AtomicBool::new(false));
+        let once = || {
+            let (mmu, acted) = (Arc::clone(&world.mmu), Arc::clone(&acted));
+            move || {
+                act(&mmu, root);
+                acted.store(true, Ordering::Relaxed);
+            }
+        };
+        stage(gap, Site::LockYield, once());
+        stage_worker(gap, Site::LockYield, once());
+        schedule(&world, root, &acted);
+        world.finish_work();
+        unstage(Site::LockYield);
+        unstage_worker();
+        assert_eq!(world.end(&[]), Vec::<String>::new(), "{design}: gap {gap}");
+        if !acted.load(Ordering::Relaxed) {
+            return gap;
+        }
+    }
+    unreachable!("a walk has an end")
+}
+
+fn terms(passes: &str, queue: Option<QueueKind>) -> Terms {
+    Terms { yielding: true, passes: Passes::parse(passes).expect("passes"), queue }
+}
+
+const PASSES: [&str; 3] = ["root", "1G,root", "4K,2M,1G,root"];
+
+/// Leaves under `root`, which the caller knows to be there.
+fn mapped(mmu: &Mmu, root: u32) -> u64 {
+    mmu.count(&mmu.task("count", Role::Observer), root).sptes()
+}
+
+/// Another task runs a whole fast zap.
+fn fast_zap(mmu: &Arc<Mmu>, root: u32) {
+    let task = mmu.task("caller in the gap", Role::Caller);
+    begin_fast_zap(mmu, &task);
+    finish_fast_zap(mmu, &task);
+    assert_eq!(mapped(mmu, root), 0, "{}: the fast zap has returned (P-FZ)", mmu.design().name());
+}
+
+/// The host takes the middle region's pages away.
+fn notifier(mmu: &Arc<Mmu>, root: u32) {
+    let task = mmu.task("notifier in the gap", Role::Caller);
+    let taken = regions().nth(REGIONS as usize / 2).expect("a region");
+    {
+        let mut guard = mmu.lock.write(&task);
+        let mut debt = mmu.unmap(&mut guard, 0, taken.clone(), true);
+        mmu.pay(&task, &mut debt);
+    }
+    let mut left = 0;
+    mmu.leaves(&task, root, taken, &mut |_, _, _| left += 1);
+    assert_eq!(left, 0, "{}: the host may give the pages to somebody else (P-RCH)", mmu.design().name());
+}
+
+/// Another vCPU loads a root of the same role, maps a page and drops it again.
+fn a_root_comes_and_goes(mmu: &Arc<Mmu>, _root: u32) {
+    let mut vcpu = Vcpu::new(mmu);
+    let root = vcpu.load(0);
+    assert!(!mmu.is_obsolete(root));
+    vcpu.fault(root, 5);
+    vcpu.drop_roots(&[root]);
+    vcpu.leave();
+}
+
+/// The vCPU that held the root throughout lets it go.
+fn its_vcpu_drops_it(mmu: &Arc<Mmu>, root: u32) {
+    mmu.put_roots(&mmu.task("vcpu in the gap", Role::Vcpu), &[root]);
+}
+
+fn drop_it(world: &World, root: u32, _: &AtomicBool) {
+    world.vcpu.drop_roots(&[root]);
+}
+
+/// The root's vCPU is halted, and drops it at last.
+fn fast_zap_and_drop(world: &World, root: u32, _: &AtomicBool) {
+    world.begin_fast_zap();
+    world.finish_fast_zap();
+    world.vcpu.drop_roots(&[root]);
+}
+
+/// The root's vCPU drops it in a gap, or after the last one.
+fn fast_zap_beside_a_drop(world: &World, root: u32, dropped: &AtomicBool) {
+    world.begin_fast_zap();
+    world.finish_fast_zap();
+    if !dropped.load(Ordering::Relaxed) {
+        world.vcpu.drop_roots(&[root]);
+    }
+}
+
+#[test]
+fn a_fast_zap_in_any_gap_of_a_last_put_leaves_nothing() {
+    for passes in PASSES {
+        for design in sound().filter(|design| design.queue.is_none()) {
+            let gaps = in_each_gap(design.name, &terms(passes, None), fast_zap, drop_it);
+            assert_eq!(gaps > 8, put_yields(design), "{}: {gaps} gaps", design.name);
+        }
+    }
+}
+
+/// Who has been left the zap of a dropped root.
+#[derive(Clone, Copy, PartialEq)]
+enum Left {
+    /// A worker.
+    ToWorker,
+    /// In a VM without users, whose system's workers take nothing more: whoever dropped it.
+    ToDropper,
+}
+
+/// A whole fast zap in gap number `gap` of the zap of a root that was dropped in a design with a queue; false: there was no such gap. The zap goes on when
+/// the fast zap has returned, or sleeps until somebody wakes it.
+fn fast_zap_in_gap_of(left: Left, design: &str, gap: u32) -> bool {
+    let queue = (left == Left::ToDropper).then_some(QueueKind::System);
+    let mut world = World::new(design, &terms("root", queue));
+    let root = world.vcpu.populated();
+    let (returned, found) = mpsc::channel();
+    let mmu = Arc::clone(&world.mmu);
+    let act = move || {
+        let (goes_on, go_on) = mpsc::channel();
+        thread::spawn(move || {
+            let task = mmu.task("caller in the gap", Role::Caller);
+            // So that it is a root when we look.
+            assert!(mmu.get_root(&task, root, Owner::Iterator));
+            begin_fast_zap(&mmu, &task);
+            let sleeps = goes_on.clone();
+            stage(0, SLEEP, move || sleeps.send(()).expect("the zap waits"));
+            mmu.fast_zap_finish(&task);
+            unstage(SLEEP);
+            let mapped = mapped(&mmu, root);
+            mmu.put_root(&task, root, Owner::Iterator, Held::No);
+            drop(task);
+            returned.send(mapped).expect("the test waits");
+            drop(goes_on);
+        });
+        // An error: it has returned without ever having slept.
+        let _ = go_on.recv();
+    };
+    match left {
+        Left::ToWorker => stage_worker(gap, Site::LockYield, act),
+        Left::ToDropper => {
+            assert_eq!(world.mmu.put_user(), 0);
+            stage(gap, Site::LockYield, act);
+        }
+    }
+    world.vcpu.drop_roots(&[root]);
+    world.finish_work();
+    let gapless = unstage(Site::LockYield) || unstage_worker();
+    if !gapless {
+        assert_eq!(found.recv(), Ok(0), "{design}: gap {gap}: the fast zap has returned (P-FZ)");
+    }
+    world.end_well(&[]);
+    !gapless
+}
+
+fn fast_zaps_in_each_gap_of(left: Left) {
+    for design in sound().filter(|design| design.queue.is_some()) {
+        let gaps = (0..).take_while(|&gap| fast_zap_in_gap_of(left, design.name, gap)).count();
+        assert_eq!(gaps > 8, put_yields(design), "{}: {gaps} gaps", design.name);
+    }
+}
+
+#[test]
+fn a_fast_zap_in_any_gap_of_a_workers_zap_waits_for_it() {
+    fast_zaps_in_each_gap_of(Left::ToWorker);
+}
+
+#[test]
+fn a_fast_zap_of_a_dying_vm_waits_for_who_zaps_what_no_worker_took() {
+    fast_zaps_in_each_gap_of(Left::ToDropper);
+}
+
+#[test]
+fn a_notifier_in_any_gap_of_a_zap_leaves_nothing_in_its_range() {
+    for passes in PASSES {
+        for design in sound() {
+            let terms = terms(passes, None);
+            let put = in_each_gap(design.name, &terms, notifier, drop_it);
+            let zap = in_each_gap(design.name, &terms, notifier, fast_zap_and_drop);
+            assert_eq!((put > 8, zap > 8), (put_yields(design), true), "{}: {put}, {zap} gaps", design.name);
+        }
+    }
+}
+
+#[test]
+fn a_root_that_comes_and_goes_in_any_gap_of_a_zap_costs_no_reference() {
+    for passes in PASSES {
+        for design in sound() {
+            let terms = terms(passes, None);
+            let put = in_each_gap(design.name, &terms, a_root_comes_and_goes, drop_it);
+            let zap = in_each_gap(design.name, &terms, a_root_comes_and_goes, fast_zap_and_drop);
+            assert_eq!((put > 8, zap > 8), (put_yields(design), true), "{}: {put}, {zap} gaps", design.name);
+        }
+    }
+}
+
+#[test]
+fn a_last_put_in_any_gap_of_a_fast_zap_frees_the_root_once() {
+    for passes in PASSES {
+        for design in sound() {
+            let gaps =
+                in_each_gap(design.name, &terms(passes, None), its_vcpu_drops_it, fast_zap_beside_a_drop);
+            assert!(gaps > 8, "{}: {gaps} gaps", design.name);
+        }
+    }
+}
