@@ -25,6 +25,9 @@ use crate::timeline::{Recorded, mode, rcu_slices, recorded, said};
 /// Where t0 of each run is in the trace: guests have begun before.
 const T0_NS: u64 = 10_000_000_000;
 
+/// Most holds or read sections that a track shows.
+const MOST_SPANS: usize = 10_000;
+
 /// The files that are being written.
 #[derive(Default)]
 pub struct Export {
@@ -215,6 +218,7 @@ fn of_thread(clock: Clock, thread: &Recorded<'_>, roots: Lane) -> Thread {
         Lane { name: "RCU".into(), spans: sections.collect(), ..Lane::default() },
         roots,
     ];
+    lanes.iter_mut().for_each(longest);
     lanes.retain(|lane| !(lane.spans.is_empty() && lane.instants.is_empty()));
     Thread {
         name: thread.thread.clone(),
@@ -224,6 +228,19 @@ fn of_thread(clock: Clock, thread: &Recorded<'_>, roots: Lane) -> Thread {
             ..Lane::default()
         },
         lanes,
+    }
+}
+
+/// Keeps the longest spans of a lane that has more than can be looked at: read sections of a tenth of a microsecond by the million
+/// make a file that nobody opens.
+fn longest(lane: &mut Lane) {
+    let Some(left_out) = lane.spans.len().checked_sub(MOST_SPANS).filter(|n| *n > 0) else { return };
+    lane.spans.sort_by_key(|span| std::cmp::Reverse(span.end - span.begin));
+    lane.spans.truncate(MOST_SPANS);
+    if let Some(at) = lane.spans.iter().map(|span| span.begin).min() {
+        let category = lane.spans[0].category;
+        let name = format!("{left_out} shorter ones are left out").into();
+        lane.instants.push(Instant { at, name, category, flows: Flows::default() });
     }
 }
 
@@ -360,6 +377,21 @@ mod tests {
         assert_eq!(lives.at_mark(4), Flows::default());
         assert_eq!(lives.at_batch(2), Flows { through: vec![], ending: vec![8] });
         assert_eq!((lives.at_batch(0), lives.at_batch(1)), (Flows::default(), Flows::default()));
+    }
+
+    #[test]
+    fn a_crowded_lane_keeps_its_longest_spans_and_says_how_many_it_lost() {
+        let span =
+            |n: u64| Span { begin: n * 100, end: n * 100 + n % 97, category: "rcu", ..Span::default() };
+        let mut lane = Lane { spans: (0..MOST_SPANS as u64 + 5_000).map(span).collect(), ..Lane::default() };
+        let sum = |lane: &Lane| lane.spans.iter().map(|span| span.end - span.begin).sum::<u64>();
+        let all = sum(&lane);
+        longest(&mut lane);
+        assert_eq!(lane.spans.len(), MOST_SPANS);
+        assert_eq!(lane.instants[0].name, "5000 shorter ones are left out");
+        assert!(sum(&lane) * 3 > all * 2, "two thirds of the spans, more than two thirds of the time");
+        longest(&mut lane);
+        assert_eq!((lane.spans.len(), lane.instants.len()), (MOST_SPANS, 1));
     }
 
     #[test]

@@ -51,13 +51,13 @@ pub struct Recorded<'a> {
     /// The recording.
     pub recording: &'a Recording,
     /// In ticks.
-    pub covers: Option<&'a [(u64, u64)]>,
+    pub covers: Option<Vec<(u64, u64)>>,
 }
 
 impl Recorded<'_> {
     /// The phases that the attribution covers.
     pub fn slices(&self) -> Vec<Slice> {
-        clipped(&self.recording.slices, self.covers)
+        clipped(&self.recording.slices, self.covers.as_deref())
     }
 }
 
@@ -77,14 +77,15 @@ pub fn clipped(slices: &[Slice], stretches: Option<&[(u64, u64)]>) -> Vec<Slice>
 /// Every thread's recording, in the order of the attribution; the RCU thread's is not one of them.
 pub fn recorded(outcome: &Outcome) -> Vec<Recorded<'_>> {
     let close = outcome.pays.is_none().then_some(outcome.close.recording.as_deref()).flatten();
-    let close =
-        close.map(|recording| Recorded { thread: CLOSE.into(), role: "caller", recording, covers: None });
+    let end = outcome.close.begin + Real::ns_to_ticks(outcome.close.total_ns);
+    let covers = Some(vec![(outcome.close.begin, end)]);
+    let close = close.map(|recording| Recorded { thread: CLOSE.into(), role: "caller", recording, covers });
     let threads = outcome.threads.iter().filter_map(|thread| {
         Some(Recorded {
             thread: thread.name.clone(),
             role: role_of(thread.who),
             recording: thread.meter.recording.as_deref()?,
-            covers: thread.request.as_ref().map(|request| &request.calls[..]),
+            covers: thread.request.as_ref().map(|request| request.calls.clone()),
         })
     });
     let workers = outcome.workers.iter().enumerate().filter_map(|(n, (meter, _))| {

@@ -63,7 +63,8 @@ impl Shared<'_> {
             Some(root) => mmu.count(task, root),
             None => mmu.count_all(task),
         };
-        // Nor does what was recorded so far.
+        // Nor does what was recorded so far, and what waits for a grace period from before.
+        mmu.rcu().barrier();
         drop(mmu.rcu().timeline().map(|timeline| timeline.take()));
         let rcu = mmu.rcu().stats();
         let mut all = lock(&self.collected);
@@ -92,6 +93,7 @@ impl Shared<'_> {
             mmu.rcu().barrier();
         }
         self.window.end.store(P::ticks(), Ordering::Release);
+        self.seal_rcu();
         let reports = mmu.design().take_worker_reports();
         let mut all = lock(&self.collected);
         all.workers = reports.into_iter().map(|r| (r.meter, r.cpu_ns)).collect();
@@ -113,6 +115,15 @@ impl Shared<'_> {
         self.control.report("torn down", 1.0);
     }
 
+    /// The RCU thread's times from t0 to now, the end of the window.
+    fn seal_rcu(&self) {
+        let rcu = self.vm.mmu().rcu().stats();
+        let mut all = lock(&self.collected);
+        all.rcu_cpu_ns = rcu.thread_cpu_ns.saturating_sub(all.base.rcu_cpu_ns);
+        let (waiting, freeing) = all.base.rcu_thread_ns;
+        all.rcu_thread_ns = (rcu.waiting_ns.saturating_sub(waiting), rcu.freeing_ns.saturating_sub(freeing));
+    }
+
     /// Stamps and counters from t0 to now, when everything is torn down.
     fn seal(&self) {
         let mmu = self.vm.mmu();
@@ -124,10 +135,6 @@ impl Shared<'_> {
         all.last_free_ns = (freed > 0).then(|| P::ticks_to_ns(mmu.last_table_free().saturating_sub(t0)));
         all.freed = freed;
         all.written_back = self.vm.side().primary.frames().stats().dirtied - all.base.dirtied;
-        let rcu = mmu.rcu().stats();
-        all.rcu_cpu_ns = rcu.thread_cpu_ns.saturating_sub(all.base.rcu_cpu_ns);
-        let (waiting, freeing) = all.base.rcu_thread_ns;
-        all.rcu_thread_ns = (rcu.waiting_ns.saturating_sub(waiting), rcu.freeing_ns.saturating_sub(freeing));
         all.flushes = mmu.flushes() - all.base.flushes;
         all.kicks = self.vm.side().kicks() - all.base.kicks;
     }
@@ -158,6 +165,7 @@ impl Shared<'_> {
         if measured {
             self.window.t0.store(report.begin, Ordering::Release);
             self.window.end.store(P::ticks(), Ordering::Release);
+            self.seal_rcu();
             self.seal();
         }
         Ok(End { report, last })
