@@ -133,7 +133,7 @@ def test_the_stubs_match_the_binary(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("name", ["units", "vm", "bench", "results"])
+@pytest.mark.parametrize("name", ["units", "vm", "bench", "results", "student"])
 def test_the_examples_in_docstrings_are_true(name: str) -> None:
     module = importlib.import_module(f"tdpmmu.{name}")
     failed, _ = doctest.testmod(module, optionflags=doctest.ELLIPSIS)

@@ -108,6 +108,8 @@ def _nest(row: Raw, as_json: set[str]) -> dict[str, Any]:
             continue
         if path in as_json:
             value = json.loads(value)
+        elif isinstance(value, list):
+            value = [_without_nulls(item) for item in value]
         *parents, last = path.split(".")
         pair = _PAIRS.get(path) or _PAIRS.get(".".join(parents))
         if pair and isinstance(value, list):
@@ -120,3 +122,10 @@ def _nest(row: Raw, as_json: set[str]) -> dict[str, Any]:
             at = inner
         at[last] = value
     return out
+
+
+def _without_nulls(item: Any) -> Any:
+    """Leave out what a struct has only because another struct of its column has it."""
+    if not isinstance(item, dict):
+        return item
+    return {name: _without_nulls(value) for name, value in item.items() if value is not None}
