@@ -31,9 +31,9 @@ fn put_yields(design: &DesignInfo) -> bool {
 /// What comes into a gap of a zap of the root.
 type Act = fn(&Arc<Mmu>, u32);
 
-/// Runs `schedule` with `act` in the first gap of its zap, then in the second, and so on; returns how many gaps there were: this thread's and the workers'. A
-/// schedule is told whether the act has run; at its end no vCPU holds a root.
-fn in_each_gap(design: &str, terms: &Terms, act: Act, schedule: fn(&World, u32, &AtomicBool)) -> u32 {
+/// Runs `schedule` with `act` in the first gap of its zap, then in the second, and so on; returns how many gaps there were: this thread's and the workers'. At
+/// the end of a schedule no vCPU holds a root.
+fn in_each_gap(design: &str, terms: &Terms, act: Act, schedule: fn(&World, u32)) -> u32 {
     for gap in 0.. {
         let mut world = World::new(design, terms);
         let root = world.vcpu.populated();
@@ -41,16 +41,16 @@ fn in_each_gap(design: &str, terms: &Terms, act: Act, schedule: fn(&World, u32, 
         let once = || {
             let (mmu, acted) = (Arc::clone(&world.mmu), Arc::clone(&acted));
             move || {
-                act(&mmu, root);
-                acted.store(true, Ordering::Relaxed);
+                if !acted.swap(true, Ordering::Relaxed) {
+                    act(&mmu, root);
+                }
             }
         };
         stage(gap, Site::LockYield, once());
         stage_worker(gap, Site::LockYield, once());
-        schedule(&world, root, &acted);
+        schedule(&world, root);
         world.finish_work();
-        unstage(Site::LockYield);
-        unstage_worker();
+        nothing_came();
         assert_eq!(world.end(&[]), Vec::<String>::new(), "{design}: gap {gap}");
         if !acted.load(Ordering::Relaxed) {
             return gap;
@@ -59,8 +59,13 @@ fn in_each_gap(design: &str, terms: &Terms, act: Act, schedule: fn(&World, u32, 
     unreachable!("a walk has an end")
 }
 
+/// No gap was the one for the act; it is taken back.
+fn nothing_came() -> bool {
+    unstage(Site::LockYield) & unstage_worker()
+}
+
 fn terms(passes: &str, queue: Option<QueueKind>) -> Terms {
-    Terms { yielding: true, passes: Passes::parse(passes).expect("passes"), queue }
+    Terms { yielding: 1, passes: Passes::parse(passes).expect("passes"), queue }
 }
 
 const PASSES: [&str; 3] = ["root", "1G,root", "4K,2M,1G,root"];
@@ -92,6 +97,13 @@ fn notifier(mmu: &Arc<Mmu>, root: u32) {
     assert_eq!(left, 0, "{}: the host may give the pages to somebody else (P-RCH)", mmu.design().name());
 }
 
+/// The VM's memory goes away as a whole.
+fn zap_all(mmu: &Arc<Mmu>, root: u32) {
+    let task = mmu.task("zap_all in the gap", Role::Caller);
+    mmu.zap_all(&mut mmu.lock.write(&task));
+    assert_eq!(mapped(mmu, root), 0, "{}: nothing is left of any root", mmu.design().name());
+}
+
 /// Another vCPU loads a root of the same role, maps a page and drops it again.
 fn a_root_comes_and_goes(mmu: &Arc<Mmu>, _root: u32) {
     let mut vcpu = Vcpu::new(mmu);
@@ -107,34 +119,48 @@ fn its_vcpu_drops_it(mmu: &Arc<Mmu>, root: u32) {
     mmu.put_roots(&mmu.task("vcpu in the gap", Role::Vcpu), &[root]);
 }
 
-fn drop_it(world: &World, root: u32, _: &AtomicBool) {
+fn drop_it(world: &World, root: u32) {
     world.vcpu.drop_roots(&[root]);
 }
 
 /// The root's vCPU is halted, and drops it at last.
-fn fast_zap_and_drop(world: &World, root: u32, _: &AtomicBool) {
+fn fast_zap_and_drop(world: &World, root: u32) {
     world.begin_fast_zap();
     world.finish_fast_zap();
     world.vcpu.drop_roots(&[root]);
 }
 
 /// The root's vCPU drops it in a gap, or after the last one.
-fn fast_zap_beside_a_drop(world: &World, root: u32, dropped: &AtomicBool) {
+fn fast_zap_beside_a_drop(world: &World, root: u32) {
     world.begin_fast_zap();
     world.finish_fast_zap();
-    if !dropped.load(Ordering::Relaxed) {
+    if nothing_came() {
         world.vcpu.drop_roots(&[root]);
     }
 }
 
-#[test]
-fn a_fast_zap_in_any_gap_of_a_last_put_leaves_nothing() {
-    for passes in PASSES {
-        for design in sound().filter(|design| design.queue.is_none()) {
-            let gaps = in_each_gap(design.name, &terms(passes, None), fast_zap, drop_it);
-            assert_eq!(gaps > 8, put_yields(design), "{}: {gaps} gaps", design.name);
-        }
+/// A notifier takes everything away; the root's vCPU drops it at last, unless it did so in a gap.
+fn unmap_all(world: &World, root: u32) {
+    unmap(world);
+    world.vcpu.drop_roots(&[root]);
+}
+
+/// As [`unmap_all`], beside a drop in a gap of the notifier, or after it.
+fn unmap_all_beside_a_drop(world: &World, root: u32) {
+    unmap(world);
+    if nothing_came() {
+        world.vcpu.drop_roots(&[root]);
     }
+}
+
+fn unmap(world: &World) {
+    {
+        let mut guard = world.mmu.lock.write(&world.caller);
+        let mut debt = world.mmu.unmap(&mut guard, 0, 0..world.mmu.max_gfn(), true);
+        world.mmu.pay(&world.caller, &mut debt);
+    }
+    let left = world.mmu.count_all(&world.caller).sptes();
+    assert_eq!(left, 0, "{}: the notifier has returned", world.mmu.design().name());
 }
 
 /// Who has been left the zap of a dropped root.
@@ -183,7 +209,7 @@ fn fast_zap_in_gap_of(left: Left, design: &str, gap: u32) -> bool {
     }
     world.vcpu.drop_roots(&[root]);
     world.finish_work();
-    let gapless = unstage(Site::LockYield) || unstage_worker();
+    let gapless = unstage(Site::LockYield) | unstage_worker();
     if !gapless {
         assert_eq!(found.recv(), Ok(0), "{design}: gap {gap}: the fast zap has returned (P-FZ)");
     }
@@ -195,6 +221,16 @@ fn fast_zaps_in_each_gap_of(left: Left) {
     for design in sound().filter(|design| design.queue.is_some()) {
         let gaps = (0..).take_while(|&gap| fast_zap_in_gap_of(left, design.name, gap)).count();
         assert_eq!(gaps > 8, put_yields(design), "{}: {gaps} gaps", design.name);
+    }
+}
+
+#[test]
+fn a_fast_zap_in_any_gap_of_a_last_put_leaves_nothing() {
+    for passes in PASSES {
+        for design in sound().filter(|design| design.queue.is_none()) {
+            let gaps = in_each_gap(design.name, &terms(passes, None), fast_zap, drop_it);
+            assert_eq!(gaps > 8, put_yields(design), "{}: {gaps} gaps", design.name);
+        }
     }
 }
 
@@ -240,5 +276,26 @@ fn a_last_put_in_any_gap_of_a_fast_zap_frees_the_root_once() {
                 in_each_gap(design.name, &terms(passes, None), its_vcpu_drops_it, fast_zap_beside_a_drop);
             assert!(gaps > 8, "{}: {gaps} gaps", design.name);
         }
+    }
+}
+
+#[test]
+fn zap_all_in_any_gap_of_a_zap_leaves_nothing() {
+    for design in sound() {
+        let terms = terms("1G,root", None);
+        let put = in_each_gap(design.name, &terms, zap_all, drop_it);
+        let zap = in_each_gap(design.name, &terms, zap_all, fast_zap_and_drop);
+        assert_eq!((put > 8, zap > 8), (put_yields(design), true), "{}: {put}, {zap} gaps", design.name);
+    }
+}
+
+#[test]
+fn a_fast_zap_or_a_last_put_in_any_gap_of_a_notifier_lets_no_spte_escape_it() {
+    for design in sound() {
+        // A notifier checks at each entry that is no leaf, 3600 of them.
+        let terms = Terms { yielding: 61, ..Terms::default() };
+        let zapped = in_each_gap(design.name, &terms, fast_zap, unmap_all);
+        let dropped = in_each_gap(design.name, &terms, its_vcpu_drops_it, unmap_all_beside_a_drop);
+        assert!(zapped > 50 && dropped > 50, "{}: {zapped}, {dropped} gaps", design.name);
     }
 }

@@ -30,8 +30,8 @@ static TURN: Mutex<()> = Mutex::new(());
 
 /// How a world differs from the plain one.
 pub struct Terms {
-    /// Tasks yield at every check, or nowhere.
-    pub yielding: bool,
+    /// Tasks yield at every check, at every n-th, or nowhere (0).
+    pub yielding: u32,
     /// The same for all designs, so that what differs is the design.
     pub passes: Passes,
     /// Whose queue; `None`: the design's own kind.
@@ -40,7 +40,7 @@ pub struct Terms {
 
 impl Default for Terms {
     fn default() -> Self {
-        Self { yielding: false, passes: Passes::ROOT, queue: None }
+        Self { yielding: 0, passes: Passes::ROOT, queue: None }
     }
 }
 
@@ -62,7 +62,7 @@ impl World {
         let task = TaskConfig {
             preempt: Preempt::None,
             tick_ns: 1 << 50,
-            force_yield: terms.yielding.then_some(1),
+            force_yield: (terms.yielding > 0).then_some(terms.yielding),
             ..TaskConfig::default()
         };
         let config = MmuConfig {

@@ -69,7 +69,7 @@ pub fn entries_written_by_who_drops_a_root_of_a_dying_vm(design: &str) -> u64 {
 
 /// The vCPU drops the last reference, and every check asks it to yield: how often it gave mmu_lock up.
 pub fn yields_in_the_last_put(design: &str) -> u64 {
-    let mut world = World::new(design, &Terms { yielding: true, ..Terms::default() });
+    let mut world = World::new(design, &Terms { yielding: 1, ..Terms::default() });
     let root = world.vcpu.populated();
     let before = world.vcpu.task.meter().yields.get();
     world.vcpu.drop_roots(&[root]);
@@ -208,7 +208,7 @@ pub fn references_of_a_halted_vcpus_root_in_the_second_fast_zap(design: &str) ->
 /// A fast zap begins when the last vCPU reference of a root has been dropped and its SPTEs are there: in the first yield of the last put, or after a put
 /// that left the zap to others (whose workers are held back) or gave the lock up nowhere. The references of that root when the exclusive hold ends.
 pub fn references_of_a_dropped_root_in_a_fast_zap(design: &str) -> u64 {
-    let mut world = World::new(design, &Terms { yielding: true, ..Terms::default() });
+    let mut world = World::new(design, &Terms { yielding: 1, ..Terms::default() });
     let root = world.vcpu.populated();
     let refs = Rc::new(Cell::new(None));
     let (mmu, seen) = (Arc::clone(&world.mmu), Rc::clone(&refs));
