@@ -141,7 +141,7 @@ pub(crate) fn engine(passes: &str, pages: u64, hugepages: bool) -> Result<Arc<Td
         maxphyaddr: 52,
         passes: Passes::parse(passes).map_err(BenchError::engine)?,
         ownership: design::info("sync").ok_or_else(|| BenchError::engine("no design called sync"))?.ownership,
-        design: design::build("sync", 1).map_err(BenchError::engine)?,
+        design: design::build("sync", &design::DesignOptions::default()).map_err(BenchError::engine)?,
         max_tables,
         hugepages,
         batch: TABLE as u16,
