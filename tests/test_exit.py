@@ -39,12 +39,12 @@ def python(code: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_process_may_end_at_any_point_of_a_teardown() -> None:
-    result = bench.drop(memory="256M", design=["async-worker", "sync"], scene="process-exit", seed=3)
+    result = bench.drop(memory="4G", design=["async-worker", "sync"], scene="process-exit", seed=3)
     assert [run.design for run in result.runs] == ["async-worker", "sync"]
     for run in result.runs:
         assert run.scene == "process-exit"
-        assert run.sptes == 65_536
-        assert run.table_pages == tdpmmu.table_pages("256M")
+        assert run.sptes == 1_048_576
+        assert run.table_pages == tdpmmu.table_pages("4G")
         assert run.violations == 0
         assert run.process_exit is not None
         assert set(run.process_exit) == set(process_exit.WAYS)
@@ -53,7 +53,9 @@ def test_a_process_may_end_at_any_point_of_a_teardown() -> None:
             assert end["exit_ns"] > 0
     worker, sync = result.runs
     assert worker.process_exit is not None
-    assert worker.process_exit["os_exit"]["tables_pending"] > 100, "it left with the work pending"
+    # A worker can only be overtaken by a child that the host keeps waiting, and not each time.
+    pending = [end["tables_pending"] for end in worker.process_exit.values() if end["tables_pending"]]
+    assert max(pending) > 100, "it left with the work pending"
     assert sync.passes == "4K,2M,1G,root", "the effective settings are the native side's"
     assert result.limits
     assert result.host

@@ -80,8 +80,9 @@ FIELDS: tuple[Judged, ...] = (
     Judged("pool_peak_pages", "count"),
     *_histogram("waiting.wait_ns", "p50", "max"),
     *_histogram("blocked_ns", "p50", "max"),
-    Judged("close_ns", "ns"),
-    Judged("close_ns.total", "ns"),
+    Judged("wake_ns.max", "ns"),
+    Judged("prepare_ns", "ns"),
+    *_histogram("close_ns", "total", "zap_all"),
     Judged("fit.ns_per_spte", "rate"),
     *(Judged(f"process_exit.{way}.exit_ns", "ns") for way in ("sys_exit", "os_exit", "exception", "thread")),
     Judged("ns", "rate"),  # of a micro result

@@ -113,12 +113,10 @@ _SPECIAL: list[Column] = [
     ("who came\nlater waited", _raw("waiting", "wait_ns", "max"), format_ns),
     ("fault blocked\np50", _raw("blocked_ns", "p50"), format_ns),
     ("fault blocked\nmax", _raw("blocked_ns", "max"), format_ns),
+    ("woken: first\naccess after", _raw("wake_ns", "max"), format_ns),
+    ("dirty log\nenabled in", _raw("prepare_ns"), format_ns),
     ("VM closed\nin", _raw("close_ns", "total"), format_ns),
-    (
-        "VM closed\nin",
-        lambda r: r.raw.get("close_ns") if _is_number(r.raw.get("close_ns")) else None,
-        format_ns,
-    ),
+    ("of it,\nzap_all", _raw("close_ns", "zap_all"), format_ns),
     ("migra-\ntions", _raw("migrations"), _count),
 ]
 _EXIT: list[Column] = [
@@ -128,10 +126,6 @@ _EXIT: list[Column] = [
     ("exception:\ngone after", _raw("process_exit", "exception", "exit_ns"), format_ns),
     ("daemon thread\nin a zap", _raw("process_exit", "thread", "exit_ns"), format_ns),
 ]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _unlike(raw: Any, name: str, other: str) -> Any:

@@ -104,8 +104,8 @@ def _threads(runs: list[BenchRun]) -> dict[str, dict[str, float]]:
     parts: dict[str, list[Any]] = {}
     for run in runs:
         paid = [row for row in run.attribution if row.get("pays")]
-        # Whoever made the request is in it from end to end. The others have a life beside it, a guest or sleep,
-        # that no teardown costs.
+        # Whoever made the request is in it from end to end. The others have a life beside it, a guest or
+        # sleep, that no teardown costs.
         asker = "caller" if any(row["role"] == "caller" for row in paid) else "vcpu"
         for row in paid:
             if row["role"] == asker:
