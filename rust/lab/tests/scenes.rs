@@ -136,7 +136,7 @@ fn logging_splits_before_the_zap_and_a_collapsed_piece_is_torn_down_by_the_vcpu(
     let config = json!({"memory_bytes": memory, "scenes": "huge-page-in-fault", "check": false});
     for r in run("zap", config) {
         // A quarter of the memory in pieces of 2 MiB; each entry of each table, and the leaf that takes its place.
-        let pieces = memory / 4 >> 21;
+        let pieces = (memory / 4) >> 21;
         assert_eq!(number(&r["blocked_ns"]["count"]), pieces);
         assert_eq!(number(&r["teardown"]["entry_writes"]), pieces * 513, "{}", r["design"]);
         assert_eq!(number(&r["teardown"]["cpu_ns"]["caller"]), 0, "nobody else pays");
