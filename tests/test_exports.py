@@ -204,8 +204,13 @@ def test_a_log_read_by_hdrhistogram_has_the_percentiles_of_the_json(exported: Ex
                 continue
             for percentile, key in ((50, "p50"), (90, "p90"), (99, "p99"), (99.9, "p999"), (100, "max")):
                 if told[key] is not None:
-                    value = histogram.get_value_at_percentile(percentile)
-                    assert value == pytest.approx(told[key], rel=0.01, abs=2), (run.design, name, key)
+                    # Where a percentile falls between two samples, libraries differ by one of them.
+                    one = 100 / told["count"]
+                    low, high = (
+                        histogram.get_value_at_percentile(min(100, max(0, percentile + off)))
+                        for off in (-one, one)
+                    )
+                    assert low * 0.99 - 2 <= told[key] <= high * 1.01 + 2, (run.design, name, key)
                     compared += 1
     assert compared > 5
 
