@@ -82,11 +82,17 @@ impl World {
             task,
         };
         let mmu = Mmu::new(config, Arc::new(NoHost)).expect("a small pool");
-        if let Some(queue) = mmu.design().queue() {
+        let (vcpu, caller) = (Vcpu::new(&mmu), mmu.task("caller", Role::Caller));
+        let world = Self { mmu, vcpu, caller, _turn: turn };
+        world.hold_workers();
+        world
+    }
+
+    /// No worker starts anything from here on before somebody waits for it.
+    pub fn hold_workers(&self) {
+        if let Some(queue) = self.mmu.design().queue() {
             queue.hold();
         }
-        let (vcpu, caller) = (Vcpu::new(&mmu), mmu.task("caller", Role::Caller));
-        Self { mmu, vcpu, caller, _turn: turn }
     }
 
     /// The part of a fast zap that holds mmu_lock exclusively.
@@ -104,13 +110,10 @@ impl World {
         self.mmu.design().queue().map_or(0, |queue| queue.waiting() as u64)
     }
 
-    /// Waits for what is queued, and holds the workers back again.
+    /// Lets the workers run, and waits for what is queued.
     pub fn finish_work(&self) {
-        if let Some(queue) = self.mmu.design().queue() {
-            queue.release();
-            queue.flush();
-            queue.hold();
-        }
+        release(&self.mmu);
+        self.mmu.design().quiesce();
     }
 
     /// Lets the workers run, and returns what they have written.

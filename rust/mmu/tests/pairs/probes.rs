@@ -198,6 +198,7 @@ pub fn references_of_a_halted_vcpus_root_in_the_second_fast_zap(design: &str) ->
     world.begin_fast_zap();
     world.finish_fast_zap();
     world.finish_work();
+    world.hold_workers();
     world.begin_fast_zap();
     let refs = world.mmu.refs(root);
     world.finish_fast_zap();
