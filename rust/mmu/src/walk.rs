@@ -105,11 +105,21 @@ impl<'w, 'a, P: Platform, M: Mode> Walk<'w, 'a, P, M> {
         }
         self.ledger.settle(self.mmu);
         self.mmu.pay(self.task, &mut self.debt);
+        let callers = self.tell_debt();
         drop(self.rcu.take());
         self.guard.relock();
+        self.guard.set_debt(callers);
         self.rcu = Some(self.task.rcu_read());
         self.iter.mark_yielded();
         true
+    }
+
+    /// The lock is about to be given up: the release tells whether a flush is still owed, by this walk or by who called it (F1). Returns
+    /// the caller's part.
+    fn tell_debt(&self) -> bool {
+        let callers = self.guard.debt();
+        self.guard.set_debt(callers || self.debt.is_owed());
+        callers
     }
 
     /// Ends the walk: books what was done and returns the flush that is still owed.
@@ -167,8 +177,10 @@ impl<P: Platform, M: Mode> Entry<'_, '_, '_, P, M> {
         let walk = self.walk;
         walk.ledger.settle(walk.mmu);
         walk.mmu.pay(walk.task, &mut walk.debt);
+        let callers = walk.tell_debt();
         drop(walk.rcu.take());
         let done = walk.guard.unlocked_for(body);
+        walk.guard.set_debt(callers);
         walk.rcu = Some(walk.task.rcu_read());
         walk.iter.mark_yielded();
         done

@@ -149,7 +149,14 @@ impl<P: Platform> TdpMmu<P> {
             if self.as_id(root) == as_id {
                 debt = self.zap_leafs(guard, root, range.clone(), yields, std::mem::take(&mut debt));
             }
+            // Our reference is the last one: the put that follows may zap the root, and give the lock up (F1, also for what an earlier root owes).
+            if self.refs(root) == 1 {
+                self.pay(guard.task(), &mut debt);
+            }
+            guard.set_debt(debt.is_owed());
         });
+        // From here on it is the caller's.
+        guard.set_debt(false);
         debt
     }
 
