@@ -6,8 +6,8 @@
 //! **Mechanism.** A task records into vectors of its own, filled by the two hooks that exist anyway: the change of a phase and the
 //! end of a hold (or of a timed read section). Off, that is one predictable branch at each. What many tasks share is
 //! rare and goes into the [`Timeline`] of the RCU domain: a mark where a root is invalidated, queued, zapped, freed; the RCU thread's own
-//! slices; a point of the backlog at most every [`Timeline::INTERVAL_NS`] while it grows, and one just before and one just after each batch is freed.
-//! It only falls when a batch is freed, hence nothing between the points is higher than the next of them.
+//! slices; a point of the backlog at most every [`Timeline::INTERVAL_NS`] while it grows, and one just before and one just after each batch is booked as freed.
+//! It only falls there, hence nothing between the points is higher than the next of them.
 //! Every list is bounded; what comes after the bound is counted, and slices are still summed.
 
 use std::{

@@ -85,6 +85,24 @@ fn a_barrier_does_not_wait_for_a_stream_of_callbacks_to_dry_up() {
 }
 
 #[test]
+fn the_log_has_the_peak_though_callbacks_come_while_a_batch_is_freed() {
+    let stream = Arc::new(Stream {
+        domain: OnceLock::new(),
+        link: AtomicU32::new(tdpmmu_platform::NIL),
+        rounds: AtomicU64::new(0),
+        most: 1,
+    });
+    let config = RcuConfig { batch_delay_ns: 0, log: true, ..RcuConfig::default() };
+    let domain = common::Domain::try_new(stream.clone(), config).unwrap();
+    stream.domain.set(Arc::downgrade(&domain)).unwrap();
+    domain.defer(0, &stream.link, 1);
+    domain.barrier();
+    domain.barrier();
+    let peak = domain.timeline().unwrap().take().backlog.iter().map(|point| point.1).max();
+    assert_eq!((peak, domain.stats().backlog_peak), (Some(2), 2));
+}
+
+#[test]
 fn nothing_is_reclaimed_while_a_reader_is_inside() {
     for config in flavours() {
         let pool = Pool::new(8);

@@ -215,10 +215,13 @@ impl Inner {
         let freeing = clock::ticks();
         let waited = clock::ticks_to_ns(freeing.saturating_sub(chain.queued));
         lock(&self.log).grace_period_ns.record(waited);
-        if let Some(timeline) = &self.timeline {
-            timeline.point(freeing, self.backlog());
-        }
         let freed = self.reclaim.reclaim(chain.head);
+        // Highest here: what was deferred while these were freed counts too.
+        let waiting = self.backlog();
+        self.backlog_peak.fetch_max(waiting, Ordering::Relaxed);
+        if let Some(timeline) = &self.timeline {
+            timeline.point(clock::ticks(), waiting);
+        }
         self.reclaimed.fetch_add(freed as u64, Ordering::Relaxed);
         if let Some(timeline) = &self.timeline {
             let (now, Taken { queued, taken, .. }) = (clock::ticks(), chain);
