@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::panic::{self, AssertUnwindSafe};
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::thread;
@@ -350,5 +351,26 @@ fn a_cpu_that_this_process_may_not_use_is_an_error_that_names_it() {
         Err(MmuError::Thread(error)) => assert!(error.to_string().contains("1023"), "{error}"),
         Ok(_) => panic!("accepted"),
         Err(other) => panic!("{other}"),
+    }
+}
+
+#[test]
+fn a_worker_that_panics_is_told_to_its_own_vm() {
+    for kind in [QueueKind::PerVm, QueueKind::System] {
+        let (mmu, other) = (Setup::default().build(), Setup::default().build());
+        let options = DesignOptions { queue: Some(kind), ..DesignOptions::default() };
+        let queue = ZapQueue::<Real>::with_work(kind, &options, |_, _, what| assert_ne!(what, 13));
+        queue.attach(Arc::downgrade(&mmu)).expect("threads");
+        for what in [12, 13, 14] {
+            assert!(queue.push(&mmu, what));
+        }
+        queue.flush();
+        assert_eq!((mmu.users(), queue.waiting()), (1, 0), "{kind:?}");
+        assert!(matches!(&mmu.violations()[..], [one] if one.contains("panicked")), "{kind:?}");
+        assert_eq!(other.violations(), Vec::<String>::new());
+        // It goes on where the VM's own workers are joined; the system's serve others, who have nothing to do with it.
+        let end_of_workers = panic::catch_unwind(AssertUnwindSafe(|| queue.shutdown()));
+        assert_eq!(end_of_workers.is_err(), kind == QueueKind::PerVm);
+        end(&other);
     }
 }

@@ -18,8 +18,10 @@ use std::any::{Any, TypeId};
 use std::cell::{Cell, RefCell};
 use std::io;
 use std::marker::PhantomData;
+use std::panic::{self, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::thread;
 
 use tdpmmu_platform::queue::Serve;
 use tdpmmu_platform::{Histogram, Owner, Platform, Role, Task, WorkQueue};
@@ -242,12 +244,20 @@ struct Item<P: Platform> {
     user: bool,
 }
 
-/// A user reference, given back also when the work panics.
-struct User<'m, P: Platform>(&'m TdpMmu<P>);
+/// What an item owes whatever becomes of its work: a panic is the VM's to know, since a fast zap that waited for it returns, and a user reference is given back.
+struct Duty<'m, P: Platform> {
+    mmu: &'m TdpMmu<P>,
+    user: bool,
+}
 
-impl<P: Platform> Drop for User<'_, P> {
+impl<P: Platform> Drop for Duty<'_, P> {
     fn drop(&mut self) {
-        self.0.put_user();
+        if thread::panicking() {
+            self.mmu.violation("a worker panicked: what it was to zap may still be mapped, and referenced");
+        }
+        if self.user {
+            self.mmu.put_user();
+        }
     }
 }
 
@@ -428,6 +438,19 @@ impl<P: Platform> Worker<P> {
     }
 }
 
+impl<P: Platform> Worker<P> {
+    fn serve(&self, mmu: &TdpMmu<P>, item: &Item<P>) {
+        let _duty = Duty { mmu, user: item.user };
+        let Some(at) = self.desk_of(&item.client) else { return };
+        let desk = &self.desks.borrow()[at];
+        let begin = if self.own { 0 } else { P::thread_cpu_ns() };
+        (item.client.work)(mmu, &desk.task, item.what);
+        if !self.own {
+            desk.cpu_ns.set(desk.cpu_ns.get() + P::thread_cpu_ns().saturating_sub(begin));
+        }
+    }
+}
+
 impl<P: Platform> Serve<Item<P>> for Worker<P> {
     fn run(&self, item: &Item<P>) {
         let client = &item.client;
@@ -435,15 +458,11 @@ impl<P: Platform> Serve<Item<P>> for Worker<P> {
         lock(&client.delay_ns).record(delay);
         // A VM is drained before it goes away: while there is work, it is there. One that was only dropped leaves nothing to do.
         let Some(mmu) = client.mmu.upgrade() else { return };
-        let _user = item.user.then(|| User(&mmu));
-        if let Some(at) = self.desk_of(client) {
-            let desk = &self.desks.borrow()[at];
-            let begin = if self.own { 0 } else { P::thread_cpu_ns() };
-            (client.work)(&mmu, &desk.task, item.what);
-            if !self.own {
-                desk.cpu_ns.set(desk.cpu_ns.get() + P::thread_cpu_ns().saturating_sub(begin));
-            }
+        if self.own {
+            return self.serve(&mmu, item);
         }
+        // The queue would rethrow a panic where the last of its VMs ends: a stranger's. This VM has been told.
+        let _ = panic::catch_unwind(AssertUnwindSafe(|| self.serve(&mmu, item)));
     }
 
     fn between(&self) {
