@@ -54,7 +54,7 @@ pub struct FastZapTimes {
     pub exclusive_total_ns: u64,
     /// The longest exclusive hold.
     pub exclusive_longest_ns: u64,
-    /// Exclusive holds: one more than lock-breaks.
+    /// Exclusive holds: the first, one after each lock-break of a zap under it, and one of a design that waits for who holds the lock.
     pub exclusive_holds: u64,
     /// Until every vCPU was out of the guest (part of the hold).
     pub kick_wait_ns: u64,
