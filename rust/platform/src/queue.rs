@@ -17,7 +17,7 @@ use std::{
     panic::{self, AssertUnwindSafe},
     sync::{
         Arc,
-        atomic::{AtomicU32, Ordering},
+        atomic::{AtomicU32, AtomicU64, Ordering},
     },
     thread,
 };
@@ -64,6 +64,8 @@ struct Shared<P: Platform, T> {
     work: AtomicU32,
     /// Changes with each item done: flushers sleep on it.
     done: AtomicU32,
+    /// Items that found a worker asleep.
+    wakes: AtomicU64,
 }
 
 struct Item<T> {
@@ -153,6 +155,7 @@ impl<P: Platform, T: Send + 'static> WorkQueue<P, T> {
             }),
             work: AtomicU32::new(0),
             done: AtomicU32::new(0),
+            wakes: AtomicU64::new(0),
         });
         let body: Body<P, T> = Arc::new(move |shared, index| shared.serve(index, &init(index)));
         let queue = WorkQueue { name: name.to_owned(), shared, body, threads: Mutex::new(Vec::new()) };
@@ -214,9 +217,15 @@ impl<P: Platform, T: Send + 'static> WorkQueue<P, T> {
         let idle = state.idle > 0;
         drop(state);
         if idle {
+            self.shared.wakes.fetch_add(1, Ordering::Relaxed);
             P::futex_wake(&self.shared.work, 1);
         }
         true
+    }
+
+    /// Items so far whose queueing woke a worker, and cost the one who queued it that much more.
+    pub fn wakes(&self) -> u64 {
+        self.shared.wakes.load(Ordering::Relaxed)
     }
 
     /// Waits until everything queued so far has run. Not from a worker: it would wait for itself.

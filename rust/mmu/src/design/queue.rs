@@ -203,6 +203,11 @@ impl<P: Platform> ZapQueue<P> {
         self.place.get().map_or_else(Histogram::new, |(_, client)| lock(&client.delay_ns).clone())
     }
 
+    /// Items so far, of all VMs that share the queue, whose scheduling woke a worker.
+    pub fn wakes(&self) -> u64 {
+        self.place.get().map_or(0, |(crew, _)| crew.queue.wakes())
+    }
+
     /// Waits until this VM's items are done, then asks each worker that has served it for what it has measured since the last time.
     pub fn take_worker_reports(&self) -> Vec<WorkerReport> {
         let Some((crew, client)) = self.place.get() else { return Vec::new() };
