@@ -418,9 +418,8 @@ struct Worker<P: Platform> {
 struct Desk<P: Platform> {
     client: Arc<Client<P>>,
     task: Task<P>,
-    /// Of a shared worker: the CPU time of its items. Of an own one: the thread's at the last report.
+    /// CPU time of its items since the last report; looking for work is none of it.
     cpu_ns: Cell<u64>,
-    own: bool,
     answered: Cell<u64>,
 }
 
@@ -437,8 +436,7 @@ impl<P: Platform> Worker<P> {
         let answered = Cell::new(asked.round);
         client.answered.notify_all();
         drop(asked);
-        let cpu_ns = Cell::new(if self.own { P::thread_cpu_ns() } else { 0 });
-        desks.push(Desk { client: client.clone(), task, cpu_ns, own: self.own, answered });
+        desks.push(Desk { client: client.clone(), task, cpu_ns: Cell::new(0), answered });
         Some(desks.len() - 1)
     }
 }
@@ -448,11 +446,9 @@ impl<P: Platform> Worker<P> {
         let _duty = Duty { mmu, user: item.user };
         let Some(at) = self.desk_of(&item.client) else { return };
         let desk = &self.desks.borrow()[at];
-        let begin = if self.own { 0 } else { P::thread_cpu_ns() };
+        let begin = P::thread_cpu_ns();
         (item.client.work)(mmu, &desk.task, item.what);
-        if !self.own {
-            desk.cpu_ns.set(desk.cpu_ns.get() + P::thread_cpu_ns().saturating_sub(begin));
-        }
+        desk.cpu_ns.set(desk.cpu_ns.get() + P::thread_cpu_ns().saturating_sub(begin));
     }
 }
 
@@ -487,12 +483,7 @@ impl<P: Platform> Desk<P> {
             return;
         }
         self.answered.set(asked.round);
-        let cpu_ns = if self.own {
-            let now = P::thread_cpu_ns();
-            now.saturating_sub(self.cpu_ns.replace(now))
-        } else {
-            self.cpu_ns.take()
-        };
+        let cpu_ns = self.cpu_ns.take();
         let name = self.task.name().to_owned();
         asked.reports.push(WorkerReport { name, meter: self.task.meter().take(), cpu_ns });
         asked.missing = asked.missing.saturating_sub(1);
