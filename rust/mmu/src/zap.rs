@@ -147,6 +147,8 @@ impl<P: Platform> TdpMmu<P> {
         let which = if self.profile().unmap_invalid_roots { Which::All } else { Which::Valid };
         self.for_each_root(guard, which, |guard, root| {
             if self.as_id(root) == as_id {
+                // The walk takes it over, and pays it before it yields.
+                guard.set_debt(false);
                 debt = self.zap_leafs(guard, root, range.clone(), yields, std::mem::take(&mut debt));
             }
             // Our reference is the last one: the put that follows may zap the root, and give the lock up (F1, also for what an earlier root owes).
