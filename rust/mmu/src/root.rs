@@ -135,6 +135,11 @@ impl<P: Platform> TdpMmu<P> {
 
     /// Puts a reference; the design decides what the last one does. `held` says how mmu_lock is held.
     pub fn put_root(&self, task: &Task<P>, root: u32, owner: Owner, held: Held<'_, '_, P>) {
+        if matches!(held, Held::No) && self.ownership() == Ownership::Vcpu {
+            // The last put of a valid root invalidates or zaps it: a count of zero, or a root off the list, must not be seen before that is done.
+            let mut guard = self.lock.read(task);
+            return self.put_root(task, root, owner, Held::Shared(&mut guard));
+        }
         if self.drop_ref(task, root, owner) {
             self.design().last_put(self, task, root, held);
         }

@@ -97,7 +97,7 @@ impl Default for DesignOptions {
 
 /// How the caller of a put holds mmu_lock.
 pub enum Held<'g, 'a, P: Platform> {
-    /// Not at all (root put needs no lock since 6.9).
+    /// Not at all. Where the MMU owns a reference a put needs no lock (6.9); elsewhere [`TdpMmu::put_root`] takes it.
     No,
     /// Shared.
     Shared(&'g mut Guard<'a, P, Shared>),
