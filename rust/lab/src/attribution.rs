@@ -1,11 +1,11 @@
 //! Where each thread's time went, who paid, and what the others lost meanwhile.
 //!
 //! **Guarantee.** The phases of a row add up to its `elapsed_ns` within 5 %, or the run is an error. `elapsed_ns` is not their sum: for the
-//! thread that pays it is the request, stamped by whoever times the request (the fast-zap call, the drop, the faults, the close), for a
-//! guest it must lie between what the runner's clock allows, for the RCU thread it is the window from t0 to the end of the teardown.
+//! thread that pays it is the request, stamped by whoever times the request (the fast-zap call, the drop, the faults, the close), for every
+//! other thread the window from t0 to the end of the teardown, by the window's own stamps, as far as the thread lived in it.
 //!
 //! **Mechanism.** A task is in one phase at a time and books each change. The phases of a request are the difference of the task's sums
-//! around it; those of a guest run from its warm-up to its end; those of a worker from the opening of the window to its end. A thread pays if the
+//! around it; those of the others are split at t0 and at the end of the teardown (`run/meanwhile.rs`). A thread pays if the
 //! request was its own or if it spent CPU time in the zap of a root.
 
 use std::collections::BTreeMap;

@@ -7,7 +7,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use tdpmmu_platform::{Histogram, Platform, Site};
+use tdpmmu_platform::{Histogram, Platform, Site, Task};
 use tdpmmu_vm::request::{FREE_OBSOLETE_ROOTS, RELOAD};
 use tdpmmu_vm::{AccessOutcome, GuestAccess, Vcpu, VcpuProbe};
 
@@ -131,7 +131,7 @@ pub struct GuestPlan {
     pub seed: u64,
 }
 
-/// Runs guest code on `vcpu` until `stop` says so; returns what it felt.
+/// Runs guest code on `vcpu` until `stop` says so; returns what it felt. `look` is called before a kick is answered and before each access.
 ///
 /// # Errors
 /// [`LabError::Internal`] when a fault fails for want of memory.
@@ -140,6 +140,7 @@ pub fn run<P: Platform>(
     plan: &GuestPlan,
     window: &Arc<Window>,
     stop: impl Fn() -> bool,
+    mut look: impl FnMut(&Task<P>),
 ) -> Result<Felt, LabError> {
     let felt = Arc::new(std::sync::Mutex::new(Felt::default()));
     let probe = Probe::<P> { window: window.clone(), felt: felt.clone(), platform: std::marker::PhantomData };
@@ -154,6 +155,7 @@ pub fn run<P: Platform>(
     'run: loop {
         intended += arrival;
         while P::ticks() < intended {
+            look(vcpu.task());
             if stop() || !vcpu.poll().map_err(fail)? {
                 break 'run;
             }
@@ -163,6 +165,7 @@ pub fn run<P: Platform>(
         if stop() {
             break;
         }
+        look(vcpu.task());
         if let Some(mover) = &mut mover {
             mover.due(vcpu)?;
         }

@@ -18,11 +18,13 @@ pub struct ThreadReport {
     pub name: String,
     /// Who it was.
     pub who: Who,
-    /// Its measurements since t0 (or since its start, if there was none).
+    /// Its measurements: during its request, or from t0 to the end of the teardown.
     pub meter: MeterSnapshot,
     /// The request, if it was its own.
     pub request: Option<Request>,
-    /// By the runner's clock: how long `meter` has run, in ticks; where there is no request.
+    /// Where it was not: what `meter` covers of the window, in ticks.
+    pub covers: Option<(u64, u64)>,
+    /// ... and how long that was by the window's clock.
     pub stamped_ticks: Option<u64>,
     /// CPU time of its request, or in the stretch that `meter` covers.
     pub cpu_ns: u64,
@@ -58,7 +60,7 @@ pub struct Outcome {
     pub prefault_ns: u64,
     /// Leaves made by the population.
     pub populated: u64,
-    /// The memslot update, if there was one.
+    /// The memslot update at t0, if there was one.
     pub update: Option<FastZapTimes>,
     /// Timed operations, in ns.
     pub marks: BTreeMap<Mark, Histogram>,

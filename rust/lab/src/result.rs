@@ -175,6 +175,10 @@ pub struct DropLoop {
     pub count: u64,
     /// The drop of the last reference.
     pub block_drop_ns: H,
+    /// Of these, the drops that woke a worker; `None`: the design has none.
+    pub block_drop_woken_ns: Option<H>,
+    /// How many these were.
+    pub worker_wakes: Option<u64>,
     /// The same on a root that another vCPU holds.
     pub block_baseline_ns: H,
 }

@@ -123,6 +123,8 @@ pub const FLAGS: usize = Flag::Refault as usize + 1;
 pub enum Mark {
     /// A drop of the last reference.
     Drop,
+    /// Of these, the drops that woke a worker.
+    DropWoken,
     /// The same where others still hold the root.
     Baseline,
     /// A memslot update with its fast zap.

@@ -85,7 +85,10 @@ pub fn recorded(outcome: &Outcome) -> Vec<Recorded<'_>> {
             thread: thread.name.clone(),
             role: role_of(thread.who),
             recording: thread.meter.recording.as_deref()?,
-            covers: thread.request.as_ref().map(|request| request.calls.clone()),
+            covers: match &thread.request {
+                Some(request) => Some(request.calls.clone()),
+                None => thread.covers.map(|stretch| vec![stretch]),
+            },
         })
     });
     let workers = outcome.workers.iter().enumerate().filter_map(|(n, (meter, _))| {

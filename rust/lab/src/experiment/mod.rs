@@ -30,6 +30,8 @@ pub fn drop_loop(outcome: &Outcome, times: u64) -> DropLoop {
         root_sptes: LOOP_SPTES,
         count: times,
         block_drop_ns: h(Mark::Drop),
+        block_drop_woken_ns: outcome.marks.get(&Mark::DropWoken).map(H::from),
+        worker_wakes: outcome.marks.get(&Mark::DropWoken).map(Histogram::count),
         block_baseline_ns: h(Mark::Baseline),
     }
 }
@@ -97,21 +99,18 @@ pub fn to_run(plan: &Plan, case: &Case, rep: u32, outcome: &Outcome, cpus: usize
         zap: t.zap_ns,
     });
     let mark = |m| outcome.marks.get(&m).map(H::from);
-    let drop_ns = mark(Mark::Drop).and_then(|h| h.0.max).unwrap_or(0);
     let close_ns = outcome.pays.is_none().then_some(CloseNs {
         total: outcome.close.total_ns,
         zap_all: outcome.close.zap_all_ns,
         rest: outcome.close.total_ns.saturating_sub(outcome.close.zap_all_ns),
     });
-    let op_ns = outcome.marks.get(&Mark::Replace).map_or(0, |h| h.buckets().map(|(ns, n)| ns * n).sum());
-    let return_ns = match (&update, &close_ns) {
-        (Some(update), _) => update.total,
-        (_, Some(close)) => close.total,
-        _ if op_ns > 0 => op_ns,
-        _ => drop_ns,
-    };
+    let since_t0 = |at: u64| Real::ticks_to_ns(at.saturating_sub(outcome.t0));
+    // Of many calls the last return: what is torn down is what all of them asked for.
+    let requests = outcome.threads.iter().filter_map(|t| t.request.as_ref());
+    let returned = requests.flat_map(|request| &request.calls).map(|call| call.1).max().map_or(0, since_t0);
+    let return_ns = close_ns.as_ref().map_or(returned, |close| close.total);
     // A subtree that a huge page replaces is no zap of a root: its end is the end of the request.
-    let replaced = outcome.marks.get(&Mark::Replace).map(|_| op_ns);
+    let replaced = outcome.marks.get(&Mark::Replace).map(|_| return_ns);
     let teardown = outcome.last_zap_end_ns.or(replaced).map(|zap_end| {
         let free = outcome.last_free_ns.unwrap_or(zap_end);
         Teardown {
@@ -139,7 +138,6 @@ pub fn to_run(plan: &Plan, case: &Case, rep: u32, outcome: &Outcome, cpus: usize
             by_outcome.insert(kind.name(), H::from(&one));
         }
     }
-    let since_t0 = |at: u64| Real::ticks_to_ns(at.saturating_sub(outcome.t0));
     let mut block_update = Histogram::new();
     let mut visible = Histogram::new();
     for thread in &felt {

@@ -1,6 +1,6 @@
 //! What the VMM's threads do: memslot updates, waiting for the teardown, and what comes in between from elsewhere.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use tdpmmu_platform::{Platform, Role as TaskRole, Task};
@@ -9,7 +9,7 @@ use tdpmmu_vm::slots::Region;
 use tdpmmu_vm::{FastZapTimes, SlotFlags, SlotUpdate};
 
 use super::setup::{Regions, task_config};
-use super::{Begun, P, Paid, Shared, internal, lock};
+use super::{Account, P, Paid, Shared, internal, lock};
 use crate::LabError;
 use crate::guest::Felt;
 use crate::scenario::{Flag, Intruder, Mark, Op, Update, Who};
@@ -22,41 +22,28 @@ const NOTIFIER_PAGES: u64 = 256;
 impl Shared<'_> {
     pub(super) fn vmm_thread(&self, name: &str, who: Who, ops: &[Op]) -> Result<(), LabError> {
         let task = self.vm.task_with(name, TaskRole::Caller, task_config(&self.scenario.vm));
-        let mut paid = Paid::default();
+        let mut account = self.account(who);
         for op in ops {
-            self.vmm_op(&task, op, &mut paid)?;
+            self.vmm_op(&task, op, &mut account)?;
+            account.look(&self.window, &task);
         }
-        self.report(name, who, &task, &mut paid, Felt::default());
+        self.report(name, who, &task, account, Felt::default());
         Ok(())
     }
 
-    fn vmm_op(&self, task: &Task<P>, op: &Op, paid: &mut Paid) -> Result<(), LabError> {
+    fn vmm_op(&self, task: &Task<P>, op: &Op, account: &mut Account) -> Result<(), LabError> {
+        let paid = &mut account.paid;
         match *op {
             Op::Zap(update) => {
                 self.control.report("zapping", 0.0);
                 self.zap(task, update, paid)?;
             }
             Op::Churn { cycles, pause_us } => {
-                for n in 0..cycles {
-                    if self.stopped() {
-                        return Err(LabError::Cancelled);
-                    }
-                    self.control.report("zapping", n as f64 / cycles as f64);
-                    self.zap(task, Update::Delete, paid)?;
-                    self.set_slot(task, &self.regions()?.extra)?;
-                    std::thread::sleep(Duration::from_micros(pause_us));
-                }
+                let done = AtomicU64::new(0);
+                let fraction = || done.load(Ordering::Relaxed) as f64 / cycles as f64;
+                self.watched("zapping", fraction, || self.churn(task, cycles, pause_us, &done, paid))?;
             }
-            Op::AwaitTeardown => {
-                if paid.meter.is_none() {
-                    // Only waiting so far: not part of the teardown.
-                    let _ = task.meter().take();
-                }
-                self.await_teardown(task);
-                if paid.meter.is_none() {
-                    paid.meter = Some(task.meter().take());
-                }
-            }
+            Op::AwaitTeardown => self.await_teardown(task),
             Op::ReleaseUser => drop(self.vm.release_user()),
             Op::StartDirtyLog => {
                 self.control.report("splitting", 0.0);
@@ -85,7 +72,7 @@ impl Shared<'_> {
                     )));
                 }
             }
-            Op::Intrude(what) => self.intrude(task, what)?,
+            Op::Intrude(what) => self.intrude(task, what, account)?,
             Op::Wake(vcpu) => {
                 // A wake-up that comes before the sleep is lost: again, until the sleeper says so.
                 while self.raised(Flag::Awake) == 0 {
@@ -98,7 +85,7 @@ impl Shared<'_> {
             }
             Op::SleepMs(ms) => std::thread::sleep(Duration::from_millis(ms)),
             Op::Raise(flag) => self.raise(flag),
-            Op::Await { flag, count } => self.wait_for(flag, count, || {})?,
+            Op::Await { flag, count } => self.wait_for(flag, count)?,
             _ => return Err(LabError::Usage(format!("{op:?} is for a vCPU's thread"))),
         }
         Ok(())
@@ -112,6 +99,26 @@ impl Shared<'_> {
         self.vm.set_memslot(task, region).map_err(internal("a memslot update"))
     }
 
+    fn churn(
+        &self,
+        task: &Task<P>,
+        cycles: u64,
+        pause_us: u64,
+        done: &AtomicU64,
+        paid: &mut Paid,
+    ) -> Result<(), LabError> {
+        for _ in 0..cycles {
+            if self.stopped() {
+                return Err(LabError::Cancelled);
+            }
+            self.zap(task, Update::Delete, paid)?;
+            self.set_slot(task, &self.regions()?.extra)?;
+            std::thread::sleep(Duration::from_micros(pause_us));
+            done.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
     /// One update, timed. The first one opens the window.
     fn zap(&self, task: &Task<P>, update: Update, paid: &mut Paid) -> Result<(), LabError> {
         let first = paid.meter.is_none();
@@ -119,7 +126,7 @@ impl Shared<'_> {
             self.open_window(task, None);
         }
         let _ = task.meter().take();
-        let begun = Begun::now();
+        let delayed = P::run_delay_ns();
         let (cpu, switches) = (P::thread_cpu_ns(), P::switches());
         if first {
             self.window.t0.store(P::ticks(), Ordering::Release);
@@ -127,7 +134,7 @@ impl Shared<'_> {
         let times = self.update(task, update)?;
         paid.cpu_ns += P::thread_cpu_ns() - cpu;
         paid.switched_out += P::switches().involuntary - switches.involuntary;
-        paid.delayed(&begun);
+        paid.delayed(delayed);
         paid.add(times.t0, times.t0 + P::ns_to_ticks(times.total_ns), &times.phase_ticks);
         let meter = task.meter().take();
         match &mut paid.meter {
@@ -147,9 +154,8 @@ impl Shared<'_> {
         let mut all = lock(&self.collected);
         all.mapped_at_return = all.mapped_at_return.max(left);
         all.marks.entry(Mark::Update).or_default().record(times.total_ns);
-        if all.update.is_none_or(|longest| longest.total_ns < times.total_ns) {
-            all.update = Some(times);
-        }
+        // Of many updates the one at t0: what it had to zap is what was counted there.
+        all.update.get_or_insert(times);
         Ok(())
     }
 
@@ -167,13 +173,14 @@ impl Shared<'_> {
     }
 
     /// From t0 until the teardown is over.
-    fn intrude(&self, task: &Task<P>, what: Intruder) -> Result<(), LabError> {
+    fn intrude(&self, task: &Task<P>, what: Intruder, account: &mut Account) -> Result<(), LabError> {
         while self.window.t0.load(Ordering::Acquire) == 0 {
             if self.stopped() {
                 return Err(LabError::Cancelled);
             }
             std::thread::sleep(Duration::from_micros(20));
         }
+        account.look(&self.window, task);
         let timed = |call: &dyn Fn() -> Result<(), LabError>| {
             let begin = P::ticks();
             call()?;

@@ -3,8 +3,8 @@
 //! **Guarantee.** Every operation really happens, on real threads. Measuring costs the measured threads nothing but clock reads at the ends of an operation. Whatever happens, also
 //! cancellation and errors, every thread is joined and the VM closed, and what it left behind is part of the outcome.
 //!
-//! **Mechanism.** Threads are scoped; each runs its ops in order. Flags are counters under futexes in spirit: spun on with sleeps of 50 us, outside all measured
-//! stretches. The first error raises the abort flag, which every wait and every guest loop tests.
+//! **Mechanism.** Threads are scoped; each runs its ops in order. Flags are counters that threads sleep on: who waits takes no CPU from who is measured.
+//! The first error raises the abort flag, which every wait and every guest loop tests.
 //!
 //! | file | idea |
 //! | --- | --- |
@@ -12,21 +12,25 @@
 //! | `vcpu.rs` | what a vCPU's thread does |
 //! | `caller.rs` | what a thread of the VMM does |
 //! | `window.rs` | t0, the end of the teardown, the counters in between |
+//! | `meanwhile.rs` | what a thread does and loses in the window of somebody else's request |
+//! | `watch.rs` | progress, told from beside |
 
 mod caller;
+mod meanwhile;
 mod setup;
 mod vcpu;
+mod watch;
 mod window;
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
 
 use tdpmmu_oracle::Judge;
 use tdpmmu_platform::{MeterSnapshot, Observer, Phase, Platform, RcuDomain, Real, Role as TaskRole, Task};
 use tdpmmu_spte::geometry::page_bytes;
 use tdpmmu_vm::{Vm, VmError};
 
+use self::meanwhile::Meanwhile;
 use self::setup::Regions;
 use self::window::Collected;
 use crate::attribution::Request;
@@ -39,6 +43,9 @@ pub(crate) use self::setup::MOST_COLLAPSED;
 pub use self::setup::vm_config;
 
 type P = Real;
+
+/// Who sleeps looks up so often whether the run was cancelled.
+const NAP_NS: u64 = 20_000_000;
 
 struct Shared<'a> {
     scenario: &'a Scenario,
@@ -60,29 +67,22 @@ struct Paid {
     switched_out: u64,
     meter: Option<MeterSnapshot>,
     request: Option<Request>,
-    /// Where the stretch of a guest begins.
-    since: Option<Begun>,
 }
 
-/// The clocks of a thread at the begin of a stretch.
-#[derive(Clone, Copy)]
-struct Begun {
-    at: u64,
-    /// The stretch may have begun as late as this: the host can take the CPU away between two looks at a clock.
-    latest: u64,
-    cpu_ns: u64,
-    run_delay_ns: Option<u64>,
+/// What a thread brings through its ops.
+#[derive(Default)]
+struct Account {
+    /// The request, if it is this thread's.
+    paid: Paid,
+    /// If it is somebody else's.
+    meanwhile: Option<Meanwhile>,
 }
 
-impl Begun {
-    fn now() -> Self {
-        let (run_delay_ns, cpu_ns, at) = (P::run_delay_ns(), P::thread_cpu_ns(), P::ticks());
-        Self { at, latest: at, cpu_ns, run_delay_ns }
-    }
-
-    /// Runnable without a CPU since then.
-    fn run_delay_ns(&self) -> Option<u64> {
-        Some(P::run_delay_ns()?.saturating_sub(self.run_delay_ns?))
+impl Account {
+    fn look(&mut self, window: &Window, task: &Task<P>) {
+        if let Some(meanwhile) = &mut self.meanwhile {
+            meanwhile.look(window, task);
+        }
     }
 }
 
@@ -92,9 +92,10 @@ impl Paid {
         self.request.get_or_insert_default().add(entered, returned, phase_ticks);
     }
 
-    /// The time without a CPU since `begun` is part of the request.
-    fn delayed(&mut self, begun: &Begun) {
-        self.run_delay_ns = begun.run_delay_ns().map(|delay| delay + self.run_delay_ns.unwrap_or(0));
+    /// The time without a CPU since the host said `before` is part of the request.
+    fn delayed(&mut self, before: Option<u64>) {
+        let delay = P::run_delay_ns().zip(before).map(|(now, then)| now.saturating_sub(then));
+        self.run_delay_ns = delay.map(|delay| delay + self.run_delay_ns.unwrap_or(0));
     }
 }
 
@@ -196,21 +197,30 @@ impl Shared<'_> {
 
     fn raise(&self, flag: Flag) {
         self.flags[flag as usize].fetch_add(1, Ordering::Release);
+        P::futex_wake(&self.flags[flag as usize], u32::MAX);
     }
 
     fn raised(&self, flag: Flag) -> u32 {
         self.flags[flag as usize].load(Ordering::Acquire)
     }
 
-    fn wait_for(&self, flag: Flag, count: u32, mut idle: impl FnMut()) -> Result<(), LabError> {
-        while self.raised(flag) < count {
+    fn wait_for(&self, flag: Flag, count: u32) -> Result<(), LabError> {
+        loop {
+            let raised = self.raised(flag);
+            if raised >= count {
+                return Ok(());
+            }
             if self.stopped() {
                 return Err(LabError::Cancelled);
             }
-            idle();
-            std::thread::sleep(Duration::from_micros(50));
+            P::futex_wait(&self.flags[flag as usize], raised, Some(NAP_NS));
         }
-        Ok(())
+    }
+
+    /// The account of a thread that begins.
+    fn account(&self, who: Who) -> Account {
+        let meanwhile = (self.scenario.pays != Some(who)).then(Meanwhile::default);
+        Account { meanwhile, ..Account::default() }
     }
 
     fn all_threads(&self) -> Result<(), LabError> {
@@ -264,30 +274,36 @@ impl Shared<'_> {
         cancelled.map_or(Ok(()), Err)
     }
 
-    fn report(&self, name: &str, who: Who, task: &Task<P>, paid: &mut Paid, felt: Felt) {
-        let whole = Begun { at: 0, latest: 0, cpu_ns: 0, run_delay_ns: Some(0) };
-        let since = paid.since.unwrap_or(whole);
-        let requested = paid.request.is_some();
-        let stamped = paid.since.filter(|_| !requested && paid.meter.is_none());
-        let earliest = P::ticks();
-        // What came after the measured operation is not part of it.
-        let meter = paid.meter.take().unwrap_or_else(|| task.meter().take());
-        let least = |since: Begun| earliest.saturating_sub(since.latest);
-        let most = |since: Begun| P::ticks().saturating_sub(since.at);
-        let stamped_ticks = stamped.map(|s| meter.elapsed_ticks.max(least(s)).min(most(s)));
-        let report = ThreadReport {
+    /// A thread has ended. One that had no part in the window is not reported: it was gone by then, or there was none.
+    fn report(&self, name: &str, who: Who, task: &Task<P>, account: Account, felt: Felt) {
+        let Account { mut paid, meanwhile } = account;
+        let mut report = ThreadReport {
             name: name.to_owned(),
             who,
-            meter,
-            stamped_ticks,
-            cpu_ns: if requested { paid.cpu_ns } else { P::thread_cpu_ns().saturating_sub(since.cpu_ns) },
+            // What came after the measured operation is not part of it.
+            meter: paid.meter.take().unwrap_or_default(),
+            covers: None,
+            stamped_ticks: None,
+            cpu_ns: paid.cpu_ns,
             op_cpu_ns: paid.cpu_ns,
             switched_out: paid.switched_out,
             felt,
             cpu: current_cpu(),
-            run_delay_ns: if requested { paid.run_delay_ns } else { since.run_delay_ns() },
+            run_delay_ns: paid.run_delay_ns,
             request: paid.request.take(),
         };
+        match meanwhile {
+            None if report.request.is_none() => return,
+            None => {}
+            Some(mut meanwhile) => {
+                let Some(stretch) = meanwhile.over(&self.window, task) else { return };
+                report.meter = stretch.meter;
+                report.covers = Some(stretch.covers);
+                report.stamped_ticks = Some(stretch.stamped_ticks);
+                report.cpu_ns = stretch.cpu_ns;
+                report.run_delay_ns = stretch.run_delay_ns;
+            }
+        }
         lock(&self.collected).threads.push(report);
     }
 

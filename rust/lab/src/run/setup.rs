@@ -2,8 +2,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::sync::atomic::Ordering;
 
 use tdpmmu_mmu::QueueKind;
 use tdpmmu_platform::{Observer, Platform, Preempt, RcuConfig, Role as TaskRole, TaskConfig};
@@ -157,20 +156,16 @@ impl Shared<'_> {
         let spec = &self.scenario.vm;
         let pages = spec.memory_bytes / page_bytes(1);
         let progress = Progress::default();
-        let begin = P::ticks();
-        let done = AtomicBool::new(false);
-        let made = std::thread::scope(|scope| {
-            // Progress and cancellation are watched from beside, not from inside the measured loop.
-            scope.spawn(|| {
-                while !done.load(Ordering::Relaxed) {
-                    if self.stopped() {
-                        progress.cancel.store(true, Ordering::Relaxed);
-                    }
-                    let fraction = progress.done.load(Ordering::Relaxed) as f64 / pages as f64;
-                    self.control.report("populating", fraction);
-                    std::thread::sleep(Duration::from_millis(10));
-                }
-            });
+        // Cancellation is watched from beside too.
+        let fraction = || {
+            if self.stopped() {
+                progress.cancel.store(true, Ordering::Relaxed);
+            }
+            progress.done.load(Ordering::Relaxed) as f64 / pages as f64
+        };
+        let mut wall = 0;
+        let made = self.watched("populating", fraction, || {
+            let begin = P::ticks();
             let made = match how.by {
                 By::Bulk => self.vm.vcpu(vcpus.start).and_then(|mut vcpu| {
                     let ad = match how.ad {
@@ -186,12 +181,12 @@ impl Shared<'_> {
                     self.vm.populate_by_faults(vcpus, 0..pages, write, &progress).map(|(made, _)| made)
                 }
             };
-            done.store(true, Ordering::Relaxed);
+            wall = P::ticks() - begin;
             made
         })
         .map_err(internal("populating"))?;
         let mut all = lock(&self.collected);
-        all.populate_ns += P::ticks_to_ns(P::ticks() - begin);
+        all.populate_ns += P::ticks_to_ns(wall);
         all.populated += made;
         Ok(())
     }

@@ -1,20 +1,18 @@
 //! What a vCPU's thread does: guest code, root drops, waits.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use tdpmmu_mmu::design::ZapQueue;
 use tdpmmu_platform::{Histogram, Phase, Platform, Site, Task};
 use tdpmmu_spte::geometry::{page_bytes, span};
 use tdpmmu_spte::{Ownership, Role};
 use tdpmmu_vm::{AccessOutcome, GuestAccess, Vcpu};
 
-use super::{Begun, P, Paid, Shared, internal, lock, setup::task_config};
+use super::{Account, NAP_NS, P, Paid, Shared, internal, lock, setup::task_config};
 use crate::LabError;
 use crate::guest::{self, Felt, GuestPlan, WorkingSet};
 use crate::scenario::{Drop, Flag, Mark, Op, Sharing, Who};
-
-/// A halted vCPU looks up so often whether the run was cancelled.
-const NAP_NS: u64 = 20_000_000;
 
 /// [`Op::DropRoot`].
 struct Drops {
@@ -39,12 +37,13 @@ impl Shared<'_> {
         }
         let mut vcpu = self.vm.vcpu_with(id, task_config(&self.scenario.vm)).map_err(internal("a vCPU"))?;
         let mut felt = Felt::default();
-        let mut paid = Paid::default();
+        let mut account = self.account(Who::Vcpu(id));
         for op in ops {
-            self.vcpu_op(&mut vcpu, id, op, &mut felt, &mut paid)?;
+            self.vcpu_op(&mut vcpu, id, op, &mut felt, &mut account)?;
+            account.look(&self.window, vcpu.task());
         }
         vcpu.leave();
-        self.report(name, Who::Vcpu(id), vcpu.task(), &mut paid, felt);
+        self.report(name, Who::Vcpu(id), vcpu.task(), account, felt);
         Ok(())
     }
 
@@ -85,8 +84,9 @@ impl Shared<'_> {
         id: usize,
         op: &Op,
         felt: &mut Felt,
-        paid: &mut Paid,
+        account: &mut Account,
     ) -> Result<(), LabError> {
+        let paid = &mut account.paid;
         match *op {
             Op::SwitchRole(variant) => vcpu.switch_role(self.role(variant)),
             Op::EnterSmm => vcpu.enter_smm(),
@@ -96,7 +96,14 @@ impl Shared<'_> {
             }
             Op::Unload => vcpu.unload(),
             Op::DropRoot { mark, times, sptes, by } => {
-                self.drop_root(vcpu, &Drops { mark, times, sptes, by }, paid)?;
+                let drops = Drops { mark, times, sptes, by };
+                let done = AtomicU64::new(0);
+                if times == 1 {
+                    self.drop_root(vcpu, &drops, &done, paid)?;
+                } else {
+                    let fraction = || done.load(Ordering::Relaxed) as f64 / times as f64;
+                    self.watched("dropping roots", fraction, || self.drop_root(vcpu, &drops, &done, paid))?;
+                }
             }
             Op::Guest(ref code) => {
                 let (writes, reads) = self.working_sets(id, code.pages, code.sharing);
@@ -114,12 +121,12 @@ impl Shared<'_> {
                     guest::touch(vcpu, &plan.writes)?;
                 }
                 self.raise(Flag::WarmedUp);
-                let mut begun = Begun::now();
-                let _ = vcpu.task().meter().take();
-                begun.latest = P::ticks();
-                paid.since = Some(begun);
+                if let Some(meanwhile) = &mut account.meanwhile {
+                    meanwhile.awake();
+                }
                 let until = code.until;
-                let got = guest::run(vcpu, &plan, &self.window, || self.raised(until) > 0 || self.stopped())?;
+                let stop = || self.raised(until) > 0 || self.stopped();
+                let got = guest::run(vcpu, &plan, &self.window, stop, |task| account.look(&self.window, task))?;
                 if self.stopped() {
                     return Err(LabError::Cancelled);
                 }
@@ -130,6 +137,7 @@ impl Shared<'_> {
                     if self.stopped() {
                         return Err(LabError::Cancelled);
                     }
+                    account.look(&self.window, vcpu.task());
                 }
                 let begin = P::ticks();
                 let access = GuestAccess { gfn: 0, write: true, exec: false };
@@ -147,24 +155,30 @@ impl Shared<'_> {
             }
             Op::SleepMs(ms) => std::thread::sleep(Duration::from_millis(ms)),
             Op::Raise(flag) => self.raise(flag),
-            Op::Await { flag, count } => self.wait_for(flag, count, || {})?,
+            Op::Await { flag, count } => self.wait_for(flag, count)?,
             _ => return Err(LabError::Usage(format!("{op:?} is for a thread of the VMM"))),
         }
         Ok(())
     }
 
-    fn drop_root(&self, vcpu: &mut Vcpu<'_, P>, what: &Drops, paid: &mut Paid) -> Result<(), LabError> {
+    fn drop_root(
+        &self,
+        vcpu: &mut Vcpu<'_, P>,
+        what: &Drops,
+        done: &AtomicU64,
+        paid: &mut Paid,
+    ) -> Result<(), LabError> {
         let Drops { mark, times, sptes, by } = *what;
         let fail = internal("dropping a root");
-        let mut histogram = Histogram::new();
+        let (mut histogram, mut woken) = (Histogram::new(), Histogram::new());
+        let queue = self.vm.mmu().design().queue();
+        let wakes = || queue.map_or(0, ZapQueue::wakes);
         let big = mark == Mark::Drop && times == 1;
         for n in 0..times {
-            if n % 256 == 0 {
-                if self.stopped() {
-                    return Err(LabError::Cancelled);
-                }
-                self.control.report("dropping roots", n as f64 / times as f64);
+            if self.stopped() {
+                return Err(LabError::Cancelled);
             }
+            done.store(n, Ordering::Relaxed);
             for gfn in 0..sptes {
                 let access =
                     GuestAccess { gfn: gfn * span(self.scenario.vm.level), write: true, exec: false };
@@ -173,18 +187,19 @@ impl Shared<'_> {
             if !vcpu.enter().map_err(&fail)? {
                 return Err(LabError::Cancelled);
             }
-            let mut begun = None;
+            let mut delayed = None;
             if big {
                 vcpu.leave();
                 self.open_window(vcpu.task(), vcpu.current_root());
                 let _ = vcpu.task().meter().take();
-                begun = Some(Begun::now());
+                delayed = P::run_delay_ns();
                 vcpu.enter().map_err(&fail)?;
                 self.window.t0.store(P::ticks(), Ordering::Release);
             }
             let cpu = if big { P::thread_cpu_ns() } else { 0 };
             let asked = P::ticks();
             let before = if big { vcpu.task().meter().phase_ticks(asked) } else { [0; Phase::ALL.len()] };
+            let asleep = wakes();
             let begin = P::ticks();
             match by {
                 Drop::Toggle => drop(vcpu.drop_root().map_err(&fail)?),
@@ -197,18 +212,25 @@ impl Shared<'_> {
                 Drop::Unload => vcpu.unload(),
             }
             let end = P::ticks();
-            if let Some(begun) = begun {
+            if big {
                 paid.add(asked, end, &since(vcpu.task(), end, &before));
                 paid.cpu_ns += P::thread_cpu_ns() - cpu;
-                paid.delayed(&begun);
+                paid.delayed(delayed);
                 paid.meter = Some(vcpu.task().meter().take());
             }
             histogram.record(P::ticks_to_ns(end - begin));
+            if wakes() > asleep {
+                woken.record(P::ticks_to_ns(end - begin));
+            }
             if mark == Mark::Drop && !big {
                 self.pace();
             }
         }
-        lock(&self.collected).marks.entry(mark).or_default().merge(&histogram);
+        let mut all = lock(&self.collected);
+        all.marks.entry(mark).or_default().merge(&histogram);
+        if mark == Mark::Drop && queue.is_some() {
+            all.marks.entry(Mark::DropWoken).or_default().merge(&woken);
+        }
         Ok(())
     }
 
@@ -226,7 +248,7 @@ impl Shared<'_> {
         vcpu.enter().map_err(&fail)?;
         let _ = vcpu.task().meter().take();
         self.window.t0.store(P::ticks(), Ordering::Release);
-        let begun = Begun::now();
+        let delayed = P::run_delay_ns();
         let cpu = P::thread_cpu_ns();
         for piece in 0..pieces {
             let access = GuestAccess { gfn: piece * span(level), write: true, exec: false };
@@ -240,7 +262,7 @@ impl Shared<'_> {
             }
             self.mark(Mark::Replace, end - begin);
         }
-        paid.delayed(&begun);
+        paid.delayed(delayed);
         paid.cpu_ns += P::thread_cpu_ns() - cpu;
         paid.meter = Some(vcpu.task().meter().take());
         vcpu.leave();

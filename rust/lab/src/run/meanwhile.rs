@@ -1,0 +1,141 @@
+//! What a thread does and loses in the window of somebody else's request.
+//!
+//! **Guarantee.** The stretch is the window, from t0 to the end of the teardown, or as much of it as the thread lives; what it did before and after is no part of its
+//! row. A thread that has ended before t0 has none.
+//!
+//! **Mechanism.** A thread looks at the window wherever it idles and between two accesses. At the first look after t0 its meter is split *at t0*: in the phase that it has
+//! been in since before, or, if it was busy, at the last change of phase. The end is found in the same way. A vCPU to whom the host gave no CPU at t0 sees it late;
+//! that lateness is waiting for a CPU.
+
+use std::sync::atomic::Ordering;
+
+use tdpmmu_platform::{MeterSnapshot, Phase, Platform, Task};
+
+use super::P;
+use crate::guest::Window;
+
+const PHASES: usize = Phase::ALL.len();
+
+/// Where a thread is in the window.
+#[derive(Default)]
+pub(super) struct Meanwhile {
+    /// The thread's run delay when it began to run, for a thread that does not sleep.
+    awake: Option<u64>,
+    within: Option<Within>,
+    over: Option<Stretch>,
+}
+
+struct Within {
+    t0: u64,
+    /// Where the first phase of the stretch begins: t0, but for a busy thread.
+    from: u64,
+    seen: u64,
+    cpu_ns: u64,
+    run_delay_ns: Option<u64>,
+    late_ns: u64,
+    /// Between t0 and the first look.
+    early: MeterSnapshot,
+}
+
+/// What a thread did meanwhile.
+pub(super) struct Stretch {
+    pub(super) meter: MeterSnapshot,
+    /// What the meter covers, in ticks.
+    pub(super) covers: (u64, u64),
+    /// How long that can have been by the clock of the window, in ticks: as much as `covers` says, within what the looks allow.
+    pub(super) stamped_ticks: u64,
+    pub(super) cpu_ns: u64,
+    pub(super) run_delay_ns: Option<u64>,
+}
+
+/// Splits the meter at `at`: the ticks by phase before, and where the split is. The meter has been read up to `now`.
+fn split(task: &Task<P>, at: u64, now: u64) -> ([u64; PHASES], u64) {
+    let before = task.meter().phase_ticks(at);
+    let all = task.meter().phase_ticks(now);
+    let since: u64 = all.iter().zip(&before).map(|(all, before)| all - before).sum();
+    (before, now.saturating_sub(since))
+}
+
+impl Meanwhile {
+    /// From here on the thread runs and does not sleep.
+    pub(super) fn awake(&mut self) {
+        self.awake = P::run_delay_ns();
+    }
+
+    /// Looks at the window.
+    #[inline]
+    pub(super) fn look(&mut self, window: &Window, task: &Task<P>) {
+        match &self.within {
+            None => {
+                let t0 = window.t0.load(Ordering::Acquire);
+                if t0 != 0 {
+                    self.begin(task, t0);
+                }
+            }
+            Some(_) if self.over.is_none() => {
+                let end = window.end.load(Ordering::Acquire);
+                if end != 0 {
+                    self.end(task, end);
+                }
+            }
+            Some(_) => {}
+        }
+    }
+
+    #[cold]
+    fn begin(&mut self, task: &Task<P>, t0: u64) {
+        let (before, from) = split(task, t0, P::ticks());
+        let taken = task.meter().take();
+        let (run_delay_ns, cpu_ns, seen) = (P::run_delay_ns(), P::thread_cpu_ns(), P::ticks());
+        let late_ns = match (self.awake, run_delay_ns) {
+            (Some(awake), Some(now)) => now.saturating_sub(awake).min(P::ticks_to_ns(seen.saturating_sub(t0))),
+            _ => 0,
+        };
+        let phase_ticks: [u64; PHASES] = std::array::from_fn(|phase| taken.phase_ticks[phase] - before[phase]);
+        let early = MeterSnapshot {
+            phase_ns: phase_ticks.map(P::ticks_to_ns),
+            elapsed_ticks: phase_ticks.iter().sum(),
+            phase_ticks,
+            recording: taken.recording,
+            ..MeterSnapshot::default()
+        };
+        self.within = Some(Within { t0, from, seen, cpu_ns, run_delay_ns, late_ns, early });
+    }
+
+    fn end(&mut self, task: &Task<P>, end: u64) {
+        let Some(within) = self.within.as_mut() else { return };
+        let now = P::ticks();
+        let (phase_ticks, to) = split(task, end, now);
+        let mut later = task.meter().take();
+        let (run_delay_ns, cpu_ns, seen) = (P::run_delay_ns(), P::thread_cpu_ns(), P::ticks());
+        later.phase_ns = phase_ticks.map(P::ticks_to_ns);
+        later.elapsed_ticks = phase_ticks.iter().sum();
+        later.phase_ticks = phase_ticks;
+        let mut meter = std::mem::take(&mut within.early);
+        meter.merge(&later);
+        // The clock of the window, in whose bounds the meter must be.
+        let least = end.saturating_sub(within.seen);
+        let most = seen.saturating_sub(within.t0);
+        // Without a CPU after the end is not in the window.
+        let after_ns = P::ticks_to_ns(seen.saturating_sub(end));
+        let delay = run_delay_ns.zip(within.run_delay_ns).map(|(now, then)| now.saturating_sub(then));
+        self.over = Some(Stretch {
+            stamped_ticks: meter.elapsed_ticks.max(least).min(most),
+            covers: (within.from, to),
+            cpu_ns: cpu_ns.saturating_sub(within.cpu_ns),
+            run_delay_ns: delay.map(|ns| within.late_ns + ns.saturating_sub(after_ns)),
+            meter,
+        });
+    }
+
+    /// The thread ends; `None`: it had nothing to do with the window.
+    pub(super) fn over(&mut self, window: &Window, task: &Task<P>) -> Option<Stretch> {
+        // Both edges may have passed since the last look.
+        self.look(window, task);
+        self.look(window, task);
+        if self.within.is_some() && self.over.is_none() {
+            self.end(task, P::ticks());
+        }
+        self.over.take()
+    }
+}
