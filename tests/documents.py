@@ -130,6 +130,7 @@ def scene_run(design: str, rep: int, *, scene: str = "memslot-delete", blocked: 
             "backlog_series": [[blocked // 8 * n, min(515, 70 * n)] for n in range(1, 9)]
             + [[int(blocked * 1.3), 0]],
         },
+        lock={"handoffs": 1, "contended": 2},
         others={
             "lock_wait_ns": 9_000,
             "kicked_ns": 60_000,

@@ -335,3 +335,19 @@ def test_ctrl_c_ends_a_bench_with_130_and_soon() -> None:
         assert child.stdout is not None
         assert (code, child.stdout.read()) == (130, b"")
         assert b"Traceback" not in child.stderr.read()
+
+
+@pytest.mark.parametrize("cpus", ["3-1", "0-99999999999", "0-", "-1", "a", ""])
+def test_a_list_of_cpus_that_is_none_is_a_usage_error(cli: Cli, cpus: str) -> None:
+    ran = cli("bench", "zap", "--worker-cpus", cpus)
+    assert ran.code == 2
+    assert f"worker_cpus={cpus!r}" in ran.stderr
+
+
+def test_each_file_has_a_name_of_its_own(cli: Cli, tmp_path: Path) -> None:
+    one = tmp_path / "x.json"
+    for files in (["--perfetto", one, "--hlog", one], ["-o", one, "--hlog", one]):
+        ran = cli("bench", "zap", "--memory", "4M", *files)
+        assert ran.code == 2
+        assert "its own name" in ran.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -93,8 +93,38 @@ def test_the_table_of_a_drop_has_a_row_a_design_and_medians() -> None:
 def test_the_table_of_a_zap_shows_the_update() -> None:
     text = table.render_bench(load(documents.bench("zap")))
     assert "memslot" in text
-    assert "first excl." in text
+    assert "excl. hold" in text
     assert "baseline" not in text, "columns of the other experiment stay away"
+
+
+def test_a_table_fits_a_terminal_and_a_wide_one_has_more() -> None:
+    result = load(documents.scenes())
+    narrow, wide = table.render_bench(result), table.render_bench(result, wide=True)
+    assert max(map(len, narrow.splitlines())) <= table.WIDTH
+    for heading in ("yields", "owner", "hand-offs", "CPU of"):
+        assert heading in wide
+        assert heading not in narrow
+
+
+def test_what_must_be_0_is_a_line_where_it_is_and_a_column_where_it_is_not() -> None:
+    sound = documents.scenes()
+    sound["runs"] = [run for run in sound["runs"] if not run["flawed"]]
+    text = table.render_bench(load(sound))
+    assert "0 in every row: mapped at return, leaked, violations" in text
+    sound["runs"][-1]["table_pages_leaked"] = 3
+    text = table.render_bench(load(sound))
+    assert "0 in every row: mapped at return, violations" in text
+    assert "leaked" in text.split("---")[0], "a column, whatever else has to go"
+
+
+def test_a_cost_per_spte_is_not_shown_of_many_zaps() -> None:
+    raw = documents.scenes()
+    assert "ns/SPTE" in table.render_bench(load(raw))
+    for run in raw["runs"]:
+        run["updates"] = {"count": 100, "update_ns": documents.percentiles(5_000)}
+    text = table.render_bench(load(raw))
+    assert "ns/entry" in text
+    assert "ns/SPTE" not in text
 
 
 def test_the_tables_of_the_others_show_what_they_hold() -> None:

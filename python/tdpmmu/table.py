@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from tdpmmu.comparison import Comparison
 from tdpmmu.results import BenchResult, BenchRun, MicroResult, Percentiles, Replay
 from tdpmmu.units import format_count, format_ns, format_size
 
-__all__ = ["render", "render_bench", "render_comparison", "render_micro", "render_replay"]
+__all__ = ["WIDTH", "render", "render_bench", "render_comparison", "render_micro", "render_replay"]
 
 Cell = Callable[[BenchRun], Any]
 
@@ -52,7 +52,23 @@ def _longest_step(run: BenchRun) -> int | None:
 
 
 Write = Callable[[Any], str]
-Column = tuple[str, Cell, Write]
+#: No table is wider than this unless that is asked for: what a terminal beside an editor shows.
+WIDTH = 118
+
+
+class Column(NamedTuple):
+    """A heading, what to take from a run, how to write it, and how early it is left out for lack of room.
+
+    Rank 0 is never left out; of the others the highest goes first, all of it; `_WIDE` is for wide ones only.
+    """
+
+    heading: str
+    take: Cell
+    write: Write
+    rank: int = 0
+
+
+_WIDE = 9
 
 
 def _whole(value: Any) -> int | None:
@@ -71,85 +87,125 @@ def _raw(*path: str) -> Cell:
     return lambda run: _get(run.raw, *path)
 
 
-# Heading, what to take from a run, how to write it. A column in which no run has anything is left out.
-_COST: list[Column] = [
-    ("zap\nns/SPTE", lambda r: _get(r.teardown, "ns_per_spte"), _rate),
-    ("last table\nfreed", lambda r: _get(r.teardown, "last_table_free_ns"), format_ns),
-    ("CPUs\nused", lambda r: _get(r.teardown, "cpus_used"), _rate),
-    ("longest step\nSPTE ops", lambda r: _get(r.step_units, "max"), _count),
-    ("longest\nstep", lambda r: _longest_step(r), format_ns),
-    ("tables\nretained", lambda r: r.retained_table_pages or None, _count),
-    ("waiting\npages", _raw("rcu", "backlog_pages_peak"), _count),
-    ("yields", lambda r: r.yields, _count),
+def _teardown(*path: str) -> Cell:
+    return lambda run: _get(run.teardown, *path)
+
+
+def _per_spte(run: BenchRun) -> Any:
+    """Return the cost of a zap per SPTE mapped: of one zap, and of one that walked from a root."""
+    return None if run.updates is not None else _get(run.teardown, "ns_per_spte") or None
+
+
+def _per_entry(run: BenchRun) -> Any:
+    """Return the cost per entry written, where that per SPTE says nothing: many zaps, trees of all sizes."""
+    return None if run.updates is None else _get(run.teardown, "ns_per_entry") or None
+
+
+def _payer(run: BenchRun) -> str | None:
+    """Return who spent most CPU on taking SPTEs away: the caller, a vCPU or a worker."""
+    spent = {who: _get(run.teardown, "cpu_ns", who) or 0 for who in ("caller", "vcpu", "worker")}
+    most = max(spent, key=lambda who: spent[who])
+    return most if spent[most] else None
+
+
+def _text(value: Any) -> str:
+    return "-" if value is None else str(value)
+
+
+# A column in which no run has anything is left out.
+_COST = [
+    Column("step max\nSPTE ops", lambda r: _get(r.step_units, "max"), _count),
+    Column("step max\ntime", lambda r: _longest_step(r), format_ns, _WIDE),
+    Column("zap\nns/SPTE", _per_spte, _rate),
+    Column("zap\nns/entry", lambda r: _per_entry(r), _rate),
+    Column("last table\nfreed", _teardown("last_table_free_ns"), format_ns, 5),
+    Column("CPUs\nused", _teardown("cpus_used"), _rate, 1),
+    Column("mostly\nby", _payer, _text, 2),
+    Column("tables\nretained", lambda r: r.retained_table_pages or None, _count, 1),
+    Column("waiting\npages", _raw("rcu", "backlog_pages_peak"), _count, _WIDE),
+    Column("yields", lambda r: r.yields, _count, _WIDE),
+    Column("lock\nhand-offs", _raw("lock", "handoffs"), _count, _WIDE),
+    Column("CPU of\ncaller", _teardown("cpu_ns", "caller"), format_ns, _WIDE),
+    Column("CPU of\nvCPUs", _teardown("cpu_ns", "vcpu"), format_ns, _WIDE),
+    Column("CPU of\nworkers", _teardown("cpu_ns", "worker"), format_ns, _WIDE),
+    Column("CPU of\nRCU", _teardown("cpu_ns", "rcu"), format_ns, _WIDE),
 ]
 # What must be 0 in a sound design. Shown as sums, so that one bad repetition is not hidden by a median.
-_FAULTS: list[Column] = [
-    ("mapped at\nreturn", _raw("sptes_mapped_at_return"), _count),
-    ("leaked", lambda r: r.table_pages_leaked, _count),
-    ("viola-\ntions", lambda r: r.violations, _count),
+_FAULTS = [
+    Column("mapped at\nreturn", _raw("sptes_mapped_at_return"), _count),
+    Column("leaked", lambda r: r.table_pages_leaked, _count),
+    Column("viola-\ntions", lambda r: r.violations, _count),
 ]
-_DROP: list[Column] = [
-    ("vCPU blocked\nby the drop", lambda r: _get(r.block_drop_ns, "max"), format_ns),
-    ("baseline", lambda r: _get(r.block_baseline_ns, "max"), format_ns),
-    ("small roots\np50", lambda r: _get(r.drop_loop, "block_drop_ns", "p50"), format_ns),
-    ("small roots\np99.9", lambda r: _get(r.drop_loop, "block_drop_ns", "p999"), format_ns),
-    ("baseline\np99.9", lambda r: _get(r.drop_loop, "block_baseline_ns", "p999"), format_ns),
+_DROP = [
+    Column("vCPU blocked\nby the drop", lambda r: _get(r.block_drop_ns, "max"), format_ns),
+    Column("baseline", lambda r: _get(r.block_baseline_ns, "max"), format_ns),
+    Column("small roots\np50", lambda r: _get(r.drop_loop, "block_drop_ns", "p50"), format_ns, _WIDE),
+    Column("small roots\np99.9", lambda r: _get(r.drop_loop, "block_drop_ns", "p999"), format_ns, 4),
+    Column("baseline\np99.9", lambda r: _get(r.drop_loop, "block_baseline_ns", "p999"), format_ns, 4),
 ]
-_ZAP: list[Column] = [
-    ("memslot\nupdate", lambda r: _get(r.update_ns, "total"), format_ns),
-    ("first excl.\nhold", lambda r: _get(r.update_ns, "exclusive_hold"), format_ns),
-    ("longest\nexcl. hold", lambda r: _unlike(r.update_ns, "exclusive_longest", "exclusive_hold"), format_ns),
-    ("vCPU blocked\np50", lambda r: _get(r.block_update_ns, "p50"), format_ns),
-    ("vCPU blocked\nmax", lambda r: _get(r.block_update_ns, "max"), format_ns),
-    ("visible to\nlast vCPU", lambda r: r.visible_last_ns, format_ns),
+_UPDATE = Column("memslot\nupdate", lambda r: _get(r.update_ns, "total"), format_ns)
+_ZAP = [
+    Column("first excl.\nhold", lambda r: _get(r.update_ns, "exclusive_hold"), format_ns, _WIDE),
+    Column("longest\nexcl. hold", lambda r: _longest_hold(r), format_ns),
+    Column("blocked\nvCPU p50", lambda r: _get(r.block_update_ns, "p50"), format_ns, _WIDE),
+    Column("blocked\nvCPU max", lambda r: _get(r.block_update_ns, "max"), format_ns),
+    Column("visible to\nlast vCPU", lambda r: r.visible_last_ns, format_ns, 3),
 ]
-_UPDATES: list[Column] = [
-    ("updates", lambda r: _get(r.updates, "count"), _count),
-    ("update\np50", lambda r: _get(r.updates, "update_ns", "p50"), format_ns),
-    ("update\np99", lambda r: _get(r.updates, "update_ns", "p99"), format_ns),
-    ("update\nmax", lambda r: _get(r.updates, "update_ns", "max"), format_ns),
+_UPDATES = [
+    Column("updates", lambda r: _get(r.updates, "count"), _count, 4),
+    Column("update\np50", lambda r: _get(r.updates, "update_ns", "p50"), format_ns, 2),
+    Column("update\np99", lambda r: _get(r.updates, "update_ns", "p99"), format_ns, 6),
+    Column("update\nmax", lambda r: _get(r.updates, "update_ns", "max"), format_ns),
 ]
-_SPECIAL: list[Column] = [
-    ("who came\nlater waited", _raw("waiting", "wait_ns", "max"), format_ns),
-    ("fault blocked\np50", _raw("blocked_ns", "p50"), format_ns),
-    ("fault blocked\nmax", _raw("blocked_ns", "max"), format_ns),
-    ("woken: first\naccess after", _raw("wake_ns", "max"), format_ns),
-    ("dirty log\nenabled in", _raw("prepare_ns"), format_ns),
-    ("VM closed\nin", _raw("close_ns", "total"), format_ns),
-    ("of it,\nzap_all", _raw("close_ns", "zap_all"), format_ns),
-    ("migra-\ntions", _raw("migrations"), _count),
+_SPECIAL = [
+    Column("who came\nlater waited", _raw("waiting", "wait_ns", "max"), format_ns),
+    Column("fault blocked\np50", _raw("blocked_ns", "p50"), format_ns),
+    Column("fault blocked\nmax", _raw("blocked_ns", "max"), format_ns),
+    Column("woken: first\naccess after", _raw("wake_ns", "max"), format_ns),
+    Column("dirty log\nenabled in", _raw("prepare_ns"), format_ns),
+    Column("VM closed\nin", _raw("close_ns", "total"), format_ns),
+    Column("of it,\nzap_all", _raw("close_ns", "zap_all"), format_ns),
+    Column("migra-\ntions", _raw("migrations"), _count),
 ]
-_EXIT: list[Column] = [
-    ("tables\npending", _raw("process_exit", "sys_exit", "tables_pending"), _count),
-    ("sys.exit:\ngone after", _raw("process_exit", "sys_exit", "exit_ns"), format_ns),
-    ("os._exit:\ngone after", _raw("process_exit", "os_exit", "exit_ns"), format_ns),
-    ("exception:\ngone after", _raw("process_exit", "exception", "exit_ns"), format_ns),
-    ("daemon thread\nin a zap", _raw("process_exit", "thread", "exit_ns"), format_ns),
+_EXIT = [
+    Column("tables\npending", _raw("process_exit", "sys_exit", "tables_pending"), _count),
+    Column("sys.exit:\ngone after", _raw("process_exit", "sys_exit", "exit_ns"), format_ns),
+    Column("os._exit:\ngone after", _raw("process_exit", "os_exit", "exit_ns"), format_ns),
+    Column("exception:\ngone after", _raw("process_exit", "exception", "exit_ns"), format_ns),
+    Column("daemon thread\nin a zap", _raw("process_exit", "thread", "exit_ns"), format_ns),
+    Column("exit\ncodes", lambda r: _exit_codes(r), _text),
 ]
 
 
-def _unlike(raw: Any, name: str, other: str) -> Any:
-    """Return a field where it says something that another does not."""
-    value = _get(raw, name)
-    return None if value == _get(raw, other) else value
+def _exit_codes(run: BenchRun) -> str | None:
+    """Return `as told` where each process ended with the code that it was to end with, else the others."""
+    wrong = [
+        f"{way} {end.get('exit_code')}, not {end.get('expected_exit_code')}"
+        for way, end in (run.process_exit or {}).items()
+        if end.get("exit_code") != end.get("expected_exit_code")
+    ]
+    return "; ".join(wrong) or ("as told" if run.process_exit else None)
+
+
+def _longest_hold(run: BenchRun) -> Any:
+    longest = _get(run.update_ns, "exclusive_longest")
+    return _get(run.update_ns, "exclusive_hold") if longest is None else longest
 
 
 def _columns(run: BenchRun, drop: bool) -> list[Column]:
     """Return what the scene of a run is about, most telling first."""
     if run.scene == "process-exit":
-        return [*_EXIT, *_FAULTS]
-    head = _DROP if drop else _ZAP
-    if run.updates is not None:
-        head = [*_UPDATES, *head[1:]]  # and not the last one's time beside those of all
+        return _EXIT
+    head = _DROP if drop else [*(_UPDATES if run.updates is not None else [_UPDATE]), *_ZAP]
     # What only this scene has comes first.
-    head = [*(column for column in _SPECIAL if column[1](run) is not None), *head]
-    return [*head, *_COST, *_FAULTS]
+    return [*(column for column in _SPECIAL if column.take(run) is not None), *head, *_COST]
 
 
-def render_bench(result: BenchResult) -> str:
+def render_bench(result: BenchResult, wide: bool = False) -> str:
     """Return a table a scene and guest, one row a design: what a KVM engineer compares.
 
-    Medians over repetitions, times scaled. What must be 0 is summed over repetitions instead.
+    Medians over repetitions, times scaled. What must be 0 is summed over repetitions instead, and has a
+    column only where it is not. Every column where `wide`; else what matters most, in `WIDTH` characters.
     """
     if not result.runs:
         return "no runs\n"
@@ -157,73 +213,126 @@ def render_bench(result: BenchResult) -> str:
     for run in result.runs:
         parts.setdefault((run.scene, run.memory_bytes, run.page, run.vcpus), []).append(run)
     several = len({run.scene for run in result.runs}) > 1 or result.runs[0].raw.get("scene") is not None
-    out = [_part(runs, result.experiment == "drop", several) for runs in parts.values()]
-    out += [text for text in [_fits(result)] if text]
+    out = [_part(runs, result.experiment == "drop", several, wide) for runs in parts.values()]
+    out += [text for text in [_fits(result, wide)] if text]
     return "\n".join(out)
 
 
-def _part(runs: list[BenchRun], drop: bool, named: bool) -> str:
+def _part(runs: list[BenchRun], drop: bool, named: bool, wide: bool) -> str:
     groups: dict[tuple[str, ...], list[BenchRun]] = {}
     for run in runs:
         groups.setdefault((run.design, run.passes, run.ownership, run.preempt), []).append(run)
-    columns = _columns(runs[0], drop)
-    rows = []
-    for (design, passes, ownership, preempt), same in groups.items():
-        row = [f"{design} (flawed)" if same[0].flawed else design, passes, ownership, preempt]
-        for column in columns:
-            _, take, write = column
-            values = [value for run in same if (value := take(run)) is not None]
-            whole = sum(values) if column in _FAULTS and values else None
-            row.append(write(whole if whole is not None else statistics.median(values) if values else None))
-        rows.append(row)
-    heads = ["design", "passes", "owner", "preempt", *(name for name, _, _ in columns)]
-    first = runs[0]
-    # The same in every row says nothing, and the width is needed.
-    same_preempt = len({row[3] for row in rows}) == 1
-    used = [
-        at
-        for at in range(len(heads))
-        if at < 3 or (at == 3 and not same_preempt) or (at > 3 and any(row[at] != "-" for row in rows))
+    # Who is who: whatever two rows of a design differ in, and the passes, which explain most of the rest.
+    keys = list(groups)
+    designs = {key[0] for key in keys}
+    names = ["design", "passes", "owner", "preempt"]
+    shown = [
+        at for at in range(4) if wide or at < 2 or len({(key[0], key[at]) for key in keys}) > len(designs)
     ]
+    table = {names[at]: [key[at] for key in keys] for at in shown}
+    table["design"] = [_marked(same[0]) for same in groups.values()]
+
+    faults = {column: [_sum(column, same) for same in groups.values()] for column in _FAULTS}
+    columns = [*_columns(runs[0], drop), *(c for c in _FAULTS if wide or any(faults[c]))]
+    ranks = {}
+    for column in columns:
+        cells = [
+            column.write(faults[column][at] if column in faults else _middle(column, same))
+            for at, same in enumerate(groups.values())
+        ]
+        if (wide or column.rank < _WIDE) and any(cell != "-" for cell in cells):
+            table[column.heading], ranks[column.heading] = cells, column.rank
+    while not wide and _width(table) > WIDTH and any(ranks.values()):
+        worst = max(ranks.values())
+        for heading in [heading for heading, rank in ranks.items() if rank == worst]:
+            del ranks[heading], table[heading]
+
+    first = runs[0]
+    sptes = sorted({run.sptes for run in runs})
     reps = max(len(same) for same in groups.values())
     title = (
         (f"{first.scene}: " if named else "")
-        + f"{format_size(first.memory_bytes)} of {first.page} pages, {format_count(first.sptes)} SPTEs, "
-        + f"{format_size(first.table_bytes)} of tables, {first.vcpus} vCPUs"
+        + f"{format_size(first.memory_bytes)} of {first.page} pages, "
+        + " to ".join(format_count(count) for count in dict.fromkeys((sptes[0], sptes[-1])))
+        + f" SPTEs, {format_size(max(run.table_bytes for run in runs))} of tables, {first.vcpus} vCPUs"
         + (f"; medians of {reps} repetitions" if reps > 1 else "")
     )
-    return f"{title}\n\n" + render([heads[at] for at in used], [[row[at] for at in used] for row in rows])
+    clean = [
+        column.heading.replace("-\n", "").replace("\n", " ")
+        for column in _FAULTS
+        if column.heading not in table and any(value is not None for value in faults[column])
+    ]
+    rows = list(zip(*table.values(), strict=True))
+    return (
+        f"{title}\n\n"
+        + render(list(table), rows)
+        + (f"\n0 in every row: {', '.join(clean)}\n" if clean else "")
+    )
 
 
-def _fits(result: BenchResult) -> str:
+def _marked(run: BenchRun) -> str:
+    return f"{run.design} (flawed)" if run.flawed else run.design
+
+
+def _sum(column: Column, runs: Sequence[BenchRun]) -> Any:
+    values = [value for run in runs if (value := column.take(run)) is not None]
+    return sum(values) if values else None
+
+
+def _middle(column: Column, runs: Sequence[BenchRun]) -> Any:
+    """Return the median of repetitions; of what is no number, the most frequent."""
+    values = [value for run in runs if (value := column.take(run)) is not None]
+    if not values:
+        return None
+    return statistics.mode(values) if isinstance(values[0], str) else statistics.median(values)
+
+
+def _width(table: Mapping[str, Sequence[str]]) -> int:
+    widths = [max(len(text) for text in (*heading.split("\n"), *cells)) for heading, cells in table.items()]
+    return sum(widths) + 2 * (len(widths) - 1)
+
+
+def _fits(result: BenchResult, wide: bool) -> str:
     """Return the lines through the sizes that were built, and what they say of sizes that were not."""
-    rows = []
+    rows: list[dict[str, str]] = []
+    fitted: dict[str, None] = {}
     for run in result.runs:
         for guess in (run.fit or {}).get("at", ()):
             fit: Any = run.fit
+            fitted[str(fit.get("of", "?"))] = None
             interval = guess.get("ci95")
             low, high = (max(float(end), 0.0) for end in interval) if interval else (0.0, 0.0)
             error = fit.get("ns_per_spte_se")
             rows.append(
-                [
-                    f"{run.design} (flawed)" if run.flawed else run.design,
-                    run.passes,
-                    str(fit.get("of", "?")),
-                    format_count(len(fit.get("points", ()))),
-                    f"{fit.get('ns_per_spte', 0.0):.3g}" + (f" +- {error:.2g}" if error is not None else ""),
-                    "-" if fit.get("r2") is None else f"{fit['r2']:.4f}",
-                    format_size(guess["memory_bytes"]),
-                    format_ns(max(guess["ns"], 0)),
-                    f"{format_ns(low)} .. {format_ns(high)}" if interval else "-",
-                    ("extrapolated" if guess.get("extrapolated", True) else "")
-                    + ("; growth not told from none" if interval and low == 0 else ""),
-                ]
+                {
+                    "design": _marked(run),
+                    "passes": run.passes,
+                    "preempt": run.preempt,
+                    "sizes\nbuilt": format_count(len(fit.get("points", ()))),
+                    "r2": "-" if fit.get("r2") is None else f"{fit['r2']:.4f}",
+                    "ns/SPTE": f"{fit.get('ns_per_spte', 0.0):.3g}"
+                    + (f" +- {error:.2g}" if error is not None else ""),
+                    "guest": format_size(guess["memory_bytes"]),
+                    "time": format_ns(max(guess["ns"], 0)),
+                    "95 % interval": f"{format_ns(low)} .. {format_ns(high)}" if interval else "-",
+                    "": ("extrapolated" if guess.get("extrapolated", True) else "")
+                    + (", growth undecided" if interval and low == 0 else ""),
+                }
             )
     if not rows:
         return ""
-    heads = ["design", "passes", "of", "sizes\nbuilt", "ns/SPTE", "r2", "guest", "time", "95 % interval", ""]
-    return "A line through the sizes that were built; what lies beyond them was not run:\n\n" + render(
-        heads, rows
+    rows = [
+        dict(row) for row in dict.fromkeys(tuple(row.items()) for row in rows)
+    ]  # repetitions share a line
+    designs = {row["design"] for row in rows}
+    for name in ("passes", "preempt", "sizes\nbuilt", "r2"):
+        tells = name in ("passes", "preempt") and len({(r["design"], r[name]) for r in rows}) > len(designs)
+        if not wide and not tells:
+            for row in rows:
+                del row[name]
+    return (
+        f"{', '.join(fitted)}: a line through the sizes that were built; what lies beyond was not run:\n\n"
+        + render(list(rows[0]), [list(row.values()) for row in rows])
     )
 
 

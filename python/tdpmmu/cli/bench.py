@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import textwrap
 from pathlib import Path
@@ -16,6 +17,8 @@ from tdpmmu.cli.common import Command, Decorator, common
 from tdpmmu.cli.output import PICTURES, RECORDINGS, SUFFIXES, Output, check_free, place_file, progress, say
 
 __all__ = ["bench"]
+
+_MOST_CPUS = 8192  # Linux's largest CONFIG_NR_CPUS
 
 
 def catalogue_help(*experiments: str) -> str:
@@ -140,6 +143,9 @@ def zap_options(body: Command) -> Command:
         click.option(
             "--hlog", type=click.Path(path_type=Path), metavar="FILE", help="Write HdrHistogram logs."
         ),
+        click.option(
+            "--wide", is_flag=True, help="The table with every column; --json and -o have everything anyway."
+        ),
     ]
     for decorate in reversed(options):
         body = decorate(body)
@@ -151,7 +157,7 @@ def measure(kind: str, out: Output, options: dict[str, Any]) -> int:
     from tdpmmu import bench as experiments
     from tdpmmu import results, table
 
-    timeout = options.pop("timeout")
+    timeout, wide = options.pop("timeout"), options.pop("wide", False)
     drawn = options["seed"] is None
     if drawn:
         import secrets
@@ -174,7 +180,8 @@ def measure(kind: str, out: Output, options: dict[str, Any]) -> int:
     for name in request["designs"]:
         if name in _names.flawed():
             say(f"note: {_names.marked(name)}: its violations are the result, not an error")
-    render = table.render_bench if kind in ("zap", "drop") else table.render_micro
+    zaps = functools.partial(table.render_bench, wide=wide)
+    render = zaps if kind in ("zap", "drop") else table.render_micro
     with exports:
         try:
             with progress(out.quiet) as report:
@@ -198,9 +205,14 @@ def cpu_list(text: str, name: str) -> list[int]:
     cpus: list[int] = []
     for part in text.split(","):
         low, dash, high = part.strip().partition("-")
-        if not low.isdecimal() or (dash and not high.isdecimal()):
+        if not (low.isascii() and low.isdecimal()) or (dash and not (high.isascii() and high.isdecimal())):
             raise errors.InvalidArgument(f"{name}={text!r}: expected CPU numbers such as 0,1 or 0-3")
-        cpus.extend(range(int(low), int(high or low) + 1))
+        first, last = int(low), int(high or low)
+        if not first <= last < _MOST_CPUS:
+            raise errors.InvalidArgument(
+                f"{name}={text!r}: a range of CPUs ascends, and ends below {_MOST_CPUS:,}"
+            )
+        cpus.extend(range(first, last + 1))
     return cpus
 
 
@@ -216,6 +228,11 @@ class Exports:
             if named[name] is not None:
                 raise click.UsageError(f"-o {out.path} and --{name} {named[name]}: give one of the two")
             named[name] = out.path
+        places = [path.resolve() for path in {**named, "output": out.path}.values() if path is not None]
+        if out.path in named.values() and out.path is not None:
+            places.remove(out.path.resolve())  # is that recording
+        if len(places) > len(set(places)):
+            raise click.UsageError("-o, --perfetto and --hlog write a file each: give each its own name")
         for name, path in named.items():
             if path is not None:
                 check_free(path, out.force)

@@ -38,7 +38,7 @@ def run(arguments: list[str], debug: bool) -> int:
         code = exit_code(error)
         if debug or code is None:
             raise
-        say(f"error: {error}")
+        say(f"error: {error}" if str(error) else "error: out of memory")
         if isinstance(error, errors.TraceError) and "kvmmmu" in str(error):
             from tdpmmu.recording import RECORDING_RECIPE
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tdpmmu.plot import style
-from tdpmmu.plot.select import Selection, name_of
+from tdpmmu.plot.select import Selection
 from tdpmmu.results import BenchRun
 from tdpmmu.student import t_quantile
 from tdpmmu.units import PAGE_BYTES, format_ns, format_size
@@ -64,7 +64,7 @@ def draw(figure: Figure, chosen: Selection) -> None:
     if not runs:
         chosen.first_scene(lambda run: run.fit, "no run has a fit; measure with --scene zap-64t")
     page = PAGE_BYTES.get(runs[0].page, 4096)
-    lines = _lines(runs, page)
+    lines = _lines(chosen, runs, page)
     figure.set_size_inches(11, 6.0)
     axes = figure.add_subplot()
     built = max(float(line.sizes.max()) for line in lines)
@@ -99,12 +99,11 @@ def draw(figure: Figure, chosen: Selection) -> None:
     style.below(figure, 3)
 
 
-def _lines(runs: list[BenchRun], page: int) -> list[_Line]:
+def _lines(chosen: Selection, runs: list[BenchRun], page: int) -> list[_Line]:
     out: list[_Line] = []
     seen: dict[str, int] = {}
-    for run in runs:
+    for name, (run, *_) in chosen.lines(runs).items():  # repetitions share a line
         fit: Any = run.fit
-        name = name_of(run) + (f", {run.passes}" if sum(r.design == run.design for r in runs) > 1 else "")
         nth = seen.setdefault(run.design, 0)
         seen[run.design] += 1
         sptes, ns = (np.array(column, dtype=np.float64) for column in zip(*fit["points"], strict=True))

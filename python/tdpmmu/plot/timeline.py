@@ -37,11 +37,11 @@ def draw(figure: Figure, chosen: Selection) -> None:
     lines = {name: same[0] for name, same in chosen.lines(runs).items()}
     if len(lines) > _MOST:
         raise InvalidArgument(f"result: {len(lines)} time lines, at most {_MOST} fit; choose with designs")
-    tracks = {name: _tracks(run) for name, run in lines.items()}
+    end = max(_end(run) for run in lines.values())
+    tracks = {name: _tracks(run, end) for name, run in lines.items()}
     rows = [len(found) for found in tracks.values()]
     figure.set_size_inches(11, 1.7 + 0.42 * sum(rows) + 0.55 * len(rows))
     grid = figure.subplots(len(lines), 1, sharex=True, height_ratios=[n + 0.8 for n in rows], squeeze=False)
-    end = max(_end(run) for run in lines.values())
     used: set[str] = set()
     for axes, (name, run) in zip(grid[:, 0], lines.items(), strict=True):
         used |= _panel(axes, name, run, tracks[name], end)
@@ -65,9 +65,13 @@ def draw(figure: Figure, chosen: Selection) -> None:
     style.below(figure, 4, handles)
 
 
-def _tracks(run: BenchRun) -> list[Any]:
-    """Return the tracks in the order of their roles: who asked, who runs, who works, who frees."""
-    tracks = run.raw["timeline"]["tracks"]
+def _tracks(run: BenchRun, end: float) -> list[Any]:
+    """Return who does something until `end`, by role: who asked, who runs, who works, who frees."""
+    tracks = [
+        track
+        for track in run.raw["timeline"]["tracks"]
+        if any(start < end and stop > 0 for start, stop, _ in track["slices"])
+    ]
     return sorted(tracks, key=lambda track: _ROLES.index(track["role"]) if track["role"] in _ROLES else 9)
 
 
