@@ -50,21 +50,6 @@ impl<P: Platform> MmuLock<P> {
         self.acquire(task)
     }
 
-    /// Takes the lock exclusively if it is free and nobody waits.
-    pub fn try_write<'a>(&'a self, task: &'a Task<P>) -> Option<Guard<'a, P, Exclusive>> {
-        P::point(Site::LockAcquire);
-        if !self.raw.try_lock_exclusive() {
-            return None;
-        }
-        let mut guard = Guard::unlocked(self, task);
-        guard.since = P::ticks();
-        if task.measures() {
-            guard.note_wait(0);
-        }
-        guard.taken();
-        Some(guard)
-    }
-
     /// Somebody waits for the lock.
     #[inline(always)]
     pub fn is_contended(&self) -> bool {
@@ -151,13 +136,13 @@ impl<'a, P: Platform, M: Mode> Guard<'a, P, M> {
     }
 
     /// Releases the lock for `body`, which may sleep, and takes it back in the same mode: an allocation in the middle of a walk. What the
-    /// caller knew about the tables is void afterwards.
+    /// caller knew about the tables is void afterwards. A panic of `body` goes on with the lock held, as the guard says that it is.
     pub fn unlocked_for<R>(&mut self, body: impl FnOnce(&Task<P>) -> R) -> R {
         debug_assert!(!self.task.in_rcu(), "{} drops mmu_lock inside an RCU read section", self.task.name());
+        let task = self.task;
         self.unlock();
-        let done = body(self.task);
-        self.lock(Phase::LockWait);
-        done
+        let _relock = Relock(self);
+        body(task)
     }
 
     #[inline]
@@ -233,6 +218,15 @@ impl<'a, P: Platform, M: Mode> Guard<'a, P, M> {
         meter.record(|recording| recording.hold(M::SHARED, self.since, until));
         let ns = P::ticks_to_ns(until - self.since);
         meter.histograms(|h| if M::SHARED { h.read_hold.record(ns) } else { h.write_hold.record(ns) });
+    }
+}
+
+/// Takes the lock of a guard back, also when unwinding: the guard's own drop unlocks it.
+struct Relock<'g, 'a, P: Platform, M: Mode>(&'g mut Guard<'a, P, M>);
+
+impl<P: Platform, M: Mode> Drop for Relock<'_, '_, P, M> {
+    fn drop(&mut self) {
+        self.0.lock(Phase::LockWait);
     }
 }
 

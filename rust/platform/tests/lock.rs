@@ -3,6 +3,7 @@
 mod common;
 
 use std::{
+    panic::{self, AssertUnwindSafe},
     sync::{
         Arc, Barrier,
         atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering},
@@ -260,4 +261,29 @@ fn exclusive_holds_are_summed_without_measuring_and_a_lock_break_begins_a_new_on
     assert!(holds.total_ticks >= holds.first_ticks + holds.longest_ticks, "{holds:?}");
     task.meter().reset_exclusive_holds();
     assert_eq!(task.meter().exclusive_holds(), HoldSums::default());
+}
+
+#[test]
+fn a_panic_while_the_lock_was_given_up_leaves_it_whole() {
+    let rcu = Pool::new(1).domain(RcuConfig::default());
+    let task = Task::<Real>::new(&rcu, "panics", Role::Caller, TaskConfig::default());
+    let lock = MmuLock::<Real>::new();
+    let panics = |_: &Task<Real>| panic!("an allocation that fails hard");
+    let result = panic::catch_unwind(AssertUnwindSafe(|| lock.write(&task).unlocked_for(panics)));
+    assert!(result.is_err() && !task.holds_mmu_lock());
+    let result = panic::catch_unwind(AssertUnwindSafe(|| lock.read(&task).unlocked_for(panics)));
+    assert!(result.is_err() && !task.holds_mmu_lock());
+    // An unlock too many would let a writer in beside a reader, or nobody at all.
+    let reader = lock.read(&task);
+    thread::scope(|scope| {
+        let writer = scope.spawn(|| {
+            let task = Task::<Real>::new(&rcu, "writer", Role::Caller, TaskConfig::default());
+            drop(lock.write(&task));
+        });
+        while !lock.is_contended() {
+            assert!(!writer.is_finished(), "a writer beside a reader");
+            thread::yield_now();
+        }
+        drop(reader);
+    });
 }
