@@ -11,8 +11,8 @@
 use std::ops::Range;
 
 use tdpmmu_platform::{Guard, Mode, Platform, RcuGuard, Shared, Site, Task};
+use tdpmmu_spte::Spte;
 use tdpmmu_spte::geometry::{round_down, span};
-use tdpmmu_spte::{AtomicZapOrder, Spte};
 
 use crate::debt::FlushDebt;
 use crate::iter::TdpIter;
@@ -232,38 +232,6 @@ impl<P: Platform, M: Mode> Entry<'_, '_, '_, P, M> {
         let at = change::At { as_id: *as_id, root: iter.root(), gfn, level };
         change::changed::<P, M>(mmu, task, ledger, at, was, new);
         iter.refresh(new);
-        Ok(())
-    }
-
-    /// 6.12 and earlier, shared mode: freezes the entry, flushes its span, then publishes the empty value, so that nothing new can be installed
-    /// while the old translation is cached. The order of bookkeeping and flush is the profile's.
-    ///
-    /// # Errors
-    /// [`Lost`] as for [`Entry::set`].
-    pub fn zap_atomic(&mut self) -> Result<(), Lost> {
-        let Walk { mmu, iter, ledger, task, as_id, .. } = &mut *self.walk;
-        let (level, gfn, table) = (iter.level(), iter.gfn(), iter.table());
-        let cell = &mmu.pool().entries(table)[iter.index() as usize];
-        let old = iter.old();
-        let (frozen, empty) = (mmu.format().frozen(), mmu.format().empty());
-        if let Err(seen) = P::cmpxchg(cell, old.raw(), frozen.raw(), Site::SpteFreeze) {
-            task.meter().count_retries(1);
-            iter.refresh(Spte(seen));
-            return Err(Lost);
-        }
-        task.count(1, 2);
-        let at = change::At { as_id: *as_id, root: iter.root(), gfn, level };
-        let flush = || mmu.flush(task, Some(gfn..gfn + span(level)));
-        if mmu.profile().atomic_zap_order == AtomicZapOrder::BookkeepingBeforeFlush {
-            change::changed::<P, M>(mmu, task, ledger, at, old, frozen);
-            flush();
-            P::store(cell, empty.raw(), Site::SpteZap);
-        } else {
-            flush();
-            P::store(cell, empty.raw(), Site::SpteZap);
-            change::changed::<P, M>(mmu, task, ledger, at, old, empty);
-        }
-        iter.refresh(empty);
         Ok(())
     }
 

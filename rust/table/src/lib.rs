@@ -8,7 +8,7 @@
 //! detected at the free, by the bit that was already set.
 //!
 //! **Mechanism.** One anonymous reservation holds the tables, huge-page backed, touched before the clock runs
-//! ([`TablePool::prefault`]); a second one holds 48 bytes of [`TableMeta`] a table. Entry -> table -> metadata is arithmetic.
+//! ([`TablePool::prefault`]); a second one holds 40 bytes of [`TableMeta`] a table. Entry -> table -> metadata is arithmetic.
 //! Free pages are bits in a map, 64 neighbours to a word, so runs re-form by themselves however they are given back: a 1 GiB
 //! chunk of leaf tables is eight words, taken as one item. That order is worth a factor of two to whoever scans
 //! tables later (`docs/performance.md`).

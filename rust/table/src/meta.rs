@@ -1,4 +1,4 @@
-//! What is known about a table beside its entries: 48 bytes, written before the table is published.
+//! What is known about a table beside its entries: 40 bytes, written before the table is published.
 //!
 //! Everything is an atomic with relaxed accesses: the fields are written by the one task that owns the unpublished table and
 //! become visible with the release of the publishing compare-exchange (rule R9). After that only the reference count, the flags
@@ -44,11 +44,9 @@ pub struct TableMeta {
     pub prev: AtomicU32,
     /// Link of a list that the zap design keeps of roots, beside the root list.
     pub second: AtomicU32,
-    /// Zap owner's note: TSC low bits of the invalidation, for latency attribution.
-    pub stamp: AtomicU64,
 }
 
-const _: () = assert!(size_of::<TableMeta>() == 48, "memory beside the tables stays under 64 bytes a table");
+const _: () = assert!(size_of::<TableMeta>() == 40, "memory beside the tables stays under 64 bytes a table");
 
 impl TableMeta {
     /// Fills the header of a table that nobody else can see yet.
@@ -64,7 +62,6 @@ impl TableMeta {
         self.next.store(u32::MAX, Relaxed);
         self.prev.store(u32::MAX, Relaxed);
         self.second.store(u32::MAX, Relaxed);
-        self.stamp.store(0, Relaxed);
     }
 
     /// First gfn that the table covers.
