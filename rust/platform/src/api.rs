@@ -82,8 +82,17 @@ pub trait Platform: Sized + Send + Sync + 'static {
     fn cpus() -> Vec<usize> {
         Vec::new()
     }
+    /// The CPUs that the process may run on, which are those of its first thread, ascending; empty where the host does not say.
+    fn process_cpus() -> Vec<usize> {
+        Vec::new()
+    }
     /// Binds the calling thread to one CPU; nothing where the platform has none. Errors: what the host says.
     fn pin(_cpu: usize) -> io::Result<()> {
+        Ok(())
+    }
+    /// Lets the calling thread run on all of [`Platform::process_cpus`], whatever thread it was started by and where that one is bound.
+    /// Errors: what the host says.
+    fn unpin() -> io::Result<()> {
         Ok(())
     }
     /// Starts a thread. Errors: what the host says, and a NUL in `name`.

@@ -267,6 +267,11 @@ impl<P: Platform, T: Send + 'static> WorkQueue<P, T> {
         self.nudge();
     }
 
+    /// The items of `owner` are held back.
+    pub fn is_held(&self, owner: u64) -> bool {
+        self.shared.state.lock().held.contains(&owner)
+    }
+
     /// Wakes every worker that sleeps, so that it calls [`Serve::between`].
     pub fn nudge(&self) {
         self.shared.work.fetch_add(1, Ordering::Release);

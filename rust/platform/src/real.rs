@@ -123,6 +123,14 @@ impl Platform for Real {
         sched::cpus()
     }
 
+    fn process_cpus() -> Vec<usize> {
+        sched::process_cpus()
+    }
+
+    fn unpin() -> io::Result<()> {
+        sched::unpin()
+    }
+
     fn pin(cpu: usize) -> io::Result<()> {
         sched::pin(cpu)
     }
