@@ -5,7 +5,8 @@
 //! other thread the window from t0 to the end of the teardown, by the window's own stamps, as far as the thread lived in it.
 //!
 //! **Mechanism.** A task is in one phase at a time and books each change. The phases of a request are the difference of the task's sums
-//! around it; those of the others are split at t0 and at the end of the teardown (`run/meanwhile.rs`). A thread pays if the
+//! around it; those of the others are split at t0 and at the end of the teardown (`run/meanwhile.rs`),
+//! those of a worker run from its last report before t0 to that after the end. A thread pays if the
 //! request was its own or if it spent CPU time in the zap of a root.
 
 use std::collections::BTreeMap;

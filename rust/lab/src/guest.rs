@@ -13,6 +13,10 @@ use tdpmmu_vm::{AccessOutcome, GuestAccess, Vcpu, VcpuProbe};
 
 use crate::LabError;
 
+/// A vCPU toggles so often from one update to the next at most: a fast zap that takes every invalid root which it finds (`system-workqueue`) would not end
+/// while roots are lost faster than it zaps, as under oracles they are.
+const TOGGLES: u64 = 4;
+
 /// The window of a measurement, in ticks, shared by all threads; 0: not yet.
 #[derive(Debug, Default)]
 pub struct Window {
@@ -20,6 +24,8 @@ pub struct Window {
     pub t0: AtomicU64,
     /// The last table is free.
     pub end: AtomicU64,
+    /// Updates that have returned.
+    pub updates: AtomicU64,
 }
 
 /// What a vCPU felt.
@@ -37,6 +43,8 @@ pub struct Felt {
     pub last_fault_at: u64,
     /// Moves from CPU to CPU.
     pub migrations: u64,
+    /// Times that it dropped its roots and loaded one again.
+    pub toggles: u64,
 }
 
 struct Probe<P> {
@@ -123,6 +131,8 @@ pub struct GuestPlan {
     pub ascending: bool,
     /// Moves the vCPU to the next of its CPUs so often.
     pub migrate_ns: Option<u64>,
+    /// Toggles CR0.WP so often.
+    pub toggle_ns: Option<u64>,
     /// ns between two intended starts.
     pub arrival_ns: u64,
     /// Writes of 100 accesses.
@@ -150,7 +160,8 @@ pub fn run<P: Platform>(
     let arrival = P::ns_to_ticks(plan.arrival_ns).max(1);
     let mut intended = P::ticks();
     let mut mover = plan.migrate_ns.map(Mover::<P>::new);
-    let mut turn = 0;
+    let mut toggle = plan.toggle_ns.map(|every| (P::ns_to_ticks(every), intended));
+    let (mut turn, mut toggles) = (0, 0);
     let fail = |e: tdpmmu_vm::VmError| LabError::Internal(format!("a vCPU's access failed: {e}"));
     'run: loop {
         intended += arrival;
@@ -168,6 +179,14 @@ pub fn run<P: Platform>(
         look(vcpu.task());
         if let Some(mover) = &mut mover {
             mover.due(vcpu)?;
+        }
+        if let Some((every, next)) = &mut toggle
+            && toggles < TOGGLES * (window.updates.load(Ordering::Relaxed) + 1)
+            && P::ticks() >= *next
+        {
+            vcpu.drop_root().map_err(fail)?;
+            toggles += 1;
+            *next = P::ticks() + *every;
         }
         let bits = random.draw();
         let write = (bits >> 56) % 100 < u64::from(plan.write_percent);
@@ -191,6 +210,7 @@ pub fn run<P: Platform>(
     vcpu.set_probe(None);
     let mut felt = std::mem::take(&mut *felt.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
     felt.access = access;
+    felt.toggles = toggles;
     felt.migrations = mover.map_or(0, |mover| mover.moves);
     Ok(felt)
 }

@@ -256,6 +256,8 @@ pub struct Run {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub migrations: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    pub toggles: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub blocked_ns: Option<H>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prepare_ns: Option<u64>,

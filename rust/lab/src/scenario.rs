@@ -213,6 +213,8 @@ pub struct GuestCode {
     pub warm: bool,
     /// The host moves the vCPU to the next CPU so often.
     pub migrate_ns: Option<u64>,
+    /// The vCPU toggles CR0.WP so often, a few times for each update, which drops its roots and loads one again.
+    pub toggle_ns: Option<u64>,
     /// Ends when raised.
     pub until: Flag,
 }

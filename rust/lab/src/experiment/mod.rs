@@ -195,15 +195,19 @@ pub fn to_run(plan: &Plan, case: &Case, rep: u32, outcome: &Outcome, cpus: usize
             let updates = all_of(Mark::Update);
             Updates { count: updates.count(), update_ns: H::from(updates) }
         }),
-        // The zap in place keeps its roots valid: what is mapped at its return may be new.
-        sptes_mapped_at_return: (outcome.update.is_some() && !case.info.obligations.keeps_roots)
-            .then_some(outcome.mapped_at_return),
+        // The zap in place keeps its roots valid: what is mapped at its return may be new. Where vCPUs toggle, an invalid root may be younger than the
+        // zap, and whoever lost it is at it: there the oracle follows each root.
+        sptes_mapped_at_return: (outcome.update.is_some()
+            && !case.info.obligations.keeps_roots
+            && toggled(outcome).is_none())
+        .then_some(outcome.mapped_at_return),
         waiting: mark(Mark::Waiting).map(|wait_ns| Waiting {
             what: case.scene.name.strip_prefix("waiting-").unwrap_or("other"),
             wait_ns,
         }),
         wake_ns: mark(Mark::Wake),
         migrations: moved(outcome),
+        toggles: toggled(outcome),
         blocked_ns: mark(Mark::Replace),
         prepare_ns: outcome.marks.get(&Mark::Prepare).and_then(|h| h.summary().max),
         close_ns,
@@ -286,6 +290,11 @@ fn retained(case: &Case, outcome: &Outcome) -> Option<u64> {
 fn moved(outcome: &Outcome) -> Option<u64> {
     let moves: u64 = outcome.threads.iter().map(|t| t.felt.migrations).sum();
     (moves > 0).then_some(moves)
+}
+
+fn toggled(outcome: &Outcome) -> Option<u64> {
+    let toggles: u64 = outcome.threads.iter().map(|t| t.felt.toggles).sum();
+    (toggles > 0).then_some(toggles)
 }
 
 /// The queue in effect: the one asked for, else the design's own.

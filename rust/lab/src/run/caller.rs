@@ -132,6 +132,7 @@ impl Shared<'_> {
             self.window.t0.store(P::ticks(), Ordering::Release);
         }
         let times = self.update(task, update)?;
+        self.window.updates.fetch_add(1, Ordering::Relaxed);
         paid.cpu_ns += P::thread_cpu_ns() - cpu;
         paid.switched_out += P::switches().involuntary - switches.involuntary;
         paid.delayed(delayed);

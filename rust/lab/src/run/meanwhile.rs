@@ -88,10 +88,13 @@ impl Meanwhile {
         let taken = task.meter().take();
         let (run_delay_ns, cpu_ns, seen) = (P::run_delay_ns(), P::thread_cpu_ns(), P::ticks());
         let late_ns = match (self.awake, run_delay_ns) {
-            (Some(awake), Some(now)) => now.saturating_sub(awake).min(P::ticks_to_ns(seen.saturating_sub(t0))),
+            (Some(awake), Some(now)) => {
+                now.saturating_sub(awake).min(P::ticks_to_ns(seen.saturating_sub(t0)))
+            }
             _ => 0,
         };
-        let phase_ticks: [u64; PHASES] = std::array::from_fn(|phase| taken.phase_ticks[phase] - before[phase]);
+        let phase_ticks: [u64; PHASES] =
+            std::array::from_fn(|phase| taken.phase_ticks[phase] - before[phase]);
         let early = MeterSnapshot {
             phase_ns: phase_ticks.map(P::ticks_to_ns),
             elapsed_ticks: phase_ticks.iter().sum(),
@@ -119,11 +122,13 @@ impl Meanwhile {
         // Without a CPU after the end is not in the window.
         let after_ns = P::ticks_to_ns(seen.saturating_sub(end));
         let delay = run_delay_ns.zip(within.run_delay_ns).map(|(now, then)| now.saturating_sub(then));
+        let stamped_ticks = meter.elapsed_ticks.max(least).min(most);
+        let whole_ns = P::ticks_to_ns(stamped_ticks);
         self.over = Some(Stretch {
-            stamped_ticks: meter.elapsed_ticks.max(least).min(most),
+            stamped_ticks,
             covers: (within.from, to),
             cpu_ns: cpu_ns.saturating_sub(within.cpu_ns),
-            run_delay_ns: delay.map(|ns| within.late_ns + ns.saturating_sub(after_ns)),
+            run_delay_ns: delay.map(|ns| (within.late_ns + ns.saturating_sub(after_ns)).min(whole_ns)),
             meter,
         });
     }
@@ -137,5 +142,62 @@ impl Meanwhile {
             self.end(task, P::ticks());
         }
         self.over.take()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tdpmmu_platform::{Role, TaskConfig};
+    use tdpmmu_spte::KernelProfile;
+    use tdpmmu_vm::{Vm, VmConfig};
+
+    use super::*;
+
+    fn vm() -> Vm<P> {
+        Vm::new(VmConfig::new(KernelProfile::named("6.12").expect("a profile"))).expect("a small VM")
+    }
+
+    fn doze() {
+        std::thread::sleep(Duration::from_millis(3));
+    }
+
+    #[test]
+    fn a_thread_s_time_is_split_at_the_edges_of_the_window_however_late_it_looks() {
+        let vm = vm();
+        let config = TaskConfig { measure: true, attribute: true, record: true, ..TaskConfig::default() };
+        let task = vm.task_with("guest", Role::Vcpu, config);
+        let (window, mut meanwhile) = (Window::default(), Meanwhile::default());
+        meanwhile.awake();
+        meanwhile.look(&window, &task);
+        doze();
+        let t0 = P::ticks();
+        window.t0.store(t0, Ordering::Release);
+        doze();
+        meanwhile.look(&window, &task);
+        {
+            let _waiting = task.phase(Phase::LockWait);
+            doze();
+        }
+        let end = P::ticks();
+        window.end.store(end, Ordering::Release);
+        doze();
+        let stretch = meanwhile.over(&window, &task).expect("it was there");
+        assert_eq!(stretch.covers, (t0, end));
+        assert_eq!((stretch.meter.elapsed_ticks, stretch.stamped_ticks), (end - t0, end - t0));
+        assert_eq!(stretch.meter.phase_ticks.iter().sum::<u64>(), end - t0);
+        assert!(stretch.meter.phase_ns(Phase::LockWait) >= 3_000_000);
+        assert!(stretch.run_delay_ns.is_none_or(|ns| ns <= P::ticks_to_ns(end - t0)));
+        let recording = stretch.meter.recording.expect("it records");
+        let kept = crate::timeline::clipped(&recording.slices, Some(&[stretch.covers]));
+        assert_eq!(kept.iter().map(|slice| slice.to - slice.from).sum::<u64>(), end - t0);
+    }
+
+    #[test]
+    fn a_thread_that_is_gone_before_the_window_opens_had_no_part_in_it() {
+        let vm = vm();
+        let task = vm.task("holder", Role::Vcpu);
+        assert!(Meanwhile::default().over(&Window::default(), &task).is_none());
     }
 }

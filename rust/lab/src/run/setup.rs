@@ -164,27 +164,28 @@ impl Shared<'_> {
             progress.done.load(Ordering::Relaxed) as f64 / pages as f64
         };
         let mut wall = 0;
-        let made = self.watched("populating", fraction, || {
-            let begin = P::ticks();
-            let made = match how.by {
-                By::Bulk => self.vm.vcpu(vcpus.start).and_then(|mut vcpu| {
-                    let ad = match how.ad {
-                        Ad::Clean => AdMix::Untouched,
-                        Ad::Accessed => AdMix::Clean,
-                        Ad::Dirty => AdMix::Dirty,
-                    };
-                    let options = BulkOptions { level: spec.level, ad, threads: 0 };
-                    self.vm.populate_bulk(&mut vcpu, 0..pages, &options, &progress)
-                }),
-                By::Faults => {
-                    let write = how.ad == Ad::Dirty;
-                    self.vm.populate_by_faults(vcpus, 0..pages, write, &progress).map(|(made, _)| made)
-                }
-            };
-            wall = P::ticks() - begin;
-            made
-        })
-        .map_err(internal("populating"))?;
+        let made = self
+            .watched("populating", fraction, || {
+                let begin = P::ticks();
+                let made = match how.by {
+                    By::Bulk => self.vm.vcpu(vcpus.start).and_then(|mut vcpu| {
+                        let ad = match how.ad {
+                            Ad::Clean => AdMix::Untouched,
+                            Ad::Accessed => AdMix::Clean,
+                            Ad::Dirty => AdMix::Dirty,
+                        };
+                        let options = BulkOptions { level: spec.level, ad, threads: 0 };
+                        self.vm.populate_bulk(&mut vcpu, 0..pages, &options, &progress)
+                    }),
+                    By::Faults => {
+                        let write = how.ad == Ad::Dirty;
+                        self.vm.populate_by_faults(vcpus, 0..pages, write, &progress).map(|(made, _)| made)
+                    }
+                };
+                wall = P::ticks() - begin;
+                made
+            })
+            .map_err(internal("populating"))?;
         let mut all = lock(&self.collected);
         all.populate_ns += P::ticks_to_ns(wall);
         all.populated += made;

@@ -112,6 +112,7 @@ impl Shared<'_> {
                     reads,
                     ascending: code.ascending,
                     migrate_ns: code.migrate_ns,
+                    toggle_ns: code.toggle_ns,
                     arrival_ns: code.arrival_ns,
                     write_percent: code.write_percent,
                     seed: self.scenario.seed ^ (id as u64) << 32,
@@ -126,7 +127,8 @@ impl Shared<'_> {
                 }
                 let until = code.until;
                 let stop = || self.raised(until) > 0 || self.stopped();
-                let got = guest::run(vcpu, &plan, &self.window, stop, |task| account.look(&self.window, task))?;
+                let got =
+                    guest::run(vcpu, &plan, &self.window, stop, |task| account.look(&self.window, task))?;
                 if self.stopped() {
                     return Err(LabError::Cancelled);
                 }

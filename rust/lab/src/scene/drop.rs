@@ -30,7 +30,7 @@ pub(super) const SMM_EXIT: Scene = Scene {
 pub(super) const ZAP_64T: Scene = Scene {
     name: "zap-64t",
     kind: Kind::Drop,
-    summary: "the drop at an eighth, a quarter, half and all of the memory: the slope, and what it says about 64 TiB",
+    summary: "the drop at eight sizes, from an eighth to all of the memory: the slope, and what it says about 64 TiB",
     look_at: "fit, block_drop_ns",
     estimate: one_root,
     fits: eighths,

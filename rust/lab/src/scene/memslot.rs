@@ -2,9 +2,10 @@
 
 use super::parts::{any, code, delete, guest, guests, one_root, scenario, vmm};
 use super::{Ask, Kind, Scene};
+use crate::bench::SIZES;
 use crate::config::Plan;
 use crate::memory::Estimate;
-use crate::scenario::{Op, Scenario, Update, Who};
+use crate::scenario::{GuestCode, Op, Scenario, Update, Who};
 
 pub(super) const DELETE: Scene = Scene {
     name: "memslot-delete",
@@ -36,6 +37,16 @@ pub(super) const CHURN: Scene = Scene {
     build: churn,
 };
 
+pub(super) const CHURN_AND_DROP: Scene = Scene {
+    name: "churn-and-drop",
+    kind: Kind::Zap,
+    summary: "a memslot is created and deleted many times while each vCPU toggles CR0.WP, on roots that it shares with nobody: roots are made and lost while fast zaps run",
+    look_at: "violations, updates, toggles, final",
+    estimate: one_root,
+    fits: any,
+    build: churn_and_drop,
+};
+
 pub(super) const BOOT: Scene = Scene {
     name: "boot",
     kind: Kind::Zap,
@@ -59,13 +70,17 @@ pub(super) const NX_TOGGLE: Scene = Scene {
 pub(super) const ZAP_64T: Scene = Scene {
     name: "zap-64t",
     kind: Kind::Zap,
-    summary: "a memslot update at an eighth, a quarter, half and all of the memory: the slope, and what it says about 64 TiB",
+    summary: "a memslot update at eight sizes, from an eighth to all of the memory: the slope, and what it says about 64 TiB",
     look_at: "fit, update_ns",
     estimate: one_root,
     fits: eighths,
     build: |ask| update(ask, delete()),
 };
 
+/// A vCPU toggles CR0.WP so often.
+const TOGGLE_NS: u64 = 100_000;
+/// Room for the trees of toggles that wait for a worker or a grace period.
+const TOGGLED_TABLES: u32 = 1 << 17;
 /// Memory that firmware goes through.
 const BOOT_BYTES: u64 = 256 << 20;
 /// Memslot updates of a boot.
@@ -86,6 +101,19 @@ fn churn(ask: &Ask<'_>) -> Scenario {
     update(ask, vec![Op::Churn { cycles: ask.plan.config.churns, pause_us: 0 }])
 }
 
+/// No tree is big here: what matters is that a root appears and goes between the two phases of a fast zap.
+fn churn_and_drop(ask: &Ask<'_>) -> Scenario {
+    let vcpus = ask.plan.config.vcpus;
+    let toggling = GuestCode { toggle_ns: Some(TOGGLE_NS), ..code(ask.plan) };
+    let alone = |id: u32| vec![Op::SwitchRole(id as usize % 4)];
+    let mut threads: Vec<_> = (0..vcpus).map(|id| guest(ask.plan, id, alone(id), toggling.clone())).collect();
+    threads.push(vmm(vcpus, vec![Op::Churn { cycles: ask.plan.config.churns, pause_us: 0 }]));
+    let mut made = scenario(ask, vcpus, Some(Who::Caller), threads);
+    (made.populate, made.sptes) = (None, None);
+    made.vm.max_tables = made.vm.max_tables.saturating_add(TOGGLED_TABLES);
+    made
+}
+
 fn boot_memory(plan: &Plan) -> Estimate {
     let unit = tdpmmu_spte::geometry::page_bytes(plan.level);
     Estimate::new(plan.config.memory_bytes.min(BOOT_BYTES.max(unit)), plan.level, plan.config.levels)
@@ -95,7 +123,7 @@ fn boot_memory(plan: &Plan) -> Estimate {
 fn boot(ask: &Ask<'_>) -> Scenario {
     let mut plan = ask.plan.clone();
     plan.working_set_pages = ask.estimate.sptes;
-    let firmware = crate::scenario::GuestCode {
+    let firmware = GuestCode {
         ascending: true,
         warm: false,
         arrival_ns: BOOT_ARRIVAL_NS,
@@ -114,11 +142,11 @@ fn boot(ask: &Ask<'_>) -> Scenario {
 /// The sizes of `zap-64t` must exist.
 pub(super) fn eighths(plan: &Plan) -> Result<(), String> {
     let unit = tdpmmu_spte::geometry::page_bytes(plan.level);
-    if plan.config.memory_bytes.is_multiple_of(8 * unit) {
+    if plan.config.memory_bytes.is_multiple_of(SIZES * unit) {
         return Ok(());
     }
     Err(format!(
-        "an eighth, a quarter and half of the memory are built too: {} is no multiple of 8 pages of {}",
+        "an eighth of the memory, two eighths and so on are built: {} is no multiple of {SIZES} pages of {}",
         crate::units::bytes(plan.config.memory_bytes),
         plan.config.page
     ))

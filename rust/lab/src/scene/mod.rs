@@ -78,6 +78,7 @@ pub const SCENES: &[Scene] = &[
     memslot::DELETE,
     memslot::MOVE,
     memslot::CHURN,
+    memslot::CHURN_AND_DROP,
     memslot::BOOT,
     sizes::DIRTY_SPLIT,
     roots::TWO_SPACES,

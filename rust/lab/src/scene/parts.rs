@@ -93,6 +93,7 @@ pub(super) fn code(plan: &Plan) -> GuestCode {
         ascending: false,
         warm: true,
         migrate_ns: None,
+        toggle_ns: None,
         until: Flag::Refault,
     }
 }
