@@ -345,6 +345,44 @@ fn workers_run_where_they_are_bound() {
 }
 
 #[test]
+fn workers_that_are_not_bound_run_where_the_process_may_whoever_starts_them() {
+    let process = Real::process_cpus();
+    for kind in [QueueKind::PerVm, QueueKind::System] {
+        let (send, seen) = mpsc::channel();
+        let (mmu, first) = (Setup::default().build(), process[0]);
+        let started = thread::spawn(move || {
+            Real::pin(first).expect("a CPU of this process");
+            let options = DesignOptions { workers: 2, ..DesignOptions::default() };
+            let queue = ZapQueue::<Real>::with_work(kind, &options, move |_, _, _| {
+                send.send(Real::cpus()).expect("somebody listens");
+            });
+            queue.attach(Arc::downgrade(&mmu)).expect("threads");
+            assert_eq!(Real::cpus(), [first], "who starts them stays where it is bound");
+            assert!((0..20).all(|n| queue.push(&mmu, n)));
+            queue.shutdown();
+            end(&mmu);
+        });
+        started.join().expect("no panic");
+        let seen: Vec<_> = seen.iter().collect();
+        assert_eq!(seen.len(), 20, "{kind:?}");
+        assert!(seen.iter().all(|on| *on == process), "{kind:?}: {seen:?}");
+    }
+}
+
+#[test]
+fn nothing_is_held_back_after_the_shutdown() {
+    for setup in setups() {
+        let mmu = setup.build();
+        queue(&mmu).hold();
+        assert!(queue(&mmu).is_held());
+        end(&mmu);
+        assert!(!queue(&mmu).is_held(), "the shutdown is a release");
+        queue(&mmu).hold();
+        assert!(!queue(&mmu).is_held(), "the system's queue would remember a VM that is gone");
+    }
+}
+
+#[test]
 fn a_cpu_that_this_process_may_not_use_is_an_error_that_names_it() {
     let setup = Setup { design: "async-worker", worker_cpus: vec![1023], ..Setup::default() };
     match setup.try_build() {

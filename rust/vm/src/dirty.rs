@@ -18,7 +18,7 @@
 
 use std::ops::Range;
 
-use tdpmmu_platform::{Platform, Task};
+use tdpmmu_platform::{Phase, Platform, Task};
 use tdpmmu_spte::LEVEL_4K;
 
 use crate::{Vm, VmError};
@@ -39,7 +39,7 @@ impl<P: Platform> Vm<P> {
     /// # Errors
     /// [`VmError::NoSlot`] without such a slot, or when it does not log; [`VmError::Closed`].
     pub fn take_dirty_log(&self, task: &Task<P>, as_id: u8, id: u16) -> Result<Vec<u64>, VmError> {
-        let slots = self.slots_lock.lock();
+        let slots = self.lock_slots(task);
         self.open()?;
         let set = slots.set();
         let slot = set.by_id(as_id, id).ok_or(VmError::NoSlot { as_id, id })?;
@@ -47,6 +47,7 @@ impl<P: Platform> Vm<P> {
         let mut gfns = Vec::new();
         {
             let mut guard = self.mmu().lock.write(task);
+            let _work = task.phase(Phase::SpteWork);
             for word in 0..dirty.words() {
                 let mut bits = dirty.take_word(word);
                 if bits == 0 {

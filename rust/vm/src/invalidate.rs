@@ -7,7 +7,6 @@
 //! the host range are those of the begin: a publication waits until the end.
 
 use std::ops::Range;
-use std::sync::PoisonError;
 
 use tdpmmu_mmu::FlushDebt;
 use tdpmmu_platform::{Event, Platform, Task};
@@ -36,7 +35,7 @@ impl<P: Platform> Vm<P> {
         change: impl FnOnce(&PrimaryMmu) -> u64,
     ) -> Result<u64, VmError> {
         // mmap_lock: what the host maps in the range does not change its size meanwhile.
-        let _mmap_lock = self.mmap_lock.lock().unwrap_or_else(PoisonError::into_inner);
+        let _mmap_lock = self.lock_mmap(task);
         self.open()?;
         let (mmu, side) = (self.mmu(), self.side());
         let ranges = side.slots.begin_invalidation(&side.primary.announced(hvas));

@@ -8,7 +8,7 @@
 //! and wait until none is in the guest }, unlock, let the design finish. What designs differ in is behind `invalidate`, `in_lock` and `finish`.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex as StdMutex, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex as StdMutex, MutexGuard as StdMutexGuard, PoisonError, TryLockError};
 
 use tdpmmu_mmu::{Leftovers, MmuConfig, MmuError, TdpMmu, design};
 use tdpmmu_platform::{
@@ -152,11 +152,12 @@ impl<P: Platform> Vm<P> {
     /// [`VmError::Config`], [`VmError::Host`], [`VmError::Pool`].
     pub fn new(config: VmConfig) -> Result<Self, VmError> {
         let (passes, ownership) = config.check()?;
-        let cpus = P::cpus();
-        if let Some(cpu) = config.worker_cpus.iter().find(|cpu| !cpus.is_empty() && !cpus.contains(cpu)) {
-            let rule = "a CPU that this process may run on";
-            return Err(VmError::Config { what: "worker_cpus", value: cpu.to_string(), rule });
-        }
+        // The design's attach checks as well, for who builds an MMU alone; here, also for designs without workers.
+        design::check_worker_cpus::<P>(&config.worker_cpus).map_err(|error| VmError::Config {
+            what: "worker_cpus",
+            value: error.cpu.to_string(),
+            rule: design::WorkerCpuError::RULE,
+        })?;
         let design = design::build::<P>(config.design_name(), &config.design_options())
             .map_err(|e| VmError::Mmu(e.to_string()))?;
         // SRCU waits for faults, which may wait for mmu_lock for as long as a zap holds it: no stall reports.
@@ -468,9 +469,14 @@ impl<P: Platform> Vm<P> {
         Ok(self.fast_zap_locked(task, &mut slots))
     }
 
-    fn lock_slots(&self, task: &Task<P>) -> MutexGuard<'_, P, SlotWriter<P>> {
+    pub(crate) fn lock_slots(&self, task: &Task<P>) -> MutexGuard<'_, P, SlotWriter<P>> {
         let _waiting = task.phase(Phase::LockWait);
         self.slots_lock.lock()
+    }
+
+    pub(crate) fn lock_mmap(&self, task: &Task<P>) -> StdMutexGuard<'_, ()> {
+        let _waiting = task.phase(Phase::LockWait);
+        self.mmap_lock.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// kvm_mmu_zap_all_fast; the writer stands for slots_lock.
@@ -507,11 +513,12 @@ impl<P: Platform> Vm<P> {
         }
     }
 
-    /// The end of the VM, as when its process dies: vCPUs stop, the last user reference is given back, the memory goes (zap_all), vCPUs put their roots, the MMU is torn down, every table must be back.
+    /// The end of the VM, as when its process dies: no vCPU runs any more, the last user reference is given back, the memory goes (zap_all), vCPUs put their roots, the MMU is torn down, every table must be back.
     /// The second call returns the first one's report.
     ///
     /// # Errors
-    /// [`VmError::Busy`] while a thread holds a vCPU handle: drop it and call again.
+    /// [`VmError::Busy`] while a thread holds a vCPU handle: the VM is as open as before and its vCPUs run on. Stop them
+    /// ([`Vm::stop_vcpus`]), drop the handle, and call again.
     pub fn close(&self) -> Result<CloseReport, VmError> {
         let mut closed = self.closed.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(report) = &*closed {
@@ -522,7 +529,6 @@ impl<P: Platform> Vm<P> {
         let cpu = P::thread_cpu_ns();
         let before = task.meter().phase_ticks(begin);
         self.closing.store(true, Ordering::Release);
-        self.stop_vcpus(&task);
         let mut cores = Vec::with_capacity(self.vcpus.len());
         for (vcpu, cell) in self.vcpus.iter().enumerate() {
             match cell.try_lock() {
@@ -534,10 +540,14 @@ impl<P: Platform> Vm<P> {
                 }
             }
         }
+        // No vCPU runs, since a run borrows a handle. A fast zap may wait for work that a test holds back.
+        if let Some(queue) = self.mmu.design().queue() {
+            queue.release();
+        }
         // What is under way ends first: a fast zap waits for no vCPU, since their handles are ours. slots_lock before mmap_lock: who holds the
         // former may wait for an invalidation to end, whose task holds the latter and wants only mmu_lock.
         let _slots_lock = self.lock_slots(&task);
-        let _mmap_lock = self.mmap_lock.lock().unwrap_or_else(PoisonError::into_inner);
+        let _mmap_lock = self.lock_mmap(&task);
         self.release_user();
         let zap_begin = P::ticks();
         self.mmu.zap_all(&mut self.mmu.lock.write(&task));

@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 use tdpmmu_mmu::DESIGNS;
 use tdpmmu_platform::{Real, Role as TaskRole, Task};
 use tdpmmu_spte::{EagerSplit, FormatKind, KernelProfile, Ownership};
+use tdpmmu_vm::request;
 use tdpmmu_vm::{
     AccessOutcome, AdMix, BulkOptions, FaultOutcome, GuestAccess, Progress, Region, SlotFlags, SlotUpdate,
     Vm, VmConfig, VmError,
@@ -303,7 +304,14 @@ fn a_vcpu_handle_is_exclusive_and_close_says_so() {
     let held = vm.vcpu(1).expect("free");
     assert!(matches!(vm.vcpu(1), Err(VmError::Busy { vcpu: 1 })));
     assert!(matches!(vm.vcpu(2), Err(VmError::NoVcpu { vcpu: 2, count: 2 })));
+    vm.vcpu_state(0).expect("a vCPU").request::<Real>(request::STOP);
     assert!(matches!(vm.close(), Err(VmError::Busy { vcpu: 1 })));
+    let stopped = [0, 1].map(|id| vm.vcpu_state(id).expect("a vCPU").is_requested::<Real>(request::STOP));
+    assert_eq!(
+        stopped,
+        [true, false],
+        "a close that is refused stops nobody, and lets nobody run who was stopped"
+    );
     drop(held);
     assert_clean(&vm);
 }

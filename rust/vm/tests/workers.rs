@@ -1,11 +1,13 @@
 //! VMs and their workers: who holds a VM, what a dying one does, and how it ends with work pending.
 
+use std::sync::{Arc, mpsc};
 use std::thread;
+use std::time::Duration;
 
 use tdpmmu_mmu::{DESIGNS, QueueKind};
-use tdpmmu_platform::{Platform, Real, Role as TaskRole};
+use tdpmmu_platform::{Phase, Platform, Real, Role as TaskRole, Task};
 use tdpmmu_spte::{KernelProfile, Ownership};
-use tdpmmu_vm::{AccessOutcome, GuestAccess, Vm, VmConfig, VmError};
+use tdpmmu_vm::{AccessOutcome, GuestAccess, Region, SlotFlags, Vm, VmConfig, VmError};
 
 const PAGES: u64 = 4 * 512;
 
@@ -144,4 +146,69 @@ fn workers_and_their_cpus_are_checked() {
     let cpus = Real::cpus();
     let vm = Vm::<Real>::new(VmConfig { worker_cpus: cpus, ..config("async-worker", None) });
     assert_clean(&vm.expect("CPUs that this process may use"), "bound");
+}
+
+/// A fast zap that waits for workers who are held back, in a thread of its own, and slots_lock with it.
+fn stuck_fast_zap(vm: &Arc<Vm<Real>>) -> thread::JoinHandle<()> {
+    vm.vcpu(0).expect("free").access(GuestAccess::write(3)).expect("memory");
+    let queue = vm.mmu().design().queue().expect("workers");
+    queue.hold();
+    let zapper = Arc::clone(vm);
+    let zap = thread::spawn(move || {
+        zapper.fast_zap(&zapper.task("caller", TaskRole::Caller)).expect("it began before the end");
+    });
+    while queue.waiting() == 0 {
+        thread::yield_now();
+    }
+    zap
+}
+
+/// Ticks of `task` that went into waiting for locks.
+fn lock_wait(task: &Task<Real>) -> u64 {
+    task.meter().phase_ticks(Real::ticks())[Phase::LockWait as usize]
+}
+
+#[test]
+fn closing_lets_a_fast_zap_go_on_whose_workers_are_held_back() {
+    for kind in [QueueKind::PerVm, QueueKind::System] {
+        let (ended, end) = mpsc::channel();
+        thread::spawn(move || {
+            let vm = Arc::new(vm("async-worker", Some(kind)));
+            let zap = stuck_fast_zap(&vm);
+            // A close that is refused changes nothing.
+            let handle = vm.vcpu(1).expect("free");
+            assert!(matches!(vm.close(), Err(VmError::Busy { vcpu: 1 })));
+            assert!(vm.mmu().design().queue().expect("workers").is_held() && !zap.is_finished());
+            drop(handle);
+            let report = vm.close().expect("no handle is left");
+            assert!(report.is_clean(), "{report:?}");
+            assert!(report.phase_ticks[Phase::LockWait as usize] > 0);
+            zap.join().expect("no panic");
+            ended.send(()).expect("somebody waits");
+        });
+        end.recv_timeout(Duration::from_secs(60)).expect("it ended, without a panic");
+    }
+}
+
+#[test]
+fn a_harvest_that_waits_for_a_memslot_update_says_so() {
+    let vm = Arc::new(Vm::<Real>::new(config("async-worker", None)).expect("a small VM"));
+    let task = vm.task("vmm", TaskRole::Caller);
+    let hva = vm.side().primary.region(PAGES, 0, 1, true).expect("room");
+    let flags = SlotFlags { log_dirty: true, ..SlotFlags::default() };
+    vm.set_memslot(&task, &Region { id: 0, as_id: 0, base: 0, pages: PAGES, hva, flags }).expect("memory");
+    let zap = stuck_fast_zap(&vm);
+    let waiter = Arc::clone(&vm);
+    let (begun, begins) = mpsc::channel();
+    let harvest = thread::spawn(move || {
+        let task = waiter.task("harvest", TaskRole::Caller);
+        begun.send(()).expect("somebody waits");
+        assert_eq!(waiter.take_dirty_log(&task, 0, 0), Ok(vec![3]));
+        lock_wait(&task)
+    });
+    begins.recv().expect("it begins");
+    vm.mmu().design().queue().expect("workers").release();
+    assert_ne!(harvest.join().expect("no panic"), 0);
+    zap.join().expect("no panic");
+    assert_clean(&vm, "harvested");
 }

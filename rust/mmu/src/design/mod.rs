@@ -83,7 +83,7 @@ impl QueueKind {
 pub struct DesignOptions {
     /// Worker threads, at least 1. (The kernel's queues are unbound: as many as there are items and CPUs.)
     pub workers: usize,
-    /// CPUs that workers are bound to, worker n to the n-th, round and round; empty: not bound.
+    /// CPUs that workers are bound to, worker n to the n-th, round and round; empty: not bound, they run where the process may, whatever thread makes the VM.
     pub worker_cpus: Vec<usize>,
     /// Whose queue; `None`: the design's own kind.
     pub queue: Option<QueueKind>,
@@ -93,6 +93,30 @@ impl Default for DesignOptions {
     fn default() -> Self {
         Self { workers: 1, worker_cpus: Vec::new(), queue: None }
     }
+}
+
+/// A CPU that workers are to be bound to, and may not.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("worker CPU {cpu}: {}", Self::RULE)]
+pub struct WorkerCpuError {
+    /// Its number.
+    pub cpu: usize,
+}
+
+impl WorkerCpuError {
+    /// What it is not.
+    pub const RULE: &'static str = "a CPU that this process, or the thread that makes the VM, may run on";
+}
+
+/// Checks [`DesignOptions::worker_cpus`]; on a platform that does not tell its CPUs there is nothing to check.
+///
+/// # Errors
+/// [`WorkerCpuError`] with the first CPU that breaks its rule.
+pub fn check_worker_cpus<P: Platform>(cpus: &[usize]) -> Result<(), WorkerCpuError> {
+    let (process, thread) = (P::process_cpus(), P::cpus());
+    let known = !process.is_empty() || !thread.is_empty();
+    let refused = cpus.iter().find(|cpu| known && !process.contains(cpu) && !thread.contains(cpu));
+    refused.map_or(Ok(()), |&cpu| Err(WorkerCpuError { cpu }))
 }
 
 /// How the caller of a put holds mmu_lock.

@@ -20,22 +20,18 @@ use std::io;
 use std::marker::PhantomData;
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Mutex as StdMutex, OnceLock, PoisonError, Weak};
 use std::thread;
 
 use tdpmmu_platform::queue::Serve;
-use tdpmmu_platform::{Histogram, Owner, Platform, Role, Task, WorkQueue};
+use tdpmmu_platform::{Histogram, Mutex, MutexGuard, Owner, Platform, Role, Task, WorkQueue};
 
-use super::{DesignOptions, Held, QueueKind, WorkerReport};
+use super::{DesignOptions, Held, QueueKind, WorkerReport, check_worker_cpus};
 use crate::TdpMmu;
 use crate::walk::Yield;
 
 /// What a worker does with what was scheduled.
 type Work<P> = Arc<dyn Fn(&TdpMmu<P>, &Task<P>, u32) + Send + Sync>;
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// See the module text.
 pub struct ZapQueue<P: Platform> {
@@ -45,7 +41,7 @@ pub struct ZapQueue<P: Platform> {
     work: Work<P>,
     place: OnceLock<(Arc<Crew<P>>, Arc<Client<P>>)>,
     /// Scheduled when the VM was dying, by a task that could not zap at once.
-    owed: Mutex<Vec<u32>>,
+    owed: Mutex<P, Vec<u32>>,
     /// Tasks that zap what a dying VM's workers would have: a flush waits for them as for workers.
     direct: AtomicU32,
 }
@@ -73,7 +69,7 @@ impl<P: Platform> ZapQueue<P> {
             cpus: options.worker_cpus.clone(),
             work: Arc::new(work),
             place: OnceLock::new(),
-            owed: Mutex::default(),
+            owed: Mutex::new(Vec::new()),
             direct: AtomicU32::new(0),
         }
     }
@@ -81,19 +77,15 @@ impl<P: Platform> ZapQueue<P> {
     /// Starts the workers, or joins those of the system; from [`super::ZapDesign::attach`].
     ///
     /// # Errors
-    /// A thread that cannot be started; a CPU that this process may not use.
+    /// A thread that cannot be started, a worker that dies before its first item, an MMU that has gone; a CPU that this process may not use.
     pub fn attach(&self, mmu: Weak<TdpMmu<P>>) -> io::Result<()> {
-        let allowed = P::cpus();
-        if let Some(cpu) = self.cpus.iter().find(|cpu| !allowed.is_empty() && !allowed.contains(cpu)) {
-            let message = format!("worker CPU {cpu}: this process may use {allowed:?}");
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
-        }
+        check_worker_cpus::<P>(&self.cpus).map_err(|e| io::Error::new(io::ErrorKind::InvalidInput, e))?;
         let client = Client::new(mmu, self.work.clone());
         let crew = match self.kind {
             QueueKind::PerVm => {
                 let crew = Crew::start("tdp_mmu_zap_wq", Some(client.clone()), self.workers, &self.cpus)?;
                 // Every worker has its task before the first root is scheduled, and a report is one of each.
-                client.await_tasks(self.workers);
+                client.await_tasks(self.workers)?;
                 crew
             }
             QueueKind::System => Crew::of_system(self.workers, &self.cpus)?,
@@ -149,12 +141,12 @@ impl<P: Platform> ZapQueue<P> {
 
     /// Leaves a root that no worker took, with its [`Owner::Work`] reference, to [`ZapQueue::zap_owed`].
     pub fn owe(&self, root: u32) {
-        lock(&self.owed).push(root);
+        self.owed.lock().push(root);
     }
 
     /// Zaps what was scheduled when there was no user left.
     pub fn zap_owed(&self, mmu: &TdpMmu<P>, task: &Task<P>) {
-        for root in std::mem::take(&mut *lock(&self.owed)) {
+        for root in std::mem::take(&mut *self.owed.lock()) {
             let mut guard = mmu.lock.read(task);
             mmu.zap_root(&mut guard, root, Yield::Allowed);
             mmu.put_root(task, root, Owner::Work, Held::Shared(&mut guard));
@@ -200,7 +192,7 @@ impl<P: Platform> ZapQueue<P> {
 
     /// From queued to started, of this VM's items.
     pub fn queue_ns(&self) -> Histogram {
-        self.place.get().map_or_else(Histogram::new, |(_, client)| lock(&client.delay_ns).clone())
+        self.place.get().map_or_else(Histogram::new, |(_, client)| client.delay_ns.lock().clone())
     }
 
     /// Items so far, of all VMs that share the queue, whose scheduling woke a worker.
@@ -215,11 +207,21 @@ impl<P: Platform> ZapQueue<P> {
         client.reports(|| crew.queue.nudge())
     }
 
-    /// Fault injection: no item of this VM is started from here on. A [`ZapQueue::flush`] waits for the release; the shutdown is one.
+    /// Fault injection: no item of this VM is started from here on. A [`ZapQueue::flush`], and with it a fast zap, waits for the release. The end of
+    /// the VM is one, before it waits for what is under way; nothing is held back after it.
     pub fn hold(&self) {
         if let Some((crew, client)) = self.place.get() {
             crew.queue.hold_for(client.id);
+            // Tested afterwards: a shutdown that comes in between sees the hold, or this sees the shutdown.
+            if client.left.load(Ordering::Acquire) {
+                crew.queue.release_for(client.id);
+            }
         }
+    }
+
+    /// Between [`ZapQueue::hold`] and [`ZapQueue::release`].
+    pub fn is_held(&self) -> bool {
+        self.place.get().is_some_and(|(crew, client)| crew.queue.is_held(client.id))
     }
 
     /// Ends [`ZapQueue::hold`].
@@ -287,14 +289,30 @@ impl<P: Platform> Drop for Direct<'_, P> {
 /// A queue and its workers.
 struct Crew<P: Platform> {
     queue: WorkQueue<P, Item<P>>,
-    pins: Arc<Mutex<Vec<Option<usize>>>>,
+    pins: Arc<Mutex<P, Vec<Option<usize>>>>,
 }
 
 /// A crew of the system's queue, by platform and process: threads do not survive a fork.
 type Place = (TypeId, u32);
 
-/// The crews of the system's queues; an entry outlives its crew and is then replaced.
-static SYSTEM: Mutex<Vec<(Place, Box<dyn Any + Send>)>> = Mutex::new(Vec::new());
+/// The system's crew of one platform, while it has clients.
+type Seat<P> = Mutex<P, Weak<Crew<P>>>;
+
+/// The seats of the system's crews. Nothing is done under this lock but to find one: who attaches may wait for another at the seat, where the platform can tell.
+static SYSTEM: StdMutex<Vec<(Place, Arc<dyn Any + Send + Sync>)>> = StdMutex::new(Vec::new());
+
+/// Where `P` has its system's crew in this process.
+fn seat<P: Platform>() -> Arc<Seat<P>> {
+    let place = (TypeId::of::<P>(), std::process::id());
+    let mut seats = SYSTEM.lock().unwrap_or_else(PoisonError::into_inner);
+    let found = seats.iter().find(|(there, _)| *there == place).map(|(_, seat)| Arc::clone(seat));
+    if let Some(seat) = found.and_then(|seat| seat.downcast().ok()) {
+        return seat;
+    }
+    let seat = Arc::new(Seat::<P>::new(Weak::new()));
+    seats.push((place, seat.clone()));
+    seat
+}
 
 impl<P: Platform> Crew<P> {
     fn start(
@@ -303,16 +321,22 @@ impl<P: Platform> Crew<P> {
         workers: usize,
         cpus: &[usize],
     ) -> io::Result<Arc<Self>> {
-        let pins = Arc::new(Mutex::new(pins(0..workers, cpus)));
+        let pins = Arc::new(Mutex::<P, _>::new(pins(0..workers, cpus)));
         let told = pins.clone();
         let queue = WorkQueue::served(name, workers, move |index| {
-            if let Some(cpu) = lock(&told).get(index).copied().flatten() {
-                // Tested at the attach: a CPU that has gone since costs the binding, not the worker.
-                let _ = P::pin(cpu);
-            }
             let worker = Worker { own: only.is_some(), desks: RefCell::default() };
-            if let Some(client) = &only {
-                worker.desk_of(client);
+            // Somebody waits for the worker to be ready: that it will not be is told, not thrown.
+            let ready = panic::catch_unwind(AssertUnwindSafe(|| {
+                let cpu = told.lock().get(index).copied().flatten();
+                // Tested at the attach: a CPU that has gone since costs the binding, not the worker. One that is not bound does not inherit
+                // where the thread is bound that happened to start it, which may be another VM's.
+                let _ = cpu.map_or_else(P::unpin, P::pin);
+                only.as_ref().is_none_or(|client| worker.desk_of(client).is_some())
+            }));
+            if let Some(client) = &only
+                && !matches!(ready, Ok(true))
+            {
+                client.note_failed(if ready.is_ok() { "its MMU has gone" } else { "it panicked" });
             }
             worker
         })?;
@@ -321,13 +345,11 @@ impl<P: Platform> Crew<P> {
 
     /// The system's crew, with as many workers as any of its clients asked for. Those that an earlier client had bound stay bound.
     fn of_system(workers: usize, cpus: &[usize]) -> io::Result<Arc<Self>> {
-        let mut crews = lock(&SYSTEM);
-        let place = (TypeId::of::<P>(), std::process::id());
-        let at = crews.iter().position(|(there, _)| *there == place);
-        let found = at.and_then(|at| crews[at].1.downcast_ref::<Weak<Self>>()).and_then(Weak::upgrade);
-        if let Some(crew) = found {
+        let seat = seat::<P>();
+        let mut seated = seat.lock();
+        if let Some(crew) = seated.upgrade() {
             {
-                let mut all = lock(&crew.pins);
+                let mut all = crew.pins.lock();
                 let have = all.len();
                 all.extend(pins(have..workers.max(have), cpus));
             }
@@ -335,11 +357,7 @@ impl<P: Platform> Crew<P> {
             return Ok(crew);
         }
         let crew = Self::start("system_unbound_wq", None, workers, cpus)?;
-        let entry: (Place, Box<dyn Any + Send>) = (place, Box::new(Arc::downgrade(&crew)));
-        match at {
-            Some(at) => crews[at] = entry,
-            None => crews.push(entry),
-        }
+        *seated = Arc::downgrade(&crew);
         Ok(crew)
     }
 }
@@ -354,17 +372,20 @@ struct Client<P: Platform> {
     mmu: Weak<TdpMmu<P>>,
     work: Work<P>,
     left: AtomicBool,
-    delay_ns: Mutex<Histogram>,
+    delay_ns: Mutex<P, Histogram>,
     /// One request for reports at a time.
-    asking: Mutex<()>,
-    asked: Mutex<Asked>,
-    answered: Condvar,
+    asking: Mutex<P, ()>,
+    asked: Mutex<P, Asked>,
+    /// Changes, under the lock of `asked`, with each worker that is ready or has answered: who waits for that sleeps on it.
+    answered: AtomicU32,
 }
 
 #[derive(Default)]
 struct Asked {
     /// Workers that have a task for this VM.
     desks: usize,
+    /// Why a worker will never have one.
+    failed: Option<&'static str>,
     /// The number of the last request.
     round: u64,
     /// Workers that have not answered it yet.
@@ -381,28 +402,57 @@ impl<P: Platform> Client<P> {
             mmu,
             work,
             left: AtomicBool::new(false),
-            delay_ns: Mutex::default(),
-            asking: Mutex::default(),
-            asked: Mutex::default(),
-            answered: Condvar::new(),
+            delay_ns: Mutex::new(Histogram::new()),
+            asking: Mutex::new(()),
+            asked: Mutex::new(Asked::default()),
+            answered: AtomicU32::new(0),
         })
     }
 
-    fn await_tasks(&self, workers: usize) {
-        let all = self.answered.wait_while(lock(&self.asked), |asked| asked.desks < workers);
-        drop(all.unwrap_or_else(PoisonError::into_inner));
+    /// Waits until `done`; returns with the lock held under which that was so.
+    fn wait_until(&self, done: impl Fn(&Asked) -> bool) -> MutexGuard<'_, P, Asked> {
+        loop {
+            let asked = self.asked.lock();
+            if done(&asked) {
+                return asked;
+            }
+            let seen = self.answered.load(Ordering::Acquire);
+            drop(asked);
+            P::futex_wait(&self.answered, seen, None);
+        }
+    }
+
+    /// What [`Client::wait_until`] waits for has changed.
+    fn tell(&self, asked: MutexGuard<'_, P, Asked>) {
+        self.answered.fetch_add(1, Ordering::Release);
+        drop(asked);
+        P::futex_wake(&self.answered, u32::MAX);
+    }
+
+    /// A worker that starts will never have a task for this VM.
+    fn note_failed(&self, why: &'static str) {
+        let mut asked = self.asked.lock();
+        asked.failed = Some(why);
+        self.tell(asked);
+    }
+
+    fn await_tasks(&self, workers: usize) -> io::Result<()> {
+        let asked = self.wait_until(|asked| asked.failed.is_some() || asked.desks >= workers);
+        match asked.failed {
+            Some(why) => Err(io::Error::other(format!("a zap worker ended as it started: {why}"))),
+            None => Ok(()),
+        }
     }
 
     fn reports(&self, nudge: impl FnOnce()) -> Vec<WorkerReport> {
-        let _turn = lock(&self.asking);
+        let _turn = self.asking.lock();
         {
-            let mut asked = lock(&self.asked);
+            let mut asked = self.asked.lock();
             asked.round += 1;
             asked.missing = asked.desks;
         }
         nudge();
-        let asked = self.answered.wait_while(lock(&self.asked), |asked| asked.missing > 0);
-        let mut reports = std::mem::take(&mut asked.unwrap_or_else(PoisonError::into_inner).reports);
+        let mut reports = std::mem::take(&mut self.wait_until(|asked| asked.missing == 0).reports);
         reports.sort_by(|a, b| a.name.cmp(&b.name));
         reports
     }
@@ -431,11 +481,10 @@ impl<P: Platform> Worker<P> {
             return Some(at);
         }
         let task = client.mmu.upgrade()?.task("zap-worker", Role::Worker);
-        let mut asked = lock(&client.asked);
+        let mut asked = client.asked.lock();
         asked.desks += 1;
         let answered = Cell::new(asked.round);
-        client.answered.notify_all();
-        drop(asked);
+        client.tell(asked);
         desks.push(Desk { client: client.clone(), task, cpu_ns: Cell::new(0), answered });
         Some(desks.len() - 1)
     }
@@ -456,7 +505,7 @@ impl<P: Platform> Serve<Item<P>> for Worker<P> {
     fn run(&self, item: &Item<P>) {
         let client = &item.client;
         let delay = P::ticks_to_ns(P::ticks().saturating_sub(item.queued));
-        lock(&client.delay_ns).record(delay);
+        client.delay_ns.lock().record(delay);
         // A VM is drained before it goes away: while there is work, it is there. One that was only dropped leaves nothing to do.
         let Some(mmu) = client.mmu.upgrade() else { return };
         if self.own {
@@ -468,7 +517,7 @@ impl<P: Platform> Serve<Item<P>> for Worker<P> {
 
     fn between(&self) {
         let mut desks = self.desks.borrow_mut();
-        desks.iter().for_each(|desk| desk.answer(&mut lock(&desk.client.asked)));
+        desks.iter().for_each(|desk| desk.answer(desk.client.asked.lock()));
         if !self.own {
             // The memory of a VM that has left does not wait for the next item.
             desks.retain(|desk| !desk.client.left.load(Ordering::Acquire));
@@ -478,24 +527,31 @@ impl<P: Platform> Serve<Item<P>> for Worker<P> {
 
 impl<P: Platform> Desk<P> {
     /// Hands over what was measured, if somebody has asked since the last time.
-    fn answer(&self, asked: &mut Asked) {
+    fn answer(&self, mut asked: MutexGuard<'_, P, Asked>) {
+        if self.write_report(&mut asked) {
+            self.client.tell(asked);
+        }
+    }
+
+    /// False: nobody has asked.
+    fn write_report(&self, asked: &mut Asked) -> bool {
         if asked.round == self.answered.get() {
-            return;
+            return false;
         }
         self.answered.set(asked.round);
         let cpu_ns = self.cpu_ns.take();
         let name = self.task.name().to_owned();
         asked.reports.push(WorkerReport { name, meter: self.task.meter().take(), cpu_ns });
         asked.missing = asked.missing.saturating_sub(1);
-        self.client.answered.notify_all();
+        true
     }
 }
 
 impl<P: Platform> Drop for Desk<P> {
     fn drop(&mut self) {
         // In one hold: who asks in between would wait for an answer that never comes.
-        let mut asked = lock(&self.client.asked);
-        self.answer(&mut asked);
+        let mut asked = self.client.asked.lock();
         asked.desks -= 1;
+        self.answer(asked);
     }
 }

@@ -8,15 +8,16 @@
 //! the item    while the second list has a root: take it off; shared: zap, yielding; put
 //! ```
 //! *Obligations*. Exactly one reference goes with each place on the list. "Pending" changes under the list's lock, and is taken back by the item when
-//! it finds the list empty: a root that comes later finds nothing pending and queues the item again, one that comes earlier is served. So a flush of the
+//! it finds the list empty: a root that comes later finds nothing pending and queues the item again, one that comes earlier is served, also when the zap of another one panics. So a flush of the
 //! one item is a wait for all roots, those that were defunct before the fast zap included (P-FZ).
 //!
 //! *Flaws*. The roots of a VM are zapped one after the other, whatever the number of workers; a flush waits also for roots that were lost after it began, as
 //! long as they come faster than they are zapped.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::panic::{self, AssertUnwindSafe};
+use std::sync::Arc;
 
-use tdpmmu_platform::{Exclusive, Guard, Owner, Phase, Platform, Task};
+use tdpmmu_platform::{Exclusive, Guard, Mutex, Owner, Phase, Platform, Task};
 
 use super::second_list::RootChain;
 use super::{DesignOptions, Held, QueueKind, ZapDesign, ZapQueue};
@@ -30,27 +31,32 @@ struct List {
     pending: bool,
 }
 
-fn lock(list: &Mutex<List>) -> MutexGuard<'_, List> {
-    list.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// See the module text.
 pub struct SecondListWorker<P: Platform> {
-    list: Arc<Mutex<List>>,
+    /// The platform's mutex: the item is queued under it, and that is a schedule point.
+    list: Arc<Mutex<P, List>>,
     queue: ZapQueue<P>,
 }
 
 impl<P: Platform> SecondListWorker<P> {
     /// One item needs one worker; of `options` the queue and the CPUs count.
     pub fn new(options: &DesignOptions) -> Self {
-        let list = Arc::<Mutex<List>>::default();
+        let list = Arc::new(Mutex::<P, _>::new(List::default()));
         let served = list.clone();
         let one = DesignOptions { workers: 1, ..options.clone() };
         let queue = ZapQueue::with_work(QueueKind::PerVm, &one, move |mmu, task, _item| {
+            let mut panic = None;
             while let Some(root) = next(mmu, &served) {
-                let mut guard = mmu.lock.read(task);
-                mmu.zap_root(&mut guard, root, Yield::Allowed);
-                mmu.put_root(task, root, Owner::Work, Held::Shared(&mut guard));
+                // The item ends when the list is empty and not before, or nobody would serve the other roots, nor queue it again.
+                let result = panic::catch_unwind(AssertUnwindSafe(|| {
+                    let mut guard = mmu.lock.read(task);
+                    mmu.zap_root(&mut guard, root, Yield::Allowed);
+                    mmu.put_root(task, root, Owner::Work, Held::Shared(&mut guard));
+                }));
+                panic = panic.or(result.err());
+            }
+            if let Some(payload) = panic {
+                panic::resume_unwind(payload);
             }
         });
         Self { list, queue }
@@ -59,7 +65,7 @@ impl<P: Platform> SecondListWorker<P> {
     /// Onto the list, with an [`Owner::Work`] reference. False: the VM is dying, the caller zaps.
     fn append(&self, mmu: &TdpMmu<P>, task: &Task<P>, root: u32) -> bool {
         mmu.note_scheduled(task, root);
-        let mut list = lock(&self.list);
+        let mut list = self.list.lock();
         if !list.pending {
             list.pending = self.queue.push(mmu, 0);
         }
@@ -71,8 +77,8 @@ impl<P: Platform> SecondListWorker<P> {
 }
 
 /// The next root for the item; none: the item ends.
-fn next<P: Platform>(mmu: &TdpMmu<P>, list: &Mutex<List>) -> Option<u32> {
-    let mut list = lock(list);
+fn next<P: Platform>(mmu: &TdpMmu<P>, list: &Mutex<P, List>) -> Option<u32> {
+    let mut list = list.lock();
     let root = list.roots.pop(mmu);
     list.pending = root.is_some();
     root
