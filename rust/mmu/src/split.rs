@@ -88,6 +88,8 @@ impl<P: Platform> TdpMmu<P> {
             let Some(table) = tables.at_hand.take() else {
                 let stock = &mut tables.stock;
                 let got = entry.unlocked_for(|task| {
+                    // Waiting for the lock afterwards is booked as such by the lock.
+                    let _allocating = task.phase(Phase::Other);
                     task.might_sleep();
                     stock.top_up(self.pool(), 1, |_| {})
                 });

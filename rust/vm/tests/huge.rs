@@ -1,9 +1,10 @@
 //! A huge page in the place of a table: the faulting vCPU tears the subtree down itself.
 
-use tdpmmu_platform::{Real, Role as TaskRole, Task};
+use tdpmmu_platform::{Phase, Real, Role as TaskRole, Task, TaskConfig};
 use tdpmmu_spte::KernelProfile;
 use tdpmmu_vm::{
-    AccessOutcome, AdMix, BulkOptions, FaultOutcome, GuestAccess, Progress, Vm, VmConfig, VmError,
+    AccessOutcome, AdMix, BulkOptions, FaultOutcome, GuestAccess, Progress, Region, SlotFlags, Vm, VmConfig,
+    VmError,
 };
 
 const GIG: u64 = 512 * 512;
@@ -97,5 +98,28 @@ fn a_promotion_names_what_it_cannot_do() {
     }
     let error = vm.promote_gfns(&task, 0..GIG + 1, 2).expect_err("beyond the slot");
     assert!(matches!(error, VmError::BadRange { start: GIG, .. }), "{error}");
+    assert_clean(&vm);
+}
+
+#[test]
+fn the_table_of_an_eager_split_is_no_work_on_sptes() {
+    let (vm, _) = vm("6.12", 1);
+    let task = vm.task_with("vmm", TaskRole::Caller, TaskConfig { record: true, ..TaskConfig::default() });
+    let hva = vm.side().primary.region(3 * 512, 0, 2, true).expect("room");
+    let region = |log_dirty| {
+        let flags = SlotFlags { log_dirty, ..SlotFlags::default() };
+        Region { id: 0, as_id: 0, base: 0, pages: 3 * 512, hva, flags }
+    };
+    vm.set_memslot(&task, &region(false)).expect("memory");
+    for piece in 0..3 {
+        vm.vcpu(0).expect("free").access(GuestAccess::write(piece * 512)).expect("memory");
+    }
+    assert_eq!(vm.mmu().leaf_pages(), [0, 3, 0]);
+    vm.set_memslot(&task, &region(true)).expect("the same memory");
+    assert_eq!(vm.mmu().leaf_pages(), [3 * 512, 0, 0]);
+    let recording = task.meter().take().recording.expect("asked for");
+    let work = recording.slices.iter().filter(|slice| slice.phase == Phase::SpteWork).count();
+    // The split, cut in two by each allocation of a table outside of the lock, and the write protection.
+    assert_eq!(work, 1 + 3 + 1, "{:?}", recording.slices);
     assert_clean(&vm);
 }
