@@ -143,3 +143,22 @@ def test_a_parquet_file_is_drawn_like_its_json(tmp_path: Path) -> None:
     back = tdpmmu.load_file(tmp_path / "r.parquet")
     for kind in ("timeline", "attribution"):
         assert plot.draw(back, kind=kind) == plot.draw(result, kind=kind), kind
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("blocked_ns", {"max": 77_000, "p50": 40_000}, "fault blocked, longest"),
+        ("close_ns", {"total": 900_000, "zap_all": 400_000}, "VM closed"),
+    ],
+)
+def test_a_scene_without_the_usual_measures_shows_its_own(
+    field: str, value: dict[str, int], said: str
+) -> None:
+    raw = documents.scenes()
+    for run in raw["runs"]:
+        run.update({field: value, "update_ns": None, "block_update_ns": None, "visible_last_ns": None})
+    text = words(plot.draw(load(raw)))
+    assert said in text
+    assert "Nothing was measured" not in text
+    assert "memslot update" not in text, "no bar, no name"

@@ -34,6 +34,16 @@ _UPDATES: list[Measure] = [
     ("update, longest", lambda r: ((r.updates or {}).get("update_ns") or {}).get("max")),
     ("vCPU blocked, longest", lambda r: r.block_update_ns and r.block_update_ns.max),
 ]
+_FAULT: list[Measure] = [
+    ("fault blocked, longest", lambda r: (r.raw.get("blocked_ns") or {}).get("max")),
+    ("fault blocked, median", lambda r: (r.raw.get("blocked_ns") or {}).get("p50")),
+    ("until the last table is free", lambda r: (r.teardown or {}).get("last_table_free_ns")),
+]
+_CLOSE: list[Measure] = [
+    ("VM closed", lambda r: (r.raw.get("close_ns") or {}).get("total")),
+    ("of it, zap_all", lambda r: (r.raw.get("close_ns") or {}).get("zap_all")),
+    ("until the last table is free", lambda r: (r.teardown or {}).get("last_table_free_ns")),
+]
 _EXIT: list[Measure] = [
     (f"{said}: gone after", lambda r, way=way: ((r.process_exit or {}).get(way) or {}).get("exit_ns"))  # type: ignore[misc]
     for way, said in (("sys_exit", "sys.exit"), ("os_exit", "os._exit"), ("exception", "exception"))
@@ -50,7 +60,17 @@ def measures(run: BenchRun, drop: bool) -> list[Measure]:
         return _EXIT
     if run.updates:
         return _UPDATES
+    if run.raw.get("blocked_ns"):
+        return _FAULT
+    if run.raw.get("close_ns"):
+        return _CLOSE
     return _DROP if drop else _ZAP
+
+
+def _measured(runs: list[BenchRun], drop: bool) -> list[Measure]:
+    """Return the measures that some run has: a legend names no bar that is not there."""
+    every = measures(runs[0], drop)
+    return [measure for measure in every if any(measure[1](run) for run in runs)] or every
 
 
 def draw(figure: Figure, chosen: Selection) -> None:
@@ -63,17 +83,17 @@ def draw(figure: Figure, chosen: Selection) -> None:
     for runs in panels.values():
         sizes.append(
             0.45
-            + 0.19 * len(measures(runs[0], drop)) * len(chosen.lines(runs))
+            + 0.19 * len(_measured(runs, drop)) * len(chosen.lines(runs))
             + 0.12 * len(chosen.lines(runs))
         )
     figure.set_size_inches(10, 1.5 + sum(sizes) + 0.35 * len(sizes))
     grid = figure.subplots(len(panels), 1, height_ratios=sizes, squeeze=False)
     for axes, runs in zip(grid[:, 0], panels.values(), strict=True):
-        _panel(axes, chosen.lines(runs), measures(runs[0], drop), drop)
+        _panel(axes, chosen.lines(runs), _measured(runs, drop), drop)
         if len(panels) > 1:
             axes.set_title(measured(runs[0]), loc="left", fontsize=10)
     first = next(iter(panels.values()))
-    finding = _finding(chosen.lines(first), measures(first[0], drop)[0])
+    finding = _finding(chosen.lines(first), _measured(first, drop)[0])
     reps = max(len(runs) for runs in chosen.lines(first).values())
     note = f"; medians of {reps} repetitions" if reps > 1 else ""
     style.title(figure, finding, (measured(first[0]) if len(panels) == 1 else f"{len(panels)} scenes") + note)
