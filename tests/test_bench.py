@@ -341,7 +341,7 @@ def test_ctrl_c_ends_a_bench_with_130_and_soon() -> None:
 def test_a_list_of_cpus_that_is_none_is_a_usage_error(cli: Cli, cpus: str) -> None:
     ran = cli("bench", "zap", "--worker-cpus", cpus)
     assert ran.code == 2
-    assert f"worker_cpus={cpus!r}" in ran.stderr
+    assert f"worker_cpus={cpus!r}" in ran.err
 
 
 def test_each_file_has_a_name_of_its_own(cli: Cli, tmp_path: Path) -> None:
@@ -349,5 +349,5 @@ def test_each_file_has_a_name_of_its_own(cli: Cli, tmp_path: Path) -> None:
     for files in (["--perfetto", one, "--hlog", one], ["-o", one, "--hlog", one]):
         ran = cli("bench", "zap", "--memory", "4M", *files)
         assert ran.code == 2
-        assert "its own name" in ran.stderr
+        assert "its own name" in ran.err
     assert list(tmp_path.iterdir()) == []
