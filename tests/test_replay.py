@@ -167,6 +167,12 @@ def test_an_empty_recording_is_no_error(tmp_path: Path) -> None:
     assert (report.events, report.transitions, report.ok) == (0, 0, True)
 
 
+def test_a_check_of_nothing_is_no_success(cli: Cli, tmp_path: Path) -> None:
+    ran = cli("replay", "--check", "--profile", "6.12", plain(tmp_path, ""))
+    assert ran.code == 3
+    assert "nothing that --check could verify" in ran.err
+
+
 def test_an_unknown_profile_is_refused_with_the_closest(tmp_path: Path) -> None:
     with pytest.raises(tdpmmu.InvalidArgument, match=r"6\.12"):
         tdpmmu.replay(plain(tmp_path, GOOD), profile="6.21")

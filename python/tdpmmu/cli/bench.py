@@ -228,9 +228,9 @@ class Exports:
             if named[name] is not None:
                 raise click.UsageError(f"-o {out.path} and --{name} {named[name]}: give one of the two")
             named[name] = out.path
-        places = [path.resolve() for path in {**named, "output": out.path}.values() if path is not None]
-        if out.path in named.values() and out.path is not None:
-            places.remove(out.path.resolve())  # is that recording
+        recorded = out.path is not None and out.path.suffix.lower() in RECORDINGS
+        own = None if recorded else out.path
+        places = [path.resolve() for path in (*named.values(), own) if path is not None]
         if len(places) > len(set(places)):
             raise click.UsageError("-o, --perfetto and --hlog write a file each: give each its own name")
         for name, path in named.items():

@@ -50,6 +50,8 @@ def replay(
             raise
         except OSError as error:
             raise BadInput(f"{file}: {error.strerror or error}") from error
+    if check and not result.events:
+        raise BadInput(f"{file}: no kvmmmu events, so there is nothing that --check could verify")
     out.emit(result, table.render_replay)
     if result.ok:
         return 0
