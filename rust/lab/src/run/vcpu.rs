@@ -199,10 +199,10 @@ impl Shared<'_> {
                 self.window.t0.store(P::ticks(), Ordering::Release);
             }
             let cpu = if big { P::thread_cpu_ns() } else { 0 };
-            let asked = P::ticks();
-            let before = if big { vcpu.task().meter().phase_ticks(asked) } else { [0; Phase::ALL.len()] };
             let asleep = wakes();
+            // One stamp for the request and for its parts: what lies between two would be in one sum only.
             let begin = P::ticks();
+            let before = if big { vcpu.task().meter().phase_ticks(begin) } else { [0; Phase::ALL.len()] };
             match by {
                 Drop::Toggle => drop(vcpu.drop_root().map_err(&fail)?),
                 Drop::Smi => {
@@ -215,7 +215,7 @@ impl Shared<'_> {
             }
             let end = P::ticks();
             if big {
-                paid.add(asked, end, &since(vcpu.task(), end, &before));
+                paid.add(begin, end, &since(vcpu.task(), end, &before));
                 paid.cpu_ns += P::thread_cpu_ns() - cpu;
                 paid.delayed(delayed);
                 paid.meter = Some(vcpu.task().meter().take());
