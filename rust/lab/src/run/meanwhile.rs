@@ -33,8 +33,8 @@ struct Within {
     cpu_ns: u64,
     run_delay_ns: Option<u64>,
     late_ns: u64,
-    /// Between t0 and the first look.
-    early: MeterSnapshot,
+    /// The meter's sums at t0.
+    before: [u64; PHASES],
 }
 
 /// What a thread did meanwhile.
@@ -84,8 +84,8 @@ impl Meanwhile {
 
     #[cold]
     fn begin(&mut self, task: &Task<P>, t0: u64) {
+        // Only sums are read here: the vCPU is about to be kicked, and what a fresh set of histograms costs the kicker would wait for.
         let (before, from) = split(task, t0, P::ticks());
-        let taken = task.meter().take();
         let (run_delay_ns, cpu_ns, seen) = (P::run_delay_ns(), P::thread_cpu_ns(), P::ticks());
         let late_ns = match (self.awake, run_delay_ns) {
             (Some(awake), Some(now)) => {
@@ -93,29 +93,18 @@ impl Meanwhile {
             }
             _ => 0,
         };
-        let phase_ticks: [u64; PHASES] =
-            std::array::from_fn(|phase| taken.phase_ticks[phase] - before[phase]);
-        let early = MeterSnapshot {
-            phase_ns: phase_ticks.map(P::ticks_to_ns),
-            elapsed_ticks: phase_ticks.iter().sum(),
-            phase_ticks,
-            recording: taken.recording,
-            ..MeterSnapshot::default()
-        };
-        self.within = Some(Within { t0, from, seen, cpu_ns, run_delay_ns, late_ns, early });
+        self.within = Some(Within { t0, from, seen, cpu_ns, run_delay_ns, late_ns, before });
     }
 
     fn end(&mut self, task: &Task<P>, end: u64) {
-        let Some(within) = self.within.as_mut() else { return };
+        let Some(within) = self.within.as_ref() else { return };
         let now = P::ticks();
-        let (phase_ticks, to) = split(task, end, now);
-        let mut later = task.meter().take();
+        let (at_end, to) = split(task, end, now);
+        let mut meter = task.meter().take();
         let (run_delay_ns, cpu_ns, seen) = (P::run_delay_ns(), P::thread_cpu_ns(), P::ticks());
-        later.phase_ns = phase_ticks.map(P::ticks_to_ns);
-        later.elapsed_ticks = phase_ticks.iter().sum();
-        later.phase_ticks = phase_ticks;
-        let mut meter = std::mem::take(&mut within.early);
-        meter.merge(&later);
+        meter.phase_ticks = std::array::from_fn(|phase| at_end[phase].saturating_sub(within.before[phase]));
+        meter.phase_ns = meter.phase_ticks.map(P::ticks_to_ns);
+        meter.elapsed_ticks = meter.phase_ticks.iter().sum();
         // The clock of the window, in whose bounds the meter must be.
         let least = end.saturating_sub(within.seen);
         let most = seen.saturating_sub(within.t0);
