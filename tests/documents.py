@@ -180,7 +180,7 @@ def marks(blocked: int) -> list[list[Any]]:
     end = int(blocked * 1.3)
     return [
         [150, "root 5 invalidated"],
-        [900, "root 5 queued"],
+        [900, "root 5 scheduled"],
         [blocked, "root 5 zapped"],
         [end, "last free"],
     ]

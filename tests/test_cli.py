@@ -120,6 +120,44 @@ def test_a_bad_input_file_is_3(cli: Cli, tmp_path: Path, content: bytes | None, 
     assert "in.json" in ran.err
 
 
+@pytest.mark.parametrize("command", ["plot", "compare"])
+def test_a_field_of_a_wrong_type_is_a_bad_input_file(
+    cli: Cli, tmp_path: Path, result: Path, command: str
+) -> None:
+    raw = json.loads(result.read_text())
+    raw["runs"][0]["block_drop_ns"]["max"] = "long"
+    path = tmp_path / "wrong.json"
+    path.write_text(json.dumps(raw))
+    rest = ("-o", tmp_path / "x.svg") if command == "plot" else (result,)
+    ran = cli(command, path, *rest)
+    assert ran.code == 3, ran.err
+    assert "wrong.json" in ran.err
+    assert "runs[0].block_drop_ns.max is 'long', expected a number" in ran.err
+
+
+def test_a_full_disk_under_a_recording_is_4_and_named(tmp_path: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    # The draft beside the trace is where the disk is full: its name has the number of the process.
+    script = 'ln -s /dev/full .x.pftrace.$$; exec "$0" -m tdpmmu "$@"'
+    asked = "bench drop --memory 4M --design inline --scene cr0-wp --drop-loop 1 --no-check --seed 1"
+    done = subprocess.run(
+        ["sh", "-c", script, sys.executable, *asked.split(), "-o", "x.pftrace"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 4, done.stderr
+    assert "error: x.pftrace: No space left" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bench_help_says_where_the_other_columns_are(cli: Cli) -> None:
+    assert "--wide" in cli("bench", "--help").out
+
+
 def test_an_output_folder_that_cannot_be_written_is_4(cli: Cli, tmp_path: Path, result: Path) -> None:
     pytest.importorskip("matplotlib")
     full = Path("/proc/self/x.svg")

@@ -15,7 +15,7 @@ import pytest
 import documents
 import tdpmmu
 from conftest import Cli
-from tdpmmu import student
+from tdpmmu import student, table
 
 Raw = dict[str, Any]
 
@@ -85,6 +85,98 @@ def test_fewer_than_three_repetitions_have_no_interval_and_a_plain_factor() -> N
     assert (row.n_a, row.n_b, row.ci95, row.worse) == (2, 2, None, True)
     assert not tdpmmu.compare(a, b, factor=2.0).worse
     assert any("fewer than 3 repetitions" in note for note in found.notes)
+
+
+def equal_samples(seed: int, *, reps: int = 3, designs: int = 8, spread: float = 0.15) -> tuple[Raw, Raw]:
+    """Two zap results of the same machine: `designs` times ten headline and other figures that scatter."""
+    rng = random.Random(seed)
+
+    def around(middle: float) -> int:
+        return round(middle * math.exp(rng.gauss(0, spread)))
+
+    def one() -> Raw:
+        raw = documents.bench("zap")
+        raw["runs"] = []
+        for rep in range(reps):
+            for number in range(designs):
+                run = documents.run(f"design-{number}", rep, drop=False, blocked=4_000_000)
+                middles = {"total": 4e6, "lock_wait": 3e4, "exclusive_hold": 9e4, "zap": 4e6}
+                run["update_ns"] = {name: around(ns) for name, ns in middles.items()}
+                run["visible_last_ns"] = around(90_000)
+                blocked = {"p50": around(2e4), "p99": around(5e4), "max": around(9e4)}
+                run["block_update_ns"] = {"count": 2, **blocked}
+                run["step_ns"] = {"count": 9_000, "p99": around(4e4), "max": around(8e4)}
+                run["teardown"] = None
+                raw["runs"].append(run)
+        return raw
+
+    return one(), one()
+
+
+def test_two_equal_samples_are_not_worse_by_the_number_of_their_rows() -> None:
+    seeds, called_worse, by_interval = 60, 0, 0
+    for seed in range(seeds):
+        found = tdpmmu.compare(*map(load, equal_samples(seed)))
+        scattering = [row for row in found.rows if row.ci95 is not None and row.ratio != 1.0]
+        assert len(scattering) == 80
+        called_worse += bool(found.worse)
+        by_interval += any(row.ci95 is not None and row.ci95[0] > 1.05 for row in found.rows)
+    assert called_worse <= seeds // 20
+    assert by_interval > seeds // 4, "the intervals alone would have called many worse"
+
+
+def test_with_few_repetitions_only_headline_figures_have_a_verdict() -> None:
+    a, b = equal_samples(1, reps=2, spread=0.001)
+    for run in b["runs"]:
+        run["update_ns"]["total"] *= 2
+        run["update_ns"]["lock_wait"] *= 2
+        run["visible_last_ns"] *= 2
+        for name in ("p50", "p99", "max"):
+            run["block_update_ns"][name] *= 2
+    found = tdpmmu.compare(load(a), load(b))
+    assert {row.field for row in found.worse} == {"update_ns.total"}
+    mute = {row.field for row in found.rows if row.worse is None}
+    assert mute >= {"block_update_ns.max", "block_update_ns.p99", "visible_last_ns", "update_ns.lock_wait"}
+    assert all(row.better is None for row in found.rows if row.worse is None)
+    assert found.raw["not_judged"] == sum(row.worse is None for row in found.rows)
+    assert "not judged" in table.render_comparison(found)
+    assert tdpmmu.load(found.to_json()) == found
+
+
+def test_a_tail_that_a_repetition_lacks_has_no_verdict() -> None:
+    a, b = equal_samples(1, reps=4, spread=0.001)
+    for run in b["runs"]:
+        run["step_ns"]["max"] *= 2
+        run["block_update_ns"]["max"] *= 2
+    for run in a["runs"]:
+        if run["rep"] == 0:
+            run["step_ns"]["max"] = None
+    found = tdpmmu.compare(load(a), load(b))
+    assert {row.worse for row in found.rows if row.field == "step_ns.max"} == {None}
+    assert {row.worse for row in found.rows if row.field == "block_update_ns.max"} == {True}
+
+
+@pytest.mark.parametrize("reps", [1, 2, 3, 5])
+@pytest.mark.parametrize(("kind", "path"), [("zap", "update_ns.total"), ("drop", "block_drop_ns.max")])
+@pytest.mark.parametrize("stable", [True, False])
+def test_a_doubled_headline_is_1_and_the_same_file_is_0(
+    cli: Cli, tmp_path: Path, reps: int, kind: str, path: str, stable: bool
+) -> None:
+    raw = noisy(1, reps=reps) if kind == "drop" else equal_samples(1, reps=reps, spread=0.03)[0]
+    raw["limits"]["stable"] = stable
+    doubled = copy.deepcopy(raw)
+    field, part = path.split(".")
+    for run in doubled["runs"]:
+        run[field][part] *= 2
+    for name, document in (("a", raw), ("b", doubled)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(document))
+    ran = cli("compare", tmp_path / "a.json", tmp_path / "b.json", "--json")
+    assert ran.code == 1, ran.err
+    assert {row["field"] for row in json.loads(ran.out)["rows"] if row["worse"]} == {path}
+    assert ("unstable host" in ran.err) == (not stable)
+    same = cli("compare", tmp_path / "a.json", tmp_path / "a.json")
+    assert same.code == 0, same.err
+    assert ("unstable host" in same.err) == (not stable)
 
 
 @pytest.mark.parametrize("field", ["table_pages_leaked", "violations", "sptes_mapped_at_return"])
@@ -203,6 +295,27 @@ def test_students_t_is_the_one_in_the_tables() -> None:
     assert student.t_quantile(0.95, 5) == pytest.approx(2.015, abs=5e-4)
 
 
+def test_welchs_test_and_welchs_interval_agree() -> None:
+    rng = random.Random(3)
+    for _ in range(50):
+        a = [rng.gauss(0, 1) for _ in range(3)]
+        b = [rng.gauss(1, 2) for _ in range(5)]
+        low, high = student.welch_interval(a, b)
+        assert student.welch_above(a, b, low) == pytest.approx(0.025, rel=1e-6)
+        assert student.welch_above(a, b, high) == pytest.approx(0.975, rel=1e-6)
+    assert 0 < student.welch_above([0, 1e-3, 2e-3], [9, 9.001, 9.002], 0.0) < 1e-12, "a tail keeps its digits"
+    assert student.welch_above([1, 1, 1], [2, 2, 2], 0.5) == 0
+    assert student.welch_above([1, 1, 1], [2, 2, 2], 1.0) == 1
+
+
+def test_holm_asks_most_of_the_first_and_stops_at_the_first_that_fails() -> None:
+    assert student.holm([]) == []
+    assert student.holm([0.05]) == [True]
+    assert student.holm([0.04, 0.001, 0.02]) == [True, True, True]
+    assert student.holm([0.04, 0.001, 0.03]) == [False, True, False]
+    assert student.holm([0.02, 0.03, 0.04]) == [False, False, False]
+
+
 def test_an_interval_holds_the_truth_19_times_of_20() -> None:
     rng = random.Random(7)
     inside = 0
@@ -220,6 +333,9 @@ def files(tmp_path: Path) -> dict[str, Path]:
     for name, raw in made.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(raw))
     (tmp_path / "bad.json").write_text('{"schema": "tdpmmu.bench.zap/1", "runs": 7}')
+    wrong = documents.bench("zap")
+    wrong["runs"][0]["update_ns"] = [1]
+    (tmp_path / "wrong.json").write_text(json.dumps(wrong))
     (tmp_path / "bad.parquet").write_bytes(b"not parquet")
     (tmp_path / "replay.json").write_text(json.dumps(documents.replay()))
     return {path.name: path for path in tmp_path.iterdir()}
@@ -255,6 +371,7 @@ def test_compare_prints_json_and_writes_files(cli: Cli, files: dict[str, Path], 
     [
         ("same.json", "nothing.json", 3, "nothing.json"),
         ("bad.json", "same.json", 3, "bad.json"),
+        ("wrong.json", "wrong.json", 3, "runs[0].update_ns is [1], expected an object"),
         ("same.json", "bad.parquet", 3, "bad.parquet"),
         ("same.json", "other.json", 2, "no run in common"),
         ("same.json", "replay.json", 2, "cannot be compared"),

@@ -51,6 +51,7 @@ def test_a_process_may_end_at_any_point_of_a_teardown() -> None:
         for way, end in run.process_exit.items():
             assert end["exit_code"] == end["expected_exit_code"] == process_exit.WAYS[way]
             assert end["exit_ns"] > 0
+        assert {"table_pages_leaked", "lock", "rcu", "attribution", "timeline", "final"} <= run.raw.keys()
     worker, sync = result.runs
     assert worker.process_exit is not None
     # A worker can only be overtaken by a child that the host keeps waiting, and not each time.
@@ -71,6 +72,12 @@ def test_it_is_a_scene_among_others(cli: Cli, tmp_path: Path) -> None:
     saved = tdpmmu.load(target.read_text())
     assert isinstance(saved, tdpmmu.BenchResult)
     assert [run.scene for run in saved.runs] == ["cr0-wp", "process-exit"]
+    engine, played = (run.raw for run in saved.runs)
+    assert engine.keys() <= played.keys()
+    assert [raw["table_pages_leaked"] for raw in saved.raw["runs"]] == [0, None]
+    for name in ("sptes_mapped_at_return", "lock", "rcu", "teardown", "step_units"):
+        assert played[name] is None, name
+    assert played["attribution"] == []
     assert "process-exit: 64 MiB" in ran.out
     assert "daemon thread" in ran.out
 

@@ -45,6 +45,37 @@ def test_what_is_no_result_is_refused(text: str | bytes) -> None:
         tdpmmu.load(text, "the file")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"update_ns": [1]}, r"runs\[2\].update_ns is \[1\], expected an object"),
+        ({"update_ns": {"total": "1"}}, r"update_ns.total is '1', expected a number"),
+        ({"sptes": True}, "sptes is True, expected a number"),
+        ({"rcu": {"backlog_series": [[1, None], 3]}}, r"backlog_series\[1\] is 3, expected a list"),
+        ({"attribution": {"thread": "x"}}, "attribution is .*, expected a list"),
+        ({"teardown": {"cpu_ns": 5}}, "teardown.cpu_ns is 5, expected an object"),
+        ({"scene": 5}, "scene is 5, expected text"),
+    ],
+)
+def test_a_field_of_a_wrong_type_is_refused_by_its_path(change: dict[str, Any], message: str) -> None:
+    raw = documents.bench("zap")
+    raw["runs"][2].update(change)
+    with pytest.raises(tdpmmu.InvalidArgument, match=message):
+        load(raw)
+
+
+def test_fields_of_other_versions_and_nulls_are_no_wrong_type() -> None:
+    raw = documents.scenes()
+    raw["runs"][0] = dict.fromkeys(raw["runs"][0]) | {"rep": 0, "vcpus": 1, "sptes": 1, "later_ns": ["x"]}
+    raw["runs"][0] |= {"memory_bytes": 4096, "table_pages": 1, "table_bytes": 4096}
+    assert load(raw).runs[0].update_ns is None
+
+
+def test_a_result_is_a_line_where_it_is_shown() -> None:
+    shown = repr(load(documents.bench("drop")))
+    assert shown == "BenchResult(experiment='drop', designs=3, scenes=1, runs=9, seed=7)"
+
+
 def test_a_run_has_the_numbers_of_its_document() -> None:
     run = load(documents.bench("drop")).runs[0]
     assert (run.design, run.sptes, run.rep) == ("inline", 262_144, 0)

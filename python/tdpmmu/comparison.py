@@ -3,13 +3,21 @@
 **How it is judged.** Runs are matched by what they measured (experiment, scene, design, passes, ownership,
 preemption, memory, page size, vCPUs, kernel profile); the repetitions of a match are the sample. Times and
 counts scatter by factors, so the ratio is that of the geometric means, b over a, and its 95 % interval is
-Welch's t on the logarithms. A field is worse when the whole interval lies above 1 + threshold, better when it
-lies below 1 - threshold. With fewer than three repetitions on a side there is no interval: the ratio is then
-held against a plain factor. Counts that must not grow at all (leaks, violations, SPTEs still mapped when the
-fast zap returned) are worse when they grew. Everything that is judged is better when it is lower.
+Welch's t on the logarithms. A field is worse when the ratio is above 1 + threshold beyond doubt, better when
+it is below 1 - threshold beyond doubt. Counts that must not grow at all (leaks, violations, SPTEs still
+mapped when the fast zap returned) are worse when they grew. Everything that is judged is better when it is
+lower.
 
-An interval is right 19 times of 20, and a comparison has hundreds of rows. What the threshold asks for beyond
-"the interval leaves out 1" keeps chance out of the verdict, as far as one process's repetitions can know it.
+**Beyond doubt.** An interval is right 19 times of 20, and a comparison has hundreds of rows: by their
+intervals alone some rows of two equal results would be worse. So `worse` is Holm-corrected: the one-sided
+p-values of Welch's test against 1 + threshold, all rows together, at 5 %. Of 20 comparisons of equal samples
+at most one has a row that is worse, however many rows there are. `ci95` stays the plain interval of its own
+row.
+
+**Few repetitions.** With fewer than three on a side there is no scatter to hold a ratio against. The headline
+figures are then held against a plain factor; all others, maxima and tail percentiles among them, have no
+verdict (None). Other maxima and tail percentiles have none either where some repetition lacks them: which do
+is no accident.
 """
 
 from __future__ import annotations
@@ -20,11 +28,11 @@ import os
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from tdpmmu.errors import InvalidArgument
 from tdpmmu.results import BenchResult, MicroResult, Raw, _Document, load_file
-from tdpmmu.student import welch_interval
+from tdpmmu.student import holm, welch_above, welch_interval
 from tdpmmu.units import format_ns
 
 __all__ = ["FACTOR", "FIELDS", "THRESHOLD", "Comparison", "ComparisonRow", "compare"]
@@ -33,6 +41,8 @@ THRESHOLD = 0.05
 FACTOR = 1.25
 #: Fewer repetitions than this on a side give no interval.
 ENOUGH = 3
+#: How often a comparison of equal samples may have a row that is worse.
+LEVEL = 0.05
 #: A time below this many ns counts as this many: reading the clock at both ends costs about as much.
 CLOCK_NS = 100.0
 
@@ -46,49 +56,57 @@ class Judged:
 
     Attributes:
         kind: `ns` is a time, `rate` ns per something, `count` a number, `never` a number that must not grow.
+        headline: what an experiment is about: judged by a plain factor where repetitions are few.
     """
 
     path: str
     kind: Kind
+    headline: bool = False
+
+    @property
+    def tail(self) -> bool:
+        """True of a maximum or a tail percentile."""
+        return self.path.endswith((".max", ".p99", ".p999"))
 
 
-def _histogram(path: str, *parts: str, kind: Kind = "ns") -> list[Judged]:
-    return [Judged(f"{path}.{part}", kind) for part in parts]
+def _parts(path: str, *parts: str, kind: Kind = "ns", headline: bool = False) -> list[Judged]:
+    return [Judged(f"{path}.{part}", kind, headline) for part in parts]
 
 
 #: What is compared, in the order shown. A field that a run does not have is left out.
 FIELDS: tuple[Judged, ...] = (
-    *_histogram("update_ns", "total", "lock_wait", "exclusive_hold", "exclusive_total"),
-    *_histogram("update_ns", "exclusive_longest", "kick_wait", "zap"),
-    *_histogram("updates.update_ns", "p50", "p99", "max"),
-    *_histogram("block_drop_ns", "max"),
-    *_histogram("drop_loop.block_drop_ns", "p50", "p99", "p999"),
-    *_histogram("block_update_ns", "p50", "p99", "max"),
+    *_parts("update_ns", "total", "exclusive_hold", "exclusive_total", "exclusive_longest", headline=True),
+    *_parts("update_ns", "lock_wait", "kick_wait", "zap"),
+    *_parts("updates.update_ns", "p50", "p99", "max"),
+    Judged("block_drop_ns.max", "ns", headline=True),
+    *_parts("drop_loop.block_drop_ns", "p50", "p99", "p999"),
+    *_parts("block_update_ns", "p50", "p99", "max"),
     Judged("visible_last_ns", "ns"),
-    *_histogram("access_ns", "p99", "p999"),
-    *_histogram("teardown", "fz_return_ns", "last_spte_unreachable_ns", "last_table_free_ns", "cpu_ns"),
-    *_histogram("teardown", "ns_per_spte", "ns_per_entry", kind="rate"),
-    Judged("teardown.entry_writes", "count"),
-    *_histogram("step_units", "p99", "max", kind="count"),
-    *_histogram("step_ns", "p99", "max"),
+    *_parts("access_ns", "p99", "p999"),
+    *_parts("teardown", "fz_return_ns", "last_spte_unreachable_ns", headline=True),
+    *_parts("teardown", "last_table_free_ns", "cpu_ns", headline=True),
+    *_parts("teardown", "ns_per_spte", "ns_per_entry", kind="rate", headline=True),
+    Judged("teardown.entry_writes", "count", headline=True),
+    Judged("step_units.p99", "count"),
+    Judged("step_units.max", "count", headline=True),
+    *_parts("step_ns", "p99", "max"),
     Judged("queue_ns.max", "ns"),
     Judged("rcu.grace_period_ns.max", "ns"),
     Judged("rcu.backlog_pages_peak", "count"),
     Judged("refault.wall_ns", "ns"),
-    *_histogram("others", "lock_wait_ns", "kicked_ns"),
+    *_parts("others", "lock_wait_ns", "kicked_ns"),
     Judged("others.accesses_late", "count"),
     Judged("pool_peak_pages", "count"),
-    *_histogram("waiting.wait_ns", "p50", "max"),
-    *_histogram("blocked_ns", "p50", "max"),
+    *_parts("waiting.wait_ns", "p50", "max"),
+    *_parts("blocked_ns", "p50", "max"),
     Judged("wake_ns.max", "ns"),
     Judged("prepare_ns", "ns"),
-    *_histogram("close_ns", "total", "zap_all"),
+    *_parts("close_ns", "total", "zap_all"),
     Judged("fit.ns_per_spte", "rate"),
     *(Judged(f"process_exit.{way}.exit_ns", "ns") for way in ("sys_exit", "os_exit", "exception", "thread")),
-    Judged("ns", "rate"),  # of a micro result
-    *_histogram("", "table_pages_leaked", "sptes_mapped_at_return", "violations", kind="never"),
+    Judged("ns", "rate", headline=True),  # of a micro result
+    *(Judged(name, "never") for name in ("table_pages_leaked", "sptes_mapped_at_return", "violations")),
 )
-FIELDS = tuple(Judged(judged.path.lstrip("."), judged.kind) for judged in FIELDS)
 
 #: What two runs must have in common to be the same measurement.
 KEY = (
@@ -123,7 +141,8 @@ class ComparisonRow:
         n_b: repetitions in the second.
         ratio: b / a; None where a is 0 and b is not.
         ci95: the 95 % interval of the ratio, or None where there are too few repetitions for one.
-        worse: b is higher, beyond doubt or beyond the plain factor. Lower is better in all of them.
+        worse: b is higher beyond doubt (Holm-corrected over all rows with an interval), or beyond the plain
+            factor where there are few repetitions; None: not judged. Lower is better in all of them.
         better: the same the other way round.
     """
 
@@ -135,8 +154,8 @@ class ComparisonRow:
     n_b: int
     ratio: float | None
     ci95: tuple[float, float] | None
-    worse: bool
-    better: bool
+    worse: bool | None
+    better: bool | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,12 +232,13 @@ def compare(
     Args:
         a: what was.
         b: what is.
-        threshold: an interval of the ratio must lie this far above 1 to be worse, 0.05 being 5 %.
-        factor: with fewer than three repetitions on a side: a ratio above this is worse.
+        threshold: the ratio must be more than this above 1, beyond doubt, to be worse; 0.05 is 5 %.
+        factor: with fewer than three repetitions on a side: a headline figure's ratio above this is worse.
         per_limit: divide times by this limit of the same result, such as `swap_ns`: for two hosts.
 
     Returns:
-        Ratios of geometric means with 95 % intervals (Welch's t on logarithms), and notes. Times in ns.
+        Ratios of geometric means with 95 % intervals (Welch's t on logarithms), verdicts that are
+        Holm-corrected over all rows, and notes. Times in ns.
 
     Raises:
         OSError: a file cannot be read.
@@ -236,12 +256,20 @@ def compare(
             f"{left.label} and {right.label} have no run in common (runs match by {', '.join(KEY[:-1])})"
         )
     rows: list[dict[str, Any]] = []
+    tests: list[_Test] = []
     for key in common:
         for judged in FIELDS:
             values = [side.values(key, judged) for side in sides]
             if all(values):
-                verdict = _judge(values[0], values[1], judged.kind, threshold, factor)
+                complete = [len(found) for found in values] == [len(side.runs[key]) for side in sides]
+                verdict, test = _judge(values[0], values[1], judged, complete, threshold, factor)
                 rows.append({**_described(key), "field": judged.path, **verdict})
+                if test is not None:
+                    tests.append(test._replace(row=rows[-1]))
+    for verdict_name in ("worse", "better"):
+        held = holm([getattr(test, verdict_name) for test in tests], LEVEL)
+        for test, holds in zip(tests, held, strict=True):
+            test.row[verdict_name] = holds
     only = [
         [_described(key) for key in one.runs if key not in other.runs] for one, other in (sides, sides[::-1])
     ]
@@ -252,8 +280,9 @@ def compare(
         "threshold": threshold,
         "factor": factor,
         "per_limit": per_limit,
-        "worse": sum(row["worse"] for row in rows),
-        "better": sum(row["better"] for row in rows),
+        "worse": sum(bool(row["worse"]) for row in rows),
+        "better": sum(bool(row["better"]) for row in rows),
+        "not_judged": sum(row["worse"] is None for row in rows),
         "notes": list(_notes(left, right, common, only, factor)),
         "only_a": only[0],
         "only_b": only[1],
@@ -339,22 +368,39 @@ def _number(raw: Raw, path: str) -> float | None:
     return None if isinstance(value, bool) or not isinstance(value, (int, float)) else float(value)
 
 
-def _judge(a: list[float], b: list[float], kind: Kind, threshold: float, factor: float) -> dict[str, Any]:
+class _Test(NamedTuple):
+    """A row whose verdict waits for all others: how likely its ratio is, were it not worse or not better."""
+
+    row: dict[str, Any]
+    worse: float
+    better: float
+
+
+def _judge(
+    a: list[float], b: list[float], judged: Judged, complete: bool, threshold: float, factor: float
+) -> tuple[dict[str, Any], _Test | None]:
+    """Return a row without its key, and the test that its verdict hangs on, if it has one."""
+    kind = judged.kind
     if kind == "never":
         top_a, top_b = max(a), max(b)
         ratio = top_b / top_a if top_a else 1.0 if not top_b else None
         out: dict[str, Any] = {"a": top_a, "b": top_b, "ratio": ratio, "ci95": None}
-        return {**out, "n_a": len(a), "n_b": len(b), "worse": top_b > top_a, "better": top_b < top_a}
+        return {**out, "n_a": len(a), "n_b": len(b), "worse": top_b > top_a, "better": top_b < top_a}, None
     # A count of 0 has no logarithm, and one of none is no different from one of one.
     logs = [[math.log(max(value, 1.0) if kind == "count" else value) for value in side] for side in (a, b)]
     means = [statistics.fmean(side) for side in logs]
     ratio = math.exp(means[1] - means[0])
     interval: list[float] | None = None
+    worse: bool | None = None
+    better: bool | None = None
+    test: _Test | None = None
     if min(len(a), len(b)) >= ENOUGH:
         low, high = welch_interval(logs[0], logs[1])
         interval = [math.exp(min(low, 700)), math.exp(min(high, 700))]
-        worse, better = interval[0] > 1 + threshold, interval[1] < 1 - threshold
-    else:
+        if complete or judged.headline or not judged.tail:
+            up = welch_above(logs[0], logs[1], math.log(1 + threshold))
+            test = _Test({}, up, welch_above(logs[1], logs[0], -math.log(1 - threshold)))
+    elif judged.headline:
         worse, better = ratio > factor, ratio < 1 / factor
     shown = [
         statistics.fmean(side) if kind == "count" and min(side) < 1 else math.exp(mean)
@@ -362,7 +408,7 @@ def _judge(a: list[float], b: list[float], kind: Kind, threshold: float, factor:
     ]
     sizes = {"n_a": len(a), "n_b": len(b)}
     out = {"a": shown[0], "b": shown[1], **sizes, "ratio": ratio, "ci95": interval}
-    return {**out, "worse": worse, "better": better}
+    return {**out, "worse": worse, "better": better}, test
 
 
 def _notes(
@@ -396,7 +442,7 @@ def _notes(
     if short:
         yield (
             f"{short} of {len(common)} measurements have fewer than {ENOUGH} repetitions on a side: "
-            f"no interval, judged by the factor {factor:g}"
+            f"no interval; headline figures are judged by the factor {factor:g}, the others not at all"
         )
     for side, missing in zip((left, right), only, strict=True):
         if missing:

@@ -48,7 +48,7 @@ def play(
     result: dict[str, Any] = json.loads(
         _native.bench("drop", json.dumps(native), progress=progress, timeout=timeout)
     )
-    settings = _settings(result["runs"])
+    settings = _settings(result["runs"], _unmeasured(result["runs"]))
     if not others:
         result["runs"] = []
     result["config"] = {**result.get("config", {}), **request}
@@ -87,11 +87,16 @@ _SAID: tuple[str, ...] = ("design", "passes", "ownership", "preempt", "tick_ns",
 _SAID += ("workers", "worker_queue")
 
 
-def _settings(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return each combination of design and settings once, in the order run."""
+def _unmeasured(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return every key that runs of the native side have, with nothing in it: a reader may ask for any."""
+    return {name: [] if isinstance(value, list) else None for run in runs for name, value in run.items()}
+
+
+def _settings(runs: list[dict[str, Any]], nothing: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return each combination of design and settings once, in the order run; all else as in `nothing`."""
     found: dict[str, dict[str, Any]] = {}
     for run in runs:
-        about = {name: run[name] for name in _SAID if name in run}
+        about = {**nothing, **{name: run[name] for name in _SAID if name in run}}
         about.update(scene=_names.PROCESS_EXIT, page=run["page"], extrapolated=False, populated_by="bulk")
         found.setdefault(json.dumps(about), about)
     return list(found.values())

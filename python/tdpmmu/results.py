@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
+from tdpmmu import shape
 from tdpmmu.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -250,6 +251,13 @@ class BenchResult(_Document):
             raw=raw,
         )
 
+    def __repr__(self) -> str:
+        designs, scenes = ({getattr(run, name) for run in self.runs} for name in ("design", "scene"))
+        return (
+            f"BenchResult(experiment={self.experiment!r}, designs={len(designs)}, scenes={len(scenes)}, "
+            f"runs={len(self.runs)}, seed={self.seed!r})"
+        )
+
     def _rows(self) -> list[Raw]:
         return [run.raw for run in self.runs]
 
@@ -418,6 +426,8 @@ def typed(raw: object, source: str = "the object") -> Document:
         schema = ""
     assert isinstance(raw, dict) or not schema
     try:
+        if isinstance(raw, dict):
+            shape.check(raw)
         return _by_schema(schema, raw, source)  # type: ignore[arg-type]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, InvalidArgument):

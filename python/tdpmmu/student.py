@@ -1,10 +1,10 @@
-"""Student's t distribution, as far as confidence intervals need it. No units: everything here is a ratio."""
+"""Student's t distribution, as far as intervals and tests of means need it. No units: all of it is ratios."""
 
 from __future__ import annotations
 
 import math
 
-__all__ = ["t_quantile", "welch_interval"]
+__all__ = ["holm", "t_quantile", "welch_above", "welch_interval"]
 
 _TINY = 1e-300
 
@@ -37,6 +37,38 @@ def welch_interval(a: list[float], b: list[float], level: float = 0.95) -> tuple
     freedom = error**2 / (share_a**2 / (len(a) - 1) + share_b**2 / (len(b) - 1))
     half = t_quantile((1 + level) / 2, freedom) * math.sqrt(error)
     return mean_b - mean_a - half, mean_b - mean_a + half
+
+
+def welch_above(a: list[float], b: list[float], bound: float) -> float:
+    """Return how likely a mean(b) - mean(a) as large as this is, were it not above `bound`: one-sided Welch.
+
+    Both need two values at least. Where neither side scatters the answer is 0 or 1.
+    """
+    mean_a, share_a = _mean_and_share(a)
+    mean_b, share_b = _mean_and_share(b)
+    above, error = mean_b - mean_a - bound, share_a + share_b
+    if error == 0:
+        return float(above <= 0)
+    freedom = error**2 / (share_a**2 / (len(a) - 1) + share_b**2 / (len(b) - 1))
+    # Not 1 minus the distribution: of a small tail that leaves no digits.
+    tail = 0.5 * _beta_ratio(freedom / (freedom + above**2 / error), freedom / 2, 0.5)
+    return tail if above > 0 else 1 - tail
+
+
+def holm(chances: list[float], level: float = 0.05) -> list[bool]:
+    """Return which of many tests hold if at most `level` of all such families may hold one by chance.
+
+    >>> holm([0.04, 0.001, 0.02])
+    [True, True, True]
+    >>> holm([0.04, 0.001, 0.03])
+    [False, True, False]
+    """
+    holds = [False] * len(chances)
+    for rank, at in enumerate(sorted(range(len(chances)), key=chances.__getitem__)):
+        if chances[at] > level / (len(chances) - rank):
+            break
+        holds[at] = True
+    return holds
 
 
 def _mean_and_share(values: list[float]) -> tuple[float, float]:

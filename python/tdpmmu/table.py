@@ -362,15 +362,17 @@ def render_comparison(result: Comparison, everything: bool = False) -> str:
                 "-" if row.ratio is None else f"{row.ratio:.3f}",
                 "-" if row.ci95 is None else f"{row.ci95[0]:.3f} .. {row.ci95[1]:.3f}",
                 f"{row.n_a}, {row.n_b}",
-                "WORSE" if row.worse else "better" if row.better else "",
+                "WORSE" if row.worse else "better" if row.better else "?" if row.worse is None else "",
             ]
         )
     heads = ["field", "a", "b", "b / a", "95 % interval", "reps", ""]
     out = [f"{title}\n\n" + render(heads, rows) for title, rows in parts.items()]
     worse, better = len(result.worse), len(result.better)
+    mute = sum(row.worse is None for row in result.rows)
     out.append(
         f"{format_count(len(result.rows))} fields compared: {worse} worse, {better} better, "
-        f"{len(result.rows) - worse - better} alike or undecided"
+        f"{len(result.rows) - worse - better - mute} alike or undecided"
+        + (f", {mute} not judged (too few repetitions)" if mute else "")
         + (f" (times in units of {result.raw['per_limit']})" if scaled else "")
         + "\n"
     )

@@ -41,7 +41,10 @@ def catalogue_help(*experiments: str) -> str:
 
 @click.group(epilog=catalogue_help("zap", "drop"))
 def bench() -> None:
-    """Measure zap designs and single operations."""
+    """Measure zap designs and single operations.
+
+    The table of zap and drop fits a terminal; --wide shows every column, --json and -o have every field.
+    """
 
 
 def size_option(flag: str, default: str | None, text: str) -> Decorator:
@@ -251,9 +254,13 @@ class Exports:
             if not self.out.quiet:
                 say(f"wrote {path}")
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         for _, draft, _ in self.moves:
             draft.unlink(missing_ok=True)
+        for _, draft, path in self.moves:
+            # A full disk is no bad argument, and the draft's name is nobody's business.
+            if isinstance(error, errors.InvalidArgument) and str(error).startswith(f"{draft}: "):
+                raise OSError(str(error).replace(str(draft), str(path), 1)) from error
 
 
 @bench.command("zap", epilog=catalogue_help("zap"))

@@ -124,7 +124,7 @@ def plot(
     default=THRESHOLD,
     show_default=True,
     metavar="PART",
-    help="Worse: the ratio's whole 95 % interval lies above 1 + PART.",
+    help="Worse: the ratio lies above 1 + PART beyond doubt.",
 )
 @click.option(
     "--factor",
@@ -132,7 +132,7 @@ def plot(
     default=FACTOR,
     show_default=True,
     metavar="F",
-    help="Worse, with fewer than 3 repetitions on a side: the ratio is above F.",
+    help="With fewer than 3 repetitions on a side: a headline figure is worse above F.",
 )
 @click.option(
     "--per-limit", is_flag=True, help="Divide times by --limit of the same file: for results of two hosts."
@@ -153,7 +153,9 @@ def compare(
     """Hold result B against result A, run by run; exit 1 when something is worse.
 
     Ratios are of geometric means over the repetitions, B over A, with 95 % intervals (Welch's t on
-    logarithms). Everything compared is better when it is lower.
+    logarithms). Everything compared is better when it is lower. What is worse is Holm-corrected: of 20
+    comparisons of equals, one has a row that is worse by chance. With fewer than 3 repetitions only the
+    headline figures are judged, by a plain factor.
     """
     from tdpmmu import comparison, table
 

@@ -114,6 +114,8 @@ pub fn rcu_slices(outcome: &Outcome) -> Vec<Slice> {
 pub fn said(mark: &Mark) -> String {
     match mark.moment {
         Moment::FastZapBegin | Moment::FastZapEnd => mark.moment.verb().into(),
+        // Not every design has a queue: `sync` only marks the root as one that its fast zap has to take down.
+        Moment::RootSchedule => format!("root {} scheduled", mark.root),
         moment => format!("root {} {}", mark.root, moment.verb()),
     }
 }
