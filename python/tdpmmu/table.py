@@ -372,7 +372,7 @@ def render_comparison(result: Comparison, everything: bool = False) -> str:
     out.append(
         f"{format_count(len(result.rows))} fields compared: {worse} worse, {better} better, "
         f"{len(result.rows) - worse - better - mute} alike or undecided"
-        + (f", {mute} not judged (too few repetitions)" if mute else "")
+        + (f", {mute} not judged (too few repetitions have it)" if mute else "")
         + (f" (times in units of {result.raw['per_limit']})" if scaled else "")
         + "\n"
     )
