@@ -1,5 +1,7 @@
 //! Workers that wait, die or panic at a chosen step: on the platform, where it can tell, and without leaving anybody waiting.
 
+#[path = "common/deadline.rs"]
+mod deadline;
 #[path = "common/staged.rs"]
 mod staged;
 #[path = "common/world.rs"]
@@ -7,23 +9,12 @@ mod world;
 
 use std::sync::{Arc, Weak, mpsc};
 use std::thread;
-use std::time::Duration;
 
+use deadline::must_end;
 use staged::{SLEEP, Staged, stage, stage_worker};
 use tdpmmu_mmu::{DesignOptions, Held, QueueKind, Yield, ZapQueue};
 use tdpmmu_platform::{Owner, Site};
 use world::{LEAVES, Terms, Vcpu, World};
-
-/// Runs `body`, which hangs if what it tests is broken.
-fn must_end(body: impl FnOnce() + Send + 'static) {
-    let (ended, end) = mpsc::channel();
-    thread::spawn(move || {
-        body();
-        // Nobody listens when the test has given up.
-        let _ = ended.send(());
-    });
-    end.recv_timeout(Duration::from_secs(60)).expect("it ended, without a panic");
-}
 
 fn idle(options: &DesignOptions) -> ZapQueue<Staged> {
     ZapQueue::with_work(QueueKind::PerVm, options, |_, _, _| ())

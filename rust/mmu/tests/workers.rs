@@ -2,6 +2,8 @@
 //! to be late ([`tdpmmu_mmu::ZapQueue::hold`]): no test waits for a clock.
 
 mod common;
+#[path = "common/deadline.rs"]
+mod deadline;
 
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::Arc;
@@ -10,6 +12,7 @@ use std::thread;
 use std::time::Duration;
 
 use common::{Cpu, Mmu, Setup, end, fast_zap};
+use deadline::must_end;
 use tdpmmu_mmu::{DESIGNS, DesignInfo, DesignOptions, MmuError, QueueKind, ZapQueue, design};
 use tdpmmu_platform::{Platform, Real, Role};
 use tdpmmu_spte::geometry::span;
@@ -43,17 +46,6 @@ fn reload(cpu: &mut Cpu) -> u32 {
     cpu.drop_root();
     cpu.root = cpu.mmu.load_root(&cpu.task, &mut cpu.cache, cpu.mmu.root_role(false)).expect("room");
     old
-}
-
-/// Runs `body`, which hangs if what it tests is broken.
-fn must_end(body: impl FnOnce() + Send + 'static) {
-    let (ended, end) = mpsc::channel();
-    thread::spawn(move || {
-        body();
-        // Nobody listens when the test has given up.
-        let _ = ended.send(());
-    });
-    end.recv_timeout(Duration::from_secs(60)).expect("it ended, without a panic");
 }
 
 #[test]

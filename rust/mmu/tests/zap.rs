@@ -1,14 +1,17 @@
 //! Every design zaps everything and leaks nothing, also when every check yields.
 
 mod common;
+#[path = "common/deadline.rs"]
+mod deadline;
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
 use common::{Cpu, Setup, end, fast_zap};
+use deadline::must_end;
 use tdpmmu_mmu::{DESIGNS, DesignInfo, MapOutcome, design};
 use tdpmmu_platform::{Real, Role, Task, TaskConfig};
 use tdpmmu_spte::geometry::span;
@@ -296,17 +299,6 @@ fn the_last_table_to_come_back_is_stamped_after_the_zap_that_unlinked_it() {
     drop(task);
     end(&cpu.close());
     assert!(mmu.last_table_free() > zapped && zapped > 0, "the root itself came back last");
-}
-
-/// Runs `body`, which may hang if what it tests is broken.
-fn must_end(body: impl FnOnce() + Send + 'static) {
-    let (ended, end) = mpsc::channel();
-    thread::spawn(move || {
-        body();
-        // Nobody listens when the test has given up.
-        let _ = ended.send(());
-    });
-    end.recv_timeout(Duration::from_secs(60)).expect("it ended, without a panic");
 }
 
 #[test]

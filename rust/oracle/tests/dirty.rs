@@ -1,11 +1,14 @@
 //! Dirty logging with the judge listening: eager split and write protection, alone and beside faults, unmaps and zaps.
 
 mod common;
+#[path = "common/dice.rs"]
+mod dice;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Barrier, Mutex};
 
 use common::{Cpu, Setup, World, frame_of, page_fault, template};
+use dice::Dice;
 use tdpmmu_mmu::{BulkMap, FastOutcome, MapOutcome};
 use tdpmmu_platform::{Preempt, Role, TaskConfig};
 use tdpmmu_spte::geometry::span;
@@ -163,17 +166,6 @@ fn a_split_without_tables_stops_and_loses_nothing() {
         cpu.close();
         drop(task);
         world.end();
-    }
-}
-
-struct Dice(u64);
-
-impl Dice {
-    fn roll(&mut self, sides: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % sides
     }
 }
 

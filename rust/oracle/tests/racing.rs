@@ -2,26 +2,19 @@
 //! against fast zaps, unmaps, dropped roots, in two address spaces.
 
 mod common;
+#[path = "common/dice.rs"]
+mod dice;
 
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use common::{Cpu, Setup, World, frame_of, template};
+use dice::Dice;
 use tdpmmu_mmu::{BulkMap, DESIGNS, QueueKind, Which};
 use tdpmmu_platform::Role;
 use tdpmmu_spte::geometry::span;
 
-/// A small generator, so that a thread's operations are its own and repeatable.
-struct Dice(u64);
-
 impl Dice {
-    fn roll(&mut self, sides: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % sides
-    }
-
     fn gfn(&mut self) -> u64 {
         let base = [0, 0, span(3), 9 * span(4)][self.roll(4) as usize];
         base + self.roll(3) * span(2) + self.roll(512)

@@ -1,9 +1,13 @@
 //! Whole VMs with the judge listening: guests in both address spaces beside a host that takes pages away and maps larger ones, logging that
 //! comes and goes, and memslot updates.
 
+#[path = "common/dice.rs"]
+mod dice;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use dice::Dice;
 use tdpmmu_mmu::DESIGNS;
 use tdpmmu_oracle::{Judge, Rules};
 use tdpmmu_platform::{Observer, Preempt, Real, Role, TaskConfig};
@@ -11,17 +15,6 @@ use tdpmmu_spte::{EagerSplit, KernelProfile};
 use tdpmmu_vm::{AccessOutcome, GuestAccess, Region, SlotFlags, Vm, VmConfig};
 
 const PAGES: u64 = 4 * 512;
-
-struct Dice(u64);
-
-impl Dice {
-    fn roll(&mut self, sides: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % sides
-    }
-}
 
 fn judged(profile: &str, design: &str, force_yield: Option<u32>, batch: u16) -> (Vm<Real>, Arc<Judge>) {
     let profile = KernelProfile::named(profile).expect("known");

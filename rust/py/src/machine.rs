@@ -115,14 +115,8 @@ impl Machine {
             Some(other) => return Err(Fault::Invalid(format!("ownership={other:?}: expected vcpu or mmu"))),
         };
         let passes = request.passes.as_deref().map(Passes::parse).transpose().map_err(|e| invalid(&e))?;
-        let worker_queue = match request.worker_queue.as_deref() {
-            None => None,
-            Some("per-vm") => Some(QueueKind::PerVm),
-            Some("system") => Some(QueueKind::System),
-            Some(other) => {
-                return Err(Fault::Invalid(format!("worker_queue={other:?}: expected per-vm or system")));
-            }
-        };
+        let worker_queue = request.worker_queue.as_deref().map(QueueKind::parse).transpose();
+        let worker_queue = worker_queue.map_err(|e| invalid(&e))?;
         // Address space only: pages are taken from the host as they are used. 64 GiB of tables is 32 TiB of 4K.
         let max_tables = request.max_table_bytes.map_or(1 << 24, |bytes| bytes / 4096);
         let config = VmConfig {

@@ -1,28 +1,17 @@
 //! Dirty logging under guests that never stop writing. Bounded by work, not by time; `TDPMMU_STRESS` multiplies it.
 
+#[path = "common/stress.rs"]
+mod common;
+
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 
+use common::{Random, rounds};
 use tdpmmu_platform::{Real, Role as TaskRole, TaskConfig};
 use tdpmmu_spte::KernelProfile;
 use tdpmmu_vm::{AccessOutcome, GuestAccess, Region, SlotFlags, Vm, VmConfig};
 
 const PAGES: u64 = 3 * 512;
-
-fn rounds(n: u64) -> u64 {
-    n * std::env::var("TDPMMU_STRESS").ok().and_then(|v| v.parse().ok()).unwrap_or(1)
-}
-
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, n: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % n
-    }
-}
 
 /// Where main is: collections that have returned (the first: logging was turned on), and collections that were called.
 #[derive(Default)]

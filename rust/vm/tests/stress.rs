@@ -1,10 +1,14 @@
 //! The protocols under real threads. Bounded by work, not by time; `TDPMMU_STRESS` multiplies it.
 
+#[path = "common/stress.rs"]
+mod common;
+
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
+use common::{Random, rounds};
 use tdpmmu_mmu::DESIGNS;
 use tdpmmu_platform::{Real, Role as TaskRole, TaskConfig};
 use tdpmmu_spte::KernelProfile;
@@ -19,10 +23,6 @@ fn sound() -> impl Iterator<Item = &'static str> {
 }
 
 const GIG: u64 = 512 * 512;
-
-fn rounds(n: u64) -> u64 {
-    n * std::env::var("TDPMMU_STRESS").ok().and_then(|v| v.parse().ok()).unwrap_or(1)
-}
 
 fn vm(design: &str, profile: &str, vcpus: usize) -> Vm<Real> {
     Vm::new(VmConfig {
@@ -49,17 +49,6 @@ fn wait_running(vm: &Vm<Real>, vcpus: usize, entries: u64) {
 fn assert_clean(vm: &Vm<Real>) {
     let report = vm.close().expect("no handle is left");
     assert!(report.is_clean(), "{report:?} {:?}", vm.side().primary.frames().violations());
-}
-
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, n: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % n
-    }
 }
 
 /// A guest that reads and writes at random until stopped. Returns how many accesses of each outcome it made.

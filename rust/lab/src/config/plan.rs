@@ -4,7 +4,7 @@
 //! sense are usage errors which say why; what is only meant by `all` is left out instead.
 
 use tdpmmu_mmu::design::effective_passes;
-use tdpmmu_mmu::{DESIGNS, DesignInfo, OtherOwnership, design};
+use tdpmmu_mmu::{DESIGNS, DesignInfo, OtherOwnership, QueueKind, design};
 use tdpmmu_platform::{Platform, Preempt, Real};
 use tdpmmu_spte::geometry::{max_gfn, page_bytes, parse_page_size};
 use tdpmmu_spte::{KernelProfile, Ownership, Passes, closest};
@@ -160,7 +160,7 @@ impl BenchConfig {
             &[Sharing::Local, Sharing::Pipeline, Sharing::Global].map(|s| (s.name(), s)),
         )?;
         if let Some(queue) = &self.worker_queue {
-            one_of("worker_queue", queue, &[("per-vm", ()), ("system", ())])?;
+            one_of("worker_queue", queue, &QueueKind::ALL.map(|kind| (kind.name(), kind)))?;
         }
         let cpus = Real::cpus();
         for (name, list) in [("worker_cpus", &self.worker_cpus), ("vcpu_cpus", &self.vcpu_cpus)] {

@@ -147,11 +147,7 @@ impl Shared<'_> {
             self.window.t0.store(times.t0, Ordering::Release);
         }
         // What is still mapped under a root that this zap has invalidated: P-FZ says nothing.
-        let left = {
-            let _rcu = task.rcu_read();
-            let mmu = self.vm.mmu();
-            mmu.listed_roots().filter(|r| mmu.is_obsolete(*r)).map(|r| mmu.count(task, r).sptes()).sum()
-        };
+        let left = self.vm.sptes_under_obsolete_roots(task);
         let mut all = lock(&self.collected);
         all.mapped_at_return = all.mapped_at_return.max(left);
         all.marks.entry(Mark::Update).or_default().record(times.total_ns);

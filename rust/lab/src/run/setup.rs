@@ -60,13 +60,14 @@ pub fn vm_config(spec: &VmSpec, observer: Option<Arc<dyn Observer>>) -> Result<V
     });
     config.workers = spec.workers;
     config.worker_cpus.clone_from(&spec.worker_cpus);
-    config.worker_queue = spec.worker_queue.as_deref().and_then(QueueKind::parse);
+    let queue = spec.worker_queue.as_deref().map(QueueKind::parse).transpose();
+    config.worker_queue = queue.map_err(|e| bad(e.to_string()))?;
     config.vcpus = spec.vcpus;
     config.max_tables = spec.max_tables;
     config.max_level = spec.max_level;
-    // Each small region begins a GiB of its own.
     // Room to collapse into: the host copies to a run of frames that is free and aligned.
     let collapsed = if spec.max_level > spec.level { MOST_COLLAPSED * span(spec.max_level) } else { 0 };
+    // Each small region begins a GiB of its own.
     let pages = spec.memory_bytes / page_bytes(1) + collapsed + 2 * span(3);
     config.host_pages = pages.clamp(1 << 20, MAX_HOST_PAGES);
     config.write_back = spec.write_back;
@@ -108,8 +109,7 @@ impl Shared<'_> {
     pub(super) fn prepare(&self) -> Result<(), LabError> {
         let spec = &self.scenario.vm;
         let task = self.vm.task("setup", TaskRole::Caller);
-        let pages = spec.memory_bytes / page_bytes(1);
-        self.vm.add_memory(&task, 0, pages, spec.level).map_err(internal("memslots"))?;
+        self.vm.add_memory(&task, 0, self.pages(), spec.level).map_err(internal("memslots"))?;
         let (extra, other) = (self.region(EXTRA_SLOT, 0)?, self.region(OTHER_SLOT, 2)?);
         self.vm.set_memslot(&task, &extra).map_err(internal("the extra memslot"))?;
         // A move keeps the host address.
@@ -154,7 +154,7 @@ impl Shared<'_> {
 
     fn populate_root(&self, how: &Populate, vcpus: Range<usize>) -> Result<(), LabError> {
         let spec = &self.scenario.vm;
-        let pages = spec.memory_bytes / page_bytes(1);
+        let pages = self.pages();
         let progress = Progress::default();
         // Cancellation is watched from beside too.
         let fraction = || {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tdpmmu_mmu::design::ZapQueue;
 use tdpmmu_platform::{Histogram, Phase, Platform, Site, Task};
-use tdpmmu_spte::geometry::{page_bytes, span};
+use tdpmmu_spte::geometry::span;
 use tdpmmu_spte::{Ownership, Role};
 use tdpmmu_vm::{AccessOutcome, GuestAccess, Vcpu};
 
@@ -48,9 +48,7 @@ impl Shared<'_> {
     }
 
     fn working_set(&self, id: usize, pages: u64) -> WorkingSet {
-        let spec = &self.scenario.vm;
-        let gfns = spec.memory_bytes / page_bytes(1);
-        WorkingSet::new(id, self.guests, pages, span(spec.level), gfns)
+        WorkingSet::new(id, self.guests, pages, span(self.scenario.vm.level), self.pages())
     }
 
     /// What vCPU `id` writes, and what it reads.

@@ -151,9 +151,8 @@ impl Shared<'_> {
         } else if complete {
             mmu.design().quiesce();
             mmu.rcu().barrier();
-            let valid = || mmu.listed_roots().filter(|root| !mmu.is_obsolete(*root));
             let mut state = LastState::default();
-            for root in valid() {
+            for root in mmu.valid_roots(&task) {
                 let counts = mmu.count(&task, root);
                 state.roots += 1;
                 state.sptes += counts.sptes();

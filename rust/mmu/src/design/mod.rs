@@ -64,6 +64,9 @@ pub enum QueueKind {
 }
 
 impl QueueKind {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::PerVm, Self::System];
+
     /// Its name on the command line.
     pub const fn name(self) -> &'static str {
         match self {
@@ -73,10 +76,18 @@ impl QueueKind {
     }
 
     /// The kind of that name.
-    pub fn parse(name: &str) -> Option<Self> {
-        [Self::PerVm, Self::System].into_iter().find(|kind| kind.name() == name)
+    ///
+    /// # Errors
+    /// The name, when there is no such kind.
+    pub fn parse(name: &str) -> Result<Self, UnknownQueue> {
+        Self::ALL.into_iter().find(|kind| kind.name() == name).ok_or_else(|| UnknownQueue(name.to_owned()))
     }
 }
+
+/// No kind of queue has this name.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("worker_queue={0:?}: expected {known}", known = QueueKind::ALL.map(QueueKind::name).join(" or "))]
+pub struct UnknownQueue(pub String);
 
 /// What a design is built with; designs without workers ignore it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -210,7 +221,7 @@ pub struct WorkerReport {
     pub name: String,
     /// Its measurements.
     pub meter: tdpmmu_platform::MeterSnapshot,
-    /// CPU time of its thread in ns.
+    /// CPU time of its items in ns: looking for work and answering for reports is none of it.
     pub cpu_ns: u64,
 }
 
