@@ -248,7 +248,7 @@ impl<P: Platform> TdpMmu<P> {
 
     /// A task ("current") for the calling thread, with the MMU's own settings.
     pub fn task(&self, name: &str, role: TaskRole) -> Task<P> {
-        Task::new(&self.rcu, name, role, self.config.task)
+        Task::new(&self.rcu, name, role, self.config.task.clone())
     }
 
     /// Flushes remote TLBs now.

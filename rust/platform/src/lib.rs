@@ -6,6 +6,7 @@
 //! * [`rwlock`]: a fair reader-writer lock that can tell whether somebody waits; [`mmu_lock`]: modes as types, yields.
 //! * [`rcu`]: read sections for two plain stores, deferred freeing of whole chains.
 //! * [`task`]: "current": time slice, read sections, steps; [`meter`]: what it measures.
+//! * [`pace`]: yields as an input.
 //! * [`queue`], [`mutex`]: work and sleeping locks. [`clock`]: TSC. [`observer`]: who listens.
 //! * [`timeline`]: recordings of what tasks did when; off unless asked for.
 //!
@@ -22,6 +23,7 @@ pub mod meter;
 pub mod mmu_lock;
 pub mod mutex;
 pub mod observer;
+pub mod pace;
 mod primitive;
 pub mod queue;
 pub mod rcu;
@@ -47,6 +49,7 @@ pub use crate::{
     mmu_lock::{Guard, MmuLock},
     mutex::{Mutex, MutexGuard},
     observer::{Event, NO_TASK, Observer, Owner},
+    pace::{Pace, YieldPoint},
     queue::{Serve, WorkQueue},
     rcu::{Flavour, RcuConfig, RcuStats, Stall},
     rwlock::FairRwLock,

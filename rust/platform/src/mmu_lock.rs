@@ -127,6 +127,7 @@ impl<'a, P: Platform, M: Mode> Guard<'a, P, M> {
             add(&meter.handoffs, 1);
         }
         self.unlock();
+        self.task.unlocked();
         if self.task.need_resched() {
             self.task.give_cpu_away();
         } else {
@@ -142,7 +143,9 @@ impl<'a, P: Platform, M: Mode> Guard<'a, P, M> {
         let task = self.task;
         self.unlock();
         let _relock = Relock(self);
-        body(task)
+        let done = body(task);
+        task.unlocked();
+        done
     }
 
     #[inline]

@@ -18,6 +18,7 @@ use crate::{
     meter::{Meter, Phase, add},
     mmu_lock::MmuLock,
     observer::{Event, Observer},
+    pace::{Pace, YieldPoint},
     rcu::QuickSection,
     site::Site,
     slice::Slice,
@@ -68,7 +69,7 @@ pub enum Preempt {
 }
 
 /// How a task behaves and what it measures.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone)]
 pub struct TaskConfig {
     /// When to give way.
     pub preempt: Preempt,
@@ -84,6 +85,35 @@ pub struct TaskConfig {
     pub attribute: bool,
     /// Keep a [`Recording`] of phases, holds and read sections.
     pub record: bool,
+    /// Who says where this task yields, in the place of `preempt`, the tick and `force_yield`.
+    pub pace: Option<Arc<dyn Pace>>,
+}
+
+impl fmt::Debug for TaskConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { preempt, tick_ns, measure, force_yield, step_ns, attribute, record, pace } = self;
+        f.debug_struct("TaskConfig")
+            .field("preempt", preempt)
+            .field("tick_ns", tick_ns)
+            .field("measure", measure)
+            .field("force_yield", force_yield)
+            .field("step_ns", step_ns)
+            .field("attribute", attribute)
+            .field("record", record)
+            .field("paced", &pace.is_some())
+            .finish()
+    }
+}
+
+/// What makes a check yield.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Gate {
+    /// The time slice.
+    Slice,
+    /// The time slice, and who waits for the lock.
+    Contention,
+    /// The pace alone.
+    Paced,
 }
 
 impl Default for TaskConfig {
@@ -96,6 +126,7 @@ impl Default for TaskConfig {
             step_ns: false,
             attribute: true,
             record: false,
+            pace: None,
         }
     }
 }
@@ -107,6 +138,7 @@ pub struct Task<P: Platform> {
     measure: bool,
     /// Measuring or recording: sections and holds are timed.
     timed: bool,
+    gate: Gate,
     timeline: Option<Arc<Timeline>>,
     observer: Option<Arc<dyn Observer>>,
     meter: Meter,
@@ -149,19 +181,25 @@ impl<P: Platform> Task<P> {
             // Sections are timed, which the quick path does not.
             reader.set_slow();
         }
+        let gate = match (&config.pace, config.preempt) {
+            (Some(_), _) => Gate::Paced,
+            (None, Preempt::Full) => Gate::Contention,
+            (None, Preempt::None | Preempt::Voluntary) => Gate::Slice,
+        };
         let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
         let recording = config.record.then(|| Recording::new(id, name, role));
         Task {
             reader,
             measure: config.measure,
             timed,
+            gate,
             timeline: rcu.timeline().cloned(),
             observer,
             meter: Meter::new::<P>(config.measure, recording),
             slice: Slice::new(config.tick_ns),
+            force_in: Cell::new(config.force_yield.unwrap_or(0)),
             config,
             held: Cell::new(0),
-            force_in: Cell::new(config.force_yield.unwrap_or(0)),
             step_base: Cell::new(0),
             step_since: Cell::new(0),
             step_preempted: Cell::new(0),
@@ -257,16 +295,41 @@ impl<P: Platform> Task<P> {
     }
 
     /// A reschedule check: ends a step, and says whether to yield here. True if the test forces it, if the task needs
-    /// to be rescheduled, or, fully preemptible, if somebody waits for `lock`.
+    /// to be rescheduled, or, fully preemptible, if somebody waits for `lock`. A task with a pace yields at walks only
+    /// ([`Task::should_yield_at`]).
     #[inline]
     pub fn should_yield(&self, lock: &MmuLock<P>) -> bool {
+        self.should_yield_at(lock, || None)
+    }
+
+    /// As [`Task::should_yield`], for a walk; `at` says where it stands, `None` where it must not yield. A pace is asked with that,
+    /// and decides alone. (Without a pace the caller tests for itself whether it may.)
+    #[inline]
+    pub fn should_yield_at(&self, lock: &MmuLock<P>, at: impl FnOnce() -> Option<YieldPoint>) -> bool {
         P::point(Site::LockYield);
         if self.measure {
             self.step_ends();
         }
-        (self.force_in.get() != 0 && self.forced())
-            || (self.config.preempt == Preempt::Full && lock.is_contended())
-            || self.need_resched()
+        match self.gate {
+            Gate::Contention => {
+                (self.force_in.get() != 0 && self.forced()) || lock.is_contended() || self.need_resched()
+            }
+            Gate::Slice => (self.force_in.get() != 0 && self.forced()) || self.need_resched(),
+            Gate::Paced => at().is_some_and(|at| self.paced(at)),
+        }
+    }
+
+    #[cold]
+    fn paced(&self, at: YieldPoint) -> bool {
+        self.config.pace.as_ref().is_some_and(|pace| pace.wants_yield(self.id, at))
+    }
+
+    /// mmu_lock was released and is about to be taken back.
+    #[inline]
+    pub(crate) fn unlocked(&self) {
+        if let Some(pace) = &self.config.pace {
+            pace.unlocked(self.id);
+        }
     }
 
     /// The task has used its tick of CPU since it last yielded or was switched in.

@@ -21,6 +21,7 @@ const MEASURE: TaskConfig = TaskConfig {
     step_ns: false,
     attribute: true,
     record: false,
+    pace: None,
 };
 
 #[test]

@@ -200,7 +200,7 @@ impl<P: Platform> Vm<P> {
                 write_back: config.write_back,
                 observer: config.observer.clone(),
                 rcu: config.rcu.clone(),
-                task: config.task,
+                task: config.task.clone(),
             },
             side.clone(),
         )
@@ -275,7 +275,7 @@ impl<P: Platform> Vm<P> {
 
     /// A task for the calling thread, with the VM's settings.
     pub fn task(&self, name: &str, role: TaskRole) -> Task<P> {
-        self.task_with(name, role, self.task)
+        self.task_with(name, role, self.task.clone())
     }
 
     /// A task for the calling thread, with other settings.
@@ -293,7 +293,7 @@ impl<P: Platform> Vm<P> {
     /// # Errors
     /// [`VmError::NoVcpu`], [`VmError::Busy`] while another handle exists, [`VmError::Closed`].
     pub fn vcpu(&self, id: usize) -> Result<Vcpu<'_, P>, VmError> {
-        self.vcpu_with(id, self.task)
+        self.vcpu_with(id, self.task.clone())
     }
 
     /// A vCPU for the calling thread, its task with other settings.

@@ -167,15 +167,15 @@ fn after_a_memslot_delete_nothing_of_it_is_mapped_although_guests_keep_faulting(
 fn fast_zaps_notifiers_and_root_drops_at_once_leak_nothing_even_when_every_check_yields() {
     for design in sound() {
         let vm = vm(design, "6.12", 3);
-        let yielding = TaskConfig { force_yield: Some(1), ..TaskConfig::default() };
-        let task = vm.task_with("vmm", TaskRole::Caller, yielding);
+        let yielding = || TaskConfig { force_yield: Some(1), ..TaskConfig::default() };
+        let task = vm.task_with("vmm", TaskRole::Caller, yielding());
         let pages = 3 * 512;
         vm.add_memory(&task, 0, pages, 2).expect("memory");
         let stop = AtomicBool::new(false);
         thread::scope(|scope| {
             let (vm, stop) = (&vm, &stop);
             for id in 0..2 {
-                scope.spawn(move || guest(vm, id, pages, yielding));
+                scope.spawn(move || guest(vm, id, pages, yielding()));
             }
             scope.spawn(move || {
                 let mut vcpu = vm.vcpu(2).expect("free");
@@ -188,7 +188,7 @@ fn fast_zaps_notifiers_and_root_drops_at_once_leak_nothing_even_when_every_check
                 }
             });
             scope.spawn(move || {
-                let task = vm.task_with("host", TaskRole::Caller, yielding);
+                let task = vm.task_with("host", TaskRole::Caller, yielding());
                 let mut random = Random(5);
                 while !stop.load(Ordering::Relaxed) {
                     let start = random.below(pages - 8);

@@ -38,6 +38,7 @@ pub(super) fn task_config(spec: &VmSpec) -> TaskConfig {
         step_ns: spec.step_ns,
         force_yield: spec.force_yield,
         record: spec.record,
+        pace: None,
     }
 }
 
