@@ -37,11 +37,11 @@ pub fn run(kind: &str, config_json: &str, build: &Value, control: &Control) -> R
     };
     match (scenes, kind) {
         (Some(of), _) => cases(of, &config.plan(scenes)?, build, control),
-        (None, "populate" | "fault" | "walk" | "rcu") => {
+        (None, "populate" | "fault" | "walk" | "rcu" | "dirty") => {
             micro::run(kind, &config.plan(None)?, build, control)
         }
         (None, other) => Err(LabError::Usage(format!(
-            "experiment={other:?}: expected one of zap, drop, populate, fault, walk, rcu"
+            "experiment={other:?}: expected one of zap, drop, populate, fault, walk, rcu, dirty"
         ))),
     }
 }
@@ -213,7 +213,7 @@ pub(crate) fn summary(histogram: Option<&tdpmmu_platform::Histogram>) -> H {
 /// `tdpmmu info`.
 pub fn info(build: &Value) -> String {
     let mut info = crate::host::info(build);
-    info["experiments"] = json!(["zap", "drop", "populate", "fault", "walk", "rcu"]);
+    info["experiments"] = json!(["zap", "drop", "populate", "fault", "walk", "rcu", "dirty"]);
     info["scenes"] = scene::SCENES
         .iter()
         .map(|s| json!({"name": s.name, "experiment": s.kind.name(), "summary": s.summary, "look_at": s.look_at}))

@@ -2,12 +2,14 @@
 //!
 //! What follows from it is a [`Plan`] (`plan.rs`): every value checked, every pair that makes no sense refused, what was left open settled.
 
+mod dirty;
 mod plan;
 
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::LabError;
 
+pub use self::dirty::{DirtyPlan, Protocol};
 pub use self::plan::{AdMix, Case, Plan, PopulateBy};
 
 /// The request of `bench …`, as JSON. Unknown fields are refused. Units are in the names.
@@ -72,6 +74,14 @@ pub struct BenchConfig {
     pub sharing: String,
     /// `slot-churn`: cycles of create and delete.
     pub churns: u64,
+    /// `bench dirty`: how written pages are found, each protocol by name; none or `all`: every one.
+    #[serde(deserialize_with = "one_or_more")]
+    pub protocols: Vec<String>,
+    /// `bench dirty`: `on` or `off`, or both: split huge pages when logging starts; none: whatever makes sense.
+    #[serde(deserialize_with = "one_or_more")]
+    pub eager: Vec<String>,
+    /// `bench dirty`: one page in so many is written, each a measurement of its own; none: 1, 8 and 512.
+    pub densities: Vec<u64>,
     /// Keep a timeline in each run.
     pub timeline: bool,
     /// Write a Perfetto trace there.
@@ -126,6 +136,9 @@ impl Default for BenchConfig {
             vcpu_cpus: Vec::new(),
             sharing: "local".into(),
             churns: 100,
+            protocols: Vec::new(),
+            eager: Vec::new(),
+            densities: Vec::new(),
             timeline: false,
             perfetto: None,
             hlog: None,

@@ -9,7 +9,7 @@ use tdpmmu_platform::{Platform, Preempt, Real};
 use tdpmmu_spte::geometry::{max_gfn, page_bytes, parse_page_size};
 use tdpmmu_spte::{KernelProfile, Ownership, Passes, closest};
 
-use super::BenchConfig;
+use super::{BenchConfig, DirtyPlan};
 use crate::LabError;
 use crate::scenario::Sharing;
 use crate::scene::{self, Kind, Scene};
@@ -53,6 +53,8 @@ pub struct Plan {
     pub write_back: bool,
     /// Pages that each vCPU touches.
     pub working_set_pages: u64,
+    /// What `bench dirty` goes through.
+    pub dirty: DirtyPlan,
     /// What to run, in this order, each `reps` times: scenes x designs x passes x preemption. Empty for single operations.
     pub cases: Vec<Case>,
 }
@@ -83,11 +85,11 @@ impl Case {
 pub(crate) const PREEMPT: &[(&str, Preempt)] =
     &[("none", Preempt::None), ("voluntary", Preempt::Voluntary), ("full", Preempt::Full)];
 
-fn usage<T>(message: impl Into<String>) -> Result<T, LabError> {
+pub(super) fn usage<T>(message: impl Into<String>) -> Result<T, LabError> {
     Err(LabError::Usage(message.into()))
 }
 
-fn one_of<T: Copy>(name: &str, value: &str, choices: &[(&'static str, T)]) -> Result<T, LabError> {
+pub(super) fn one_of<T: Copy>(name: &str, value: &str, choices: &[(&'static str, T)]) -> Result<T, LabError> {
     if let Some(&(_, choice)) = choices.iter().find(|(text, _)| *text == value) {
         return Ok(choice);
     }
@@ -177,6 +179,7 @@ impl BenchConfig {
             sharing,
             write_back,
             working_set_pages: wanted.clamp(1, pages),
+            dirty: self.dirty_plan(&profile, level)?,
             cases: Vec::new(),
         };
         plan.cases = self.cases(kind, &plan)?;

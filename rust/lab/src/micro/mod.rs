@@ -1,7 +1,8 @@
-//! One operation against its limit: populate, fault, walk, rcu. Schema `tdpmmu.micro/1`.
+//! One operation against its limit: populate, fault, walk, rcu, dirty. Schema `tdpmmu.micro/1`.
 //!
 //! Each figure is the minimum over rounds of the mean over many operations, on one thread unless the name says otherwise; `count` says how many operations a round had.
 
+mod dirty;
 mod fault;
 mod populate;
 mod rcu;
@@ -10,9 +11,11 @@ mod walk;
 use serde::Serialize;
 use serde_json::{Value, json};
 use tdpmmu_platform::{Platform, RcuDomain, Real, Role as TaskRole, TaskConfig};
+use tdpmmu_spte::LEVEL_4K;
 use tdpmmu_spte::geometry::page_bytes;
 use tdpmmu_vm::{FaultOutcome, GuestAccess, Vcpu, Vm, VmConfig, VmError};
 
+use self::dirty::DirtyRow;
 use crate::bench::measure_limits;
 use crate::config::Plan;
 use crate::host::HostInfo;
@@ -37,6 +40,9 @@ pub struct Row {
     pub count: u64,
     /// The goal, in the unit of `ratio` if there is one, else ns.
     pub goal: Option<f64>,
+    /// What only `bench dirty` has.
+    #[serde(flatten)]
+    pub dirty: Option<DirtyRow>,
 }
 
 const ROUNDS: usize = 5;
@@ -57,7 +63,9 @@ fn fail(what: &str) -> impl Fn(VmError) -> LabError + '_ {
 
 /// Runs one of the micro experiments.
 pub(crate) fn run(kind: &str, plan: &Plan, build: &Value, control: &Control) -> Result<String, LabError> {
-    let estimate = Estimate::new(plan.config.memory_bytes, plan.level, plan.config.levels);
+    // Logging dirty pages makes small pages of large ones.
+    let level = if kind == "dirty" { LEVEL_4K } else { plan.level };
+    let estimate = Estimate::new(plan.config.memory_bytes, level, plan.config.levels);
     estimate.check(plan.config.memory_bytes, &plan.config.page, plan.config.max_memory_bytes)?;
     let before = measure_limits(control)?;
     let mut bench = Bench { plan, limits: &before, control, rows: Vec::new() };
@@ -65,6 +73,7 @@ pub(crate) fn run(kind: &str, plan: &Plan, build: &Value, control: &Control) -> 
         "populate" => bench.populate(&estimate)?,
         "fault" => bench.fault()?,
         "walk" => bench.walk(&estimate)?,
+        "dirty" => bench.dirty()?,
         _ => bench.rcu()?,
     }
     let rows = bench.rows;
@@ -84,7 +93,18 @@ pub(crate) fn run(kind: &str, plan: &Plan, build: &Value, control: &Control) -> 
 
 impl Bench<'_> {
     fn vm(&self, memory_bytes: u64, level: u8) -> Result<Vm<P>, LabError> {
-        let estimate = Estimate::new(memory_bytes, level, self.plan.config.levels);
+        self.vm_with(memory_bytes, level, level, |_| {})
+    }
+
+    /// A VM whose host maps pages of `level`, with tables for leaves of `smallest`.
+    fn vm_with(
+        &self,
+        memory_bytes: u64,
+        level: u8,
+        smallest: u8,
+        change: impl FnOnce(&mut VmConfig),
+    ) -> Result<Vm<P>, LabError> {
+        let estimate = Estimate::new(memory_bytes, smallest, self.plan.config.levels);
         let mut config = VmConfig::new(self.plan.profile);
         config.root_level = self.plan.config.levels;
         config.maxphyaddr = if config.root_level == 5 { 52 } else { 48 };
@@ -93,6 +113,7 @@ impl Bench<'_> {
         config.host_pages = (memory_bytes / page_bytes(1)).next_power_of_two().max(1 << 20);
         config.write_back = self.plan.write_back;
         config.task = TaskConfig { attribute: false, ..TaskConfig::default() };
+        change(&mut config);
         let vm = Vm::new(config).map_err(fail("the VM"))?;
         let task = vm.task("setup", TaskRole::Caller);
         vm.add_memory(&task, 0, memory_bytes / page_bytes(1), level).map_err(fail("memslots"))?;
@@ -118,7 +139,7 @@ impl Bench<'_> {
             ns = ns.min(took as f64 / operations.max(1) as f64);
         }
         let ratio = of.map(|(_, limit)| ns / limit);
-        self.rows.push(Row { name, ns, ratio, of: of.map(|o| o.0), count, goal });
+        self.rows.push(Row { name, ns, ratio, of: of.map(|o| o.0), count, goal, dirty: None });
         Ok(())
     }
 }

@@ -1,6 +1,6 @@
 //! Populating: in bulk, by the map step alone, and by complete faults.
 
-use tdpmmu_mmu::{Frame, MapFault, MapOutcome};
+use tdpmmu_mmu::{MapFault, MapOutcome};
 use tdpmmu_platform::{Platform, Role as TaskRole};
 use tdpmmu_spte::geometry::{page_bytes, span};
 use tdpmmu_table::TableCache;
@@ -78,16 +78,7 @@ fn map_steps(vm: &Vm<P>, pages: u64, level: u8, ranges: bool) -> Result<(u64, u6
         mmu.top_up(&task, &mut cache).map_err(pool)?;
         let mut guard = mmu.lock.read(&task);
         let end = (first + 512 * span(level)).min(pages);
-        let fault = |gfn| MapFault {
-            gfn,
-            as_id: 0,
-            frame: Frame::Page { pfn: gfn, writable: true },
-            goal_level: level,
-            write: true,
-            exec: false,
-            prefetch: false,
-            dirty_tracked: false,
-        };
+        let fault = |gfn| MapFault::page(gfn, gfn, level);
         if ranges {
             count += mmu
                 .map_range(&mut guard, &mut cache, root, &fault(first), (end - first) / span(level))
