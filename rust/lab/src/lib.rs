@@ -15,7 +15,7 @@
 //! | `guest.rs` | guest threads: open-loop accesses |
 //! | `experiment/`, `attribution.rs` | outcomes become results; where each thread's time went |
 //! | `timeline.rs`, `export.rs` | what each thread did when; Perfetto traces and HdrHistogram logs |
-//! | `micro/` | populate, fault, walk, rcu: one operation against its limit |
+//! | `micro/` | populate, fault, walk, rcu, dirty: one operation against its limit |
 //! | `limits/` | the host's physical limits |
 //! | `fit.rs` | a line through measurements, and its errors |
 //! | `result.rs` | the schema |
