@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         VMStats,
         ZapReport,
     )
+    from tdpmmu.recorder import RecordHelp, record_help
     from tdpmmu.recording import replay
     from tdpmmu.results import (
         BenchResult,
@@ -79,6 +80,7 @@ __all__ = [
     "OutOfTableMemory",
     "Percentiles",
     "PopulateStats",
+    "RecordHelp",
     "Replay",
     "RunReport",
     "StallError",
@@ -98,6 +100,7 @@ __all__ = [
     "pages",
     "parse_size",
     "plot",
+    "record_help",
     "replay",
     "table_bytes",
     "table_pages",
@@ -129,6 +132,8 @@ _LAZY = {
     "ComparisonRow": "comparison",
     "compare": "comparison",
     "replay": "recording",
+    "RecordHelp": "recorder",
+    "record_help": "recorder",
     "bench": "",
     "plot": "",
 }

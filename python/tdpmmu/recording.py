@@ -10,12 +10,7 @@ from tdpmmu import _names, _native
 from tdpmmu.bench import between, check_timeout
 from tdpmmu.results import Replay
 
-__all__ = ["RECORDING_RECIPE", "replay"]
-
-RECORDING_RECIPE = """\
-trace-cmd record -C mono -b 65536 -e kvmmmu -e kvm:kvm_page_fault -e kvm:kvm_unmap_hva_range \\
-    -P "$(pidof -s qemu-system-x86_64)" -c -- sleep 10
-trace-cmd report -t > trace.txt"""
+__all__ = ["replay"]
 
 
 def replay(

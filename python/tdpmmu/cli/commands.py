@@ -13,6 +13,7 @@ from tdpmmu.cli.bench import bench
 from tdpmmu.cli.common import BadInput, common, exit_code
 from tdpmmu.cli.files import compare, plot, replay
 from tdpmmu.cli.output import Output, say
+from tdpmmu.cli.record import record_help
 
 __all__ = ["cli", "run"]
 
@@ -40,9 +41,7 @@ def run(arguments: list[str], debug: bool) -> int:
             raise
         say(f"error: {error}" if str(error) else "error: out of memory")
         if isinstance(error, errors.TraceError) and "kvmmmu" in str(error):
-            from tdpmmu.recording import RECORDING_RECIPE
-
-            say(f"To record:\n{RECORDING_RECIPE}")
+            say("`tdpmmu record-help` prints how to record one")
         return code
 
 
@@ -59,7 +58,7 @@ def cli(debug: bool) -> None:
     """
 
 
-for command in (bench, replay, plot, compare):
+for command in (bench, replay, plot, compare, record_help):
     cli.add_command(command)
 
 
