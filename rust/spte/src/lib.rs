@@ -45,6 +45,7 @@ pub use role::{Role, RoleFields, RoleLayout};
 pub use spte::Spte;
 pub use suggest::closest;
 pub use switch::{
-    Aging, AtomicZapOrder, ClearDirty, Collapse, DirtyOrWrite, EagerSplit, ExclusiveWrite, Grace, LockMode,
-    MarkDirty, NotifierUnit, Ownership, ReplaceFlushSpan, RootSet, SplitInFault, WriteBack, YieldStyle,
+    Aging, AgingWrite, AtomicZapOrder, ClearDirty, Collapse, DirtyOrWrite, EagerSplit, ExclusiveWrite, Grace,
+    LockMode, MarkDirty, NotifierUnit, NxZap, Ownership, ReplaceFlushSpan, RootSet, SplitInFault, WriteBack,
+    YieldStyle,
 };

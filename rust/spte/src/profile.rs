@@ -150,8 +150,15 @@ profile! {
     stale_root_check: bool = "stale-root-check",
     /// Aging: under the exclusive lock up to 6.14, without lock from 6.15 (b146a9b34aed).
     aging: Aging = "aging",
+    /// Aging of a leaf: the set path up to 6.3 (recorded nowhere; 6.1 sources), AND or store from 6.4 on (6.12 sources). What 6.15 on does without
+    /// lock is an AND by its sources, beside a frozen value that has the bit (7.2's is recorded): assumed to look again.
+    aging_write: AgingWrite = "aging-write",
+    /// Aging asks invalid roots too up to 6.14, only valid ones from 6.15 on (sources around 6.17).
+    aging_roots: RootSet = "aging-roots",
     /// NX recovery: exclusive up to 6.17, shared from 6.18 (a57750909580).
     nx_recovery_lock: LockMode = "nx-recovery-lock",
+    /// NX recovery zaps a range up to 5.17, the one entry from 5.18 on (c10743a1824b).
+    nx_zap: NxZap = "nx-zap",
     /// NX recovery leaves tables of dirty-logged slots alone (6.12 sources; 6.1 never looks).
     nx_skips_dirty_slots: bool = "nx-skips-dirty-slots",
     /// The step down from a huge mapping under the mitigation looks at the table's own flag (6.12 sources; bug-history 42).
@@ -221,7 +228,10 @@ const V5_10: KernelProfile = KernelProfile {
     fast_page_fault: false,
     stale_root_check: false,
     aging: Aging::WriteLock,
+    aging_write: AgingWrite::SetPath,
+    aging_roots: RootSet::All,
     nx_recovery_lock: LockMode::Exclusive,
+    nx_zap: NxZap::Range,
     nx_skips_dirty_slots: false,
     nx_adjust_flag_test: false,
     nx_flag_before_publish: false,
@@ -267,6 +277,7 @@ const V5_18: KernelProfile = KernelProfile {
     exclusive_write: ExclusiveWrite::SwapVolatile,
     eager_split: EagerSplit::NowaitFirst,
     stale_root_check: true,
+    nx_zap: NxZap::Entry,
     unmap_invalid_roots: true,
     unmap_frees_tables: false,
     ..V5_15
@@ -284,35 +295,63 @@ const V6_1_ASYNC: KernelProfile = KernelProfile {
 const V6_1: KernelProfile =
     KernelProfile { name: "6.1", design: "sync", ownership: Ownership::Mmu, ..V6_1_ASYNC };
 
-/// Linux 6.12.
-const V6_12: KernelProfile = KernelProfile {
-    name: "6.12",
-    format_nonpresent: Format::BIT63,
-    format_frozen: Format::BIT63 | 0x5a0,
-    passes: Passes::ALL,
-    atomic_zap_order: AtomicZapOrder::AfterFlush,
+/// Linux 6.6: no worker in mainline either; a fault splits; NX flags before the link; aging and clearing by AND.
+const V6_6: KernelProfile = KernelProfile {
+    name: "6.6",
     split_in_fault: SplitInFault::Split,
-    eager_split: EagerSplit::AlwaysUnlock,
-    clear_split_inclusive: true,
     mark_dirty: MarkDirty::Never,
     level_mismatch_retries: true,
-    write_protected_result: true,
+    aging_write: AgingWrite::And,
     nx_skips_dirty_slots: true,
     nx_adjust_flag_test: true,
     nx_flag_before_publish: true,
+    clear_dirty_write: ClearDirty::AtomicAnd,
+    replace_flush_span: ReplaceFlushSpan::Entry,
+    ..V6_1
+};
+
+/// Linux 6.9: four passes, roots loaded and freed under the shared lock, only valid roots for all but unmaps.
+const V6_9: KernelProfile = KernelProfile {
+    name: "6.9",
+    passes: Passes::ALL,
     root_load_lock: LockMode::Shared,
     root_free_lock: LockMode::Shared,
     clear_dirty_roots: RootSet::Valid,
-    clear_dirty_write: ClearDirty::AtomicAnd,
     dirty_or_write: DirtyOrWrite::PerRoot,
     zap_range_roots: RootSet::Valid,
     invalid_root_owes_flush: false,
     notifier_range_all: false,
     notifier_unit: NotifierUnit::Gfn,
+    ..V6_6
+};
+
+/// Linux 6.12.
+const V6_12: KernelProfile = KernelProfile {
+    name: "6.12",
+    format_nonpresent: Format::BIT63,
+    format_frozen: Format::BIT63 | 0x5a0,
+    atomic_zap_order: AtomicZapOrder::AfterFlush,
+    eager_split: EagerSplit::AlwaysUnlock,
+    clear_split_inclusive: true,
+    write_protected_result: true,
     set_spte_gfn: false,
-    replace_flush_span: ReplaceFlushSpan::Entry,
     slot_zap_quirk: true,
-    ..V6_1
+    ..V6_9
+};
+
+/// Linux 6.18: no write-back at zap, collapse in place, aging without the lock, NX recovery under the shared one.
+const V6_18: KernelProfile = KernelProfile {
+    name: "6.18",
+    collapse: Collapse::RecoverInPlace,
+    write_back: WriteBack::AtCreation,
+    remake_dirty: RemakeDirty::AlwaysSet,
+    spurious_if_allowed: true,
+    aging: Aging::LocklessRcu,
+    aging_write: AgingWrite::CompareExchange,
+    aging_roots: RootSet::Valid,
+    nx_recovery_lock: LockMode::Shared,
+    uninit_lock: LockMode::Exclusive,
+    ..V6_12
 };
 
 /// Linux 7.2.
@@ -320,23 +359,18 @@ const V7_2: KernelProfile = KernelProfile {
     name: "7.2",
     format_frozen: Format::BIT63 | 0x1a0,
     role_layout: RoleLayout::Access4,
-    collapse: Collapse::RecoverInPlace,
-    write_back: WriteBack::AtCreation,
-    remake_dirty: RemakeDirty::AlwaysSet,
-    spurious_if_allowed: true,
-    aging: Aging::LocklessRcu,
-    nx_recovery_lock: LockMode::Shared,
-    uninit_lock: LockMode::Exclusive,
     children_before_parent_events: true,
-    ..V6_12
+    ..V6_18
 };
 
 impl KernelProfile {
     /// All profiles, oldest first.
-    pub const ALL: &'static [KernelProfile] = &[V5_10, V5_15, V5_18, V6_1_ASYNC, V6_1, V6_12, V7_2];
+    pub const ALL: &'static [KernelProfile] =
+        &[V5_10, V5_15, V5_18, V6_1_ASYNC, V6_1, V6_6, V6_9, V6_12, V6_18, V7_2];
 
     /// Their names, oldest first.
-    pub const NAMES: &'static [&'static str] = &["5.10", "5.15", "5.18", "6.1-async", "6.1", "6.12", "7.2"];
+    pub const NAMES: &'static [&'static str] =
+        &["5.10", "5.15", "5.18", "6.1-async", "6.1", "6.6", "6.9", "6.12", "6.18", "7.2"];
 
     /// A profile by name, with switches changed: `NAME[,switch=value]...`.
     ///

@@ -112,6 +112,27 @@ choice! {
     }
 }
 choice! {
+    /// How aging takes the Accessed bit of a leaf.
+    AgingWrite {
+        /// A value computed from the snapshot, through the exclusive set path (under the exclusive lock only).
+        SetPath = "set-path",
+        /// An atomic AND; under the exclusive lock a plain store if the leaf is not volatile. Without the lock it must be certain that no
+        /// other entry has the bit, the frozen value included.
+        And = "and",
+        /// A compare-exchange of a leaf that is looked at again each time it is lost.
+        CompareExchange = "cmpxchg",
+    }
+}
+choice! {
+    /// What NX recovery zaps for one table.
+    NxZap {
+        /// Every entry of its gfns, under all roots of its address space.
+        Range = "range",
+        /// The one entry that links it.
+        Entry = "entry",
+    }
+}
+choice! {
     /// Which roots a walk visits.
     RootSet {
         /// Invalidated ones too.

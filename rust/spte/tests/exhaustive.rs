@@ -309,7 +309,7 @@ fn check_leaf(f: &Format, m: &MakeLeaf) {
     if f.is_mmu_writable(s) {
         open = f.with_write(open);
     }
-    let old_w = m.old.raw() & 2 != 0;
+    let old_w = m.old.raw() & 2 != 0 && (m.level == 1 || m.old.raw() & 0x80 != 0);
     let old_proves = match m.remake {
         RemakeDirty::SkipWhenOldWritable => old_w,
         RemakeDirty::AlwaysSet => old_w && m.old.is_leaf(m.level),

@@ -19,10 +19,12 @@ pub enum TableFlag {
     Scheduled = 2,
     /// The table exists because of the NX huge-page mitigation.
     NxDisallowed = 4,
-    /// On the root list.
+    /// On the root list; of a table that is no root: on the NX candidate list.
     Listed = 8,
     /// The last reference of this root was dropped while it was valid (design `defunct-flag`).
     Defunct = 16,
+    /// Teardown of this table has begun (kept only for NX accounting that comes after the link, up to 6.1).
+    Unlinked = 32,
 }
 
 /// One table's header. See the module text for who may write what.
