@@ -8,7 +8,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tdpmmu_mmu::{BulkMap, FlushDebt, Frame, MapFault, MapOutcome, MmuConfig, NoHost, TdpMmu, Yield, design};
+use tdpmmu_mmu::{BulkMap, FlushDebt, MapFault, MapOutcome, MmuConfig, NoHost, TdpMmu, Yield, design};
 use tdpmmu_platform::{RcuConfig, RcuDomain, Real, Role, Task, TaskConfig};
 use tdpmmu_spte::{Access, AdMode, FormatKind, KernelProfile, MakeLeaf, Passes, Spte};
 use tdpmmu_table::TableCache;
@@ -237,16 +237,7 @@ fn map_by_faults(
     pages: u64,
     by: By,
 ) -> Result<u64, BenchError> {
-    let fault = |gfn| MapFault {
-        gfn,
-        as_id: 0,
-        frame: Frame::Page { pfn: PFN_BASE + gfn, writable: true },
-        goal_level: 1,
-        write: true,
-        exec: false,
-        prefetch: false,
-        dirty_tracked: false,
-    };
+    let fault = |gfn| MapFault::page(gfn, PFN_BASE + gfn, 1);
     let mut mapped = 0;
     for first in (0..pages).step_by(TABLE as usize) {
         mmu.top_up(task, cache).map_err(BenchError::engine)?;

@@ -15,7 +15,7 @@
 use std::ops::Range;
 use std::sync::atomic::AtomicU64;
 
-use tdpmmu_platform::{Event, Mode, Platform, Shared, Site, Task};
+use tdpmmu_platform::{Event, Mode, Platform, Site, Task};
 use tdpmmu_spte::geometry::{ENTRIES, span};
 use tdpmmu_spte::{Format, Spte};
 
@@ -50,8 +50,9 @@ pub(crate) fn exchange<P: Platform>(
     }
 }
 
+/// Reports one change to the observer, if there is one.
 #[inline]
-fn tell<P: Platform, M: Mode>(mmu: &TdpMmu<P>, task: &Task<P>, at: At, old: Spte, new: Spte) {
+pub(crate) fn tell<P: Platform, M: Mode>(mmu: &TdpMmu<P>, task: &Task<P>, at: At, old: Spte, new: Spte) {
     if let Some(observer) = mmu.observer() {
         observer.event(
             task.id(),
@@ -114,6 +115,23 @@ pub(crate) fn changed<P: Platform, M: Mode>(
     }
 }
 
+/// What follows from the aging of a leaf, `old -> new`: Dirty that went with it (W, where hardware sets no D) belongs to the host's page. Accessed does not:
+/// whoever ages is about to be told.
+pub(crate) fn aged<P: Platform, M: Mode>(
+    mmu: &TdpMmu<P>,
+    task: &Task<P>,
+    ledger: &mut Ledger,
+    at: At,
+    old: Spte,
+    new: Spte,
+) {
+    tell::<P, M>(mmu, task, at, old, new);
+    if mmu.writes_back() {
+        let dirty = mmu.format().leaf_needs_dirty(old) && !mmu.format().leaf_needs_dirty(new);
+        ledger.write_back(mmu, old.pfn(), 1, dirty, false);
+    }
+}
+
 /// Tears down a table that is no longer reachable from its parent. `at` is its first gfn and its own level.
 fn removed_table<P: Platform, M: Mode>(
     mmu: &TdpMmu<P>,
@@ -125,6 +143,7 @@ fn removed_table<P: Platform, M: Mode>(
     if let Some(observer) = mmu.observer() {
         observer.event(task.id(), &Event::TableUnlink { table, level: at.level, gfn: at.gfn });
     }
+    mmu.nx_unlinked(table);
     let base = mmu.pool().meta(table).gfn();
     if at.level == 1 {
         freeze_leaf_table::<P, M>(mmu, task, ledger, table, At { gfn: base, ..at });
@@ -426,44 +445,5 @@ fn take_out_shared<P: Platform>(
         }
         *old = seen;
     }
-    writes
-}
-
-/// Takes W from the present entries `range` of the live level-1 table `table`, as dirty logging does (5.12 on, shared): MMU-writable stays,
-/// so that the fast page fault may give W back. Returns how many had it.
-pub(crate) fn protect_leaf_batch<P: Platform>(
-    mmu: &TdpMmu<P>,
-    task: &Task<P>,
-    ledger: &mut Ledger,
-    table: u32,
-    at: At,
-    range: Range<u16>,
-) -> u64 {
-    let format = mmu.format();
-    let cells = &mmu.pool().entries(table)[range.start as usize..range.end as usize];
-    // With hardware A/D nothing follows from a lost W: Dirty stays where it is.
-    let silent = mmu.observer().is_none() && format.ad_bits;
-    let mut writes = 0;
-    for (gfn, cell) in (at.gfn..).zip(cells) {
-        let mut old = Spte(P::load(cell, Site::SpteRead));
-        while old.is_present() && format.is_writable(old) {
-            let new = format.without_write(old);
-            match P::cmpxchg(cell, old.raw(), new.raw(), Site::SpteProtect) {
-                Ok(_) => {
-                    writes += 1;
-                    if !silent {
-                        changed::<P, Shared>(mmu, task, ledger, At { gfn, ..at }, old, new);
-                    }
-                    break;
-                }
-                // Zapped, re-made, or marked by hardware: all is to be tested again.
-                Err(seen) => {
-                    task.meter().count_retries(1);
-                    old = Spte(seen);
-                }
-            }
-        }
-    }
-    task.count(cells.len() as u64, writes);
     writes
 }

@@ -16,25 +16,33 @@
 //! | `root.rs` | root list, references, load and put |
 //! | `map.rs` | a fault's map step |
 //! | `lockless.rs` | look-up and fast page fault |
+//! | `nx.rs` | the NX huge-page mitigation: candidates, recovery |
+//! | `age.rs`, `change_pte.rs` | what notifiers ask of single leaves: was it accessed, did its page move |
 //! | `zap.rs` | passes, range zaps, the steps of a fast zap |
 //! | `design/` | who zaps a dead root, and when |
 //! | `populate.rs` | bulk population |
-//! | `split.rs`, `wrprot.rs` | dirty logging: eager split, write protection |
+//! | `wrprot.rs`, `dirty.rs` | dirty logging: write protection, clearing of Dirty or W |
+//! | `split.rs`, `collapse.rs` | huge leaves: split ahead of logging, back after it |
 //! | `count.rs` | full counts |
 //! | `host.rs` | what the MMU asks of the rest of KVM |
 //!
 //! Written from the semantics of Linux 5.10 to 7.2; the ways in which these differ are switches of
 //! [`KernelProfile`], read where they matter, each with its source there.
 
+mod age;
 mod change;
+mod change_pte;
+mod collapse;
 mod count;
 mod debt;
 pub mod design;
+mod dirty;
 mod host;
 mod iter;
 mod ledger;
 mod lockless;
 mod map;
+mod nx;
 mod populate;
 mod root;
 mod split;
@@ -116,6 +124,7 @@ pub struct TdpMmu<P: Platform> {
     /// mmu_lock.
     pub lock: MmuLock<P>,
     roots: RootList<P>,
+    nx: nx::NxPages,
     pool: Arc<TablePool>,
     rcu: Arc<P::Rcu>,
     host: Arc<dyn MmuHost<P>>,
@@ -145,6 +154,7 @@ impl<P: Platform> TdpMmu<P> {
         let mmu = Arc::new(Self {
             lock: MmuLock::new(),
             roots: RootList::default(),
+            nx: nx::NxPages::default(),
             pool,
             rcu,
             host,

@@ -45,8 +45,12 @@ pub struct MapFault {
     pub as_id: u8,
     /// What backs it.
     pub frame: Frame,
-    /// Level to map at: 1 (4K), 2 (2M) or 3 (1G).
+    /// Level to map at: 1 (4K), 2 (2M) or 3 (1G). 1 where the slot logs dirty pages, and for a fetch under the NX mitigation.
     pub goal_level: u8,
+    /// Level that slot and host would allow without the NX mitigation; 1 where the slot logs dirty pages. At least `goal_level`.
+    pub req_level: u8,
+    /// A fetch under the NX mitigation: huge mappings are out of the question for it.
+    pub huge_page_disallowed: bool,
     /// A write access.
     pub write: bool,
     /// An instruction fetch.
@@ -55,6 +59,24 @@ pub struct MapFault {
     pub prefetch: bool,
     /// The slot logs dirty pages.
     pub dirty_tracked: bool,
+}
+
+impl MapFault {
+    /// A write to `gfn` of address space 0, backed by a writable host page `pfn`, to be mapped at `level`: what most faults are.
+    pub const fn page(gfn: u64, pfn: u64, level: u8) -> Self {
+        Self {
+            gfn,
+            as_id: 0,
+            frame: Frame::Page { pfn, writable: true },
+            goal_level: level,
+            req_level: level,
+            huge_page_disallowed: false,
+            write: true,
+            exec: false,
+            prefetch: false,
+            dirty_tracked: false,
+        }
+    }
 }
 
 /// What became of a fault.
@@ -140,14 +162,26 @@ impl<P: Platform> TdpMmu<P> {
         root: u32,
         fault: &MapFault,
     ) -> MapOutcome {
+        self.map_at(guard, cache, root, fault).0
+    }
+
+    /// As [`TdpMmu::map`], and the level that the fault ended at: less than its goal where the NX mitigation keeps a table.
+    #[inline]
+    pub fn map_at(
+        &self,
+        guard: &mut Guard<'_, P, Shared>,
+        cache: &mut TableCache,
+        root: u32,
+        fault: &MapFault,
+    ) -> (MapOutcome, u8) {
         let task = guard.task();
         let _rcu = task.rcu_read();
         match self.descend(task, cache, root, fault) {
-            Ok((table, old)) => {
-                let cell = &self.pool().entries(table)[index(fault.gfn, fault.goal_level)];
-                self.map_leaf(task, cache, cell, self.goal(root, fault), old, fault)
+            Ok((table, old, level)) => {
+                let cell = &self.pool().entries(table)[index(fault.gfn, level)];
+                (self.map_leaf(task, cache, cell, goal(root, fault, level), old, fault), level)
             }
-            Err(outcome) => outcome,
+            Err(outcome) => (outcome, fault.goal_level),
         }
     }
 
@@ -165,13 +199,16 @@ impl<P: Platform> TdpMmu<P> {
         let Frame::Page { pfn, writable } = first.frame else { return Err(MapOutcome::Emulate) };
         let task = guard.task();
         let _rcu = task.rcu_read();
-        let (table, _) = self.descend(task, cache, root, first)?;
+        let (table, _, level) = self.descend(task, cache, root, first)?;
+        if level != first.goal_level {
+            return Ok(0);
+        }
         let (slot, unit) = (index(first.gfn, first.goal_level), span(first.goal_level));
         let cells = &self.pool().entries(table)[slot..];
         let room = count.min(cells.len() as u64);
-        let goal = self.goal(root, first);
+        let goal = goal(root, first, level);
         let empty = self.format().empty();
-        let template = self.leaf_for(first, pfn & !(unit - 1), writable, empty);
+        let template = self.leaf_for(first, level, pfn & !(unit - 1), writable, empty);
         // One step a leaf, nothing else: the fast loop ends at the first entry that is not simply empty.
         let plain = self.observer().is_none() && !template.mark_dirty;
         let (mut new, mut done) = (0, 0);
@@ -207,12 +244,8 @@ impl<P: Platform> TdpMmu<P> {
         Ok(done)
     }
 
-    fn goal(&self, root: u32, fault: &MapFault) -> At {
-        let level = fault.goal_level;
-        At { as_id: fault.as_id, root, gfn: round_down(fault.gfn, level), level }
-    }
-
-    /// Walks from `root` to the table of the goal level, linking what is missing. Returns that table and the entry found in it.
+    /// Walks from `root` to the table of the goal level, linking what is missing. Returns that table, the entry found in it, and the level: one
+    /// less than the goal for each table on the way that the NX mitigation keeps (a huge leaf there would be split again by the next fetch).
     #[inline]
     fn descend(
         &self,
@@ -220,8 +253,8 @@ impl<P: Platform> TdpMmu<P> {
         cache: &mut TableCache,
         root: u32,
         fault: &MapFault,
-    ) -> Result<(u32, Spte), MapOutcome> {
-        let (mut table, mut level) = (root, self.root_level());
+    ) -> Result<(u32, Spte, u8), MapOutcome> {
+        let (mut table, mut level, mut goal) = (root, self.root_level(), fault.goal_level);
         loop {
             let slot = index(fault.gfn, level);
             let old = Spte(P::load(&self.pool().entries(table)[slot], Site::SpteRead));
@@ -229,26 +262,29 @@ impl<P: Platform> TdpMmu<P> {
             if self.format().is_frozen(old) {
                 return Err(MapOutcome::Retry);
             }
-            if level == fault.goal_level {
-                return Ok((table, old));
+            if level == goal {
+                if level == 1 || !old.is_table(level) || !self.nx_huge_pages() || !self.nx_keeps_table(old) {
+                    return Ok((table, old, level));
+                }
+                goal -= 1;
             }
             table = if old.is_table(level) {
                 old.pfn() as u32
             } else {
                 let at = At { as_id: fault.as_id, root, gfn: round_down(fault.gfn, level), level };
-                self.link_below(task, cache, table, at, old).ok_or(MapOutcome::Retry)?
+                self.link_below(task, cache, table, at, old, fault).ok_or(MapOutcome::Retry)?
             };
             level -= 1;
         }
     }
 
-    /// The leaf that a fault wants at its goal level, over `old`.
+    /// The leaf that a fault wants at `level`, over `old`.
     #[inline]
-    fn leaf_for(&self, fault: &MapFault, pfn: u64, writable: bool, old: Spte) -> MadeLeaf {
+    fn leaf_for(&self, fault: &MapFault, level: u8, pfn: u64, writable: bool, old: Spte) -> MadeLeaf {
         let format = self.format();
         format.make_leaf(&MakeLeaf {
             pfn,
-            level: fault.goal_level,
+            level,
             access: Access::ALL,
             prefetch: fault.prefetch,
             host_writable: writable,
@@ -256,7 +292,7 @@ impl<P: Platform> TdpMmu<P> {
             old,
             dirty_tracked: fault.dirty_tracked,
             ad_mode: if format.ad_bits { AdMode::Enabled } else { AdMode::Disabled },
-            nx_mitigation: false,
+            nx_mitigation: level > 1 && self.nx_huge_pages(),
             remake: self.profile().remake_dirty,
         })
     }
@@ -288,7 +324,7 @@ impl<P: Platform> TdpMmu<P> {
                     self.violation("a fault found another frame behind a present leaf (rule R5)");
                     return MapOutcome::Retry;
                 }
-                let made = self.leaf_for(fault, pfn, writable, old);
+                let made = self.leaf_for(fault, at.level, pfn, writable, old);
                 if made.mark_dirty {
                     self.host().gfn_dirty(fault.as_id, fault.gfn);
                 }
@@ -339,6 +375,7 @@ impl<P: Platform> TdpMmu<P> {
         parent: u32,
         at: At,
         old: Spte,
+        fault: &MapFault,
     ) -> Option<u32> {
         let slot = index(at.gfn, at.level) as u16;
         let cell = &self.pool().entries(parent)[slot as usize];
@@ -357,9 +394,13 @@ impl<P: Platform> TdpMmu<P> {
                 return None;
             }
         };
+        if fault.huge_page_disallowed {
+            self.nx_before_link(table);
+        }
         if split {
+            let nx = self.nx_huge_pages();
             for (i, entry) in self.pool().entries(table).iter().enumerate() {
-                let child = self.format().split_child(old, at.level, i, false);
+                let child = self.format().split_child(old, at.level, i, nx);
                 entry.store(child.raw(), Ordering::Relaxed);
             }
         }
@@ -384,6 +425,9 @@ impl<P: Platform> TdpMmu<P> {
         }
         change::changed::<P, Shared>(self, task, &mut ledger, at, expected, new);
         ledger.settle(self);
+        if fault.huge_page_disallowed && fault.req_level >= at.level {
+            self.nx_after_link(table);
+        }
         Some(table)
     }
 
@@ -408,4 +452,9 @@ impl<P: Platform> TdpMmu<P> {
         task.count(0, 2);
         Some(empty)
     }
+}
+
+/// Where the leaf of `fault` belongs when it is mapped at `level`.
+fn goal(root: u32, fault: &MapFault, level: u8) -> At {
+    At { as_id: fault.as_id, root, gfn: round_down(fault.gfn, level), level }
 }

@@ -11,7 +11,9 @@
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use tdpmmu_platform::{Event, Guard, Mode, Moment, Mutex, NIL, Owner, Platform, RcuDomain, Site, Task};
+use tdpmmu_platform::{
+    Event, Guard, Mode, Moment, Mutex, MutexGuard, NIL, Owner, Platform, RcuDomain, Site, Task,
+};
 use tdpmmu_spte::{LockMode, Ownership, Role as RootRole};
 use tdpmmu_table::{PoolError, TableCache, TableFlag};
 
@@ -57,6 +59,11 @@ impl<P: Platform> TdpMmu<P> {
     /// Listed roots, newest first; under the exclusive lock, or inside an RCU section for a snapshot that may be stale.
     pub fn listed_roots(&self) -> impl Iterator<Item = u32> + '_ {
         std::iter::successors(self.first_root(), |&root| self.next_listed(root))
+    }
+
+    /// Held to write the root list or the NX candidate list.
+    pub(crate) fn pages_lock(&self) -> MutexGuard<'_, P, ()> {
+        self.roots.pages_lock.lock()
     }
 
     /// role.invalid of a root (or of a page that was one).

@@ -1,25 +1,28 @@
 //! Eager split: huge leaves become tables of smaller ones before anybody writes.
 //!
 //! **Guarantee.** A split changes no translation and no permission: the 512 children are what the huge leaf was, one level down, with its W, Dirty and
-//! Accessed, so no flush is owed. Who walks beside it sees the huge leaf or the complete table, nothing between. A split that finds no table left stops;
-//! what is huge still stays mapped, and a write to it is split by its own fault (eager splitting is best effort in every kernel that has it).
+//! Accessed, so no flush is owed. (Under the NX mitigation children of 4 KiB get X back.) Who walks beside it sees the huge leaf or the complete table, nothing between. A
+//! split that finds no table left stops; what is huge still stays mapped, and a write to it is split by its own fault (eager splitting is best effort in
+//! every kernel that has it).
 //!
-//! **Mechanism.** Shared lock, valid roots, in preorder: a 1 GiB leaf becomes a table of 2 MiB ones, which the walk then meets. The table is filled, then linked by
-//! compare-exchange of the very value it was filled from; hardware that sets Dirty meanwhile makes the exchange fail and the table is filled anew.
+//! **Mechanism.** Valid roots, in preorder: a 1 GiB leaf becomes a table of 2 MiB ones, which the walk then meets. The table is filled, then linked in the place of the very value
+//! it was filled from. The start of logging splits a whole slot under the shared lock by compare-exchange; hardware that sets Dirty meanwhile makes it fail, and the
+//! entry is looked at anew. CLEAR splits the pages it is about to protect under the exclusive lock it holds.
 //! Where the table comes from is the profile's: 5.18 to 6.10 take one under the lock if that needs no waiting, later kernels give up lock and RCU section for
 //! every one (`eager-split`); both restart the walk at the same entry then. 5.10 and 5.15 do not split: their write faults do.
 
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
-use tdpmmu_platform::{Event, Guard, Phase, Platform, Shared, Site, Task};
+use tdpmmu_platform::{Event, Exclusive, Guard, Mode, Phase, Platform, Site, Task};
 use tdpmmu_spte::geometry::ENTRIES;
 use tdpmmu_spte::{EagerSplit, Role};
 use tdpmmu_table::{PoolError, TableCache};
 
 use crate::TdpMmu;
+use crate::design::Held;
 use crate::root::Which;
-use crate::walk::{Entry, Walk, Yield};
+use crate::walk::{Entry, Lost, Walk, Yield};
 
 /// Where the tables of a split come from: one at hand, and a stock that is filled outside of the lock.
 #[derive(Default)]
@@ -41,19 +44,47 @@ impl<P: Platform> TdpMmu<P> {
         gfns: Range<u64>,
         target: u8,
     ) -> Result<u64, PoolError> {
+        let mut guard = self.lock.read(task);
+        self.split_in(&mut guard, as_id, gfns, target)
+    }
+
+    /// As [`TdpMmu::split_huge_pages`], under the exclusive lock that the caller holds (CLEAR in the initially-all-set mode). The lock is given up for each table
+    /// that must be waited for, and at yields: a flush that the caller owes must be paid before, or noted at the guard and paid by nobody else.
+    ///
+    /// # Errors
+    /// [`PoolError::Exhausted`] as there; the lock is held again.
+    pub fn split_huge_pages_exclusive(
+        &self,
+        guard: &mut Guard<'_, P, Exclusive>,
+        as_id: u8,
+        gfns: Range<u64>,
+        target: u8,
+    ) -> Result<u64, PoolError> {
+        self.split_in(guard, as_id, gfns, target)
+    }
+
+    fn split_in<'a, M: Mode>(
+        &self,
+        guard: &mut Guard<'a, P, M>,
+        as_id: u8,
+        gfns: Range<u64>,
+        target: u8,
+    ) -> Result<u64, PoolError>
+    where
+        for<'g> Held<'g, 'a, P>: From<&'g mut Guard<'a, P, M>>,
+    {
         if self.profile().eager_split == EagerSplit::None {
             return Ok(0);
         }
         let (mut tables, mut done) = (Tables::default(), Ok(0));
-        let mut guard = self.lock.read(task);
-        self.for_each_root(&mut guard, Which::Valid, |guard, root| {
+        self.for_each_root(guard, Which::Valid, |guard, root| {
+            // The kernel goes on to the next root only while tables last.
             if let Ok(before) = done
                 && self.as_id(root) == as_id
             {
                 done = self.split_root(guard, root, gfns.clone(), target, &mut tables).map(|n| before + n);
             }
         });
-        drop(guard);
         tables.stock.drain(self.pool());
         if let Some(table) = tables.at_hand {
             self.pool().free_unpublished(table);
@@ -61,9 +92,9 @@ impl<P: Platform> TdpMmu<P> {
         done
     }
 
-    fn split_root(
+    fn split_root<M: Mode>(
         &self,
-        guard: &mut Guard<'_, P, Shared>,
+        guard: &mut Guard<'_, P, M>,
         root: u32,
         gfns: Range<u64>,
         target: u8,
@@ -73,38 +104,35 @@ impl<P: Platform> TdpMmu<P> {
         let _work = guard.task().phase(Phase::SpteWork);
         let (mut split, mut shortage) = (0, None);
         let mut walk = Walk::new(self, guard, root, target + 1, gfns, Yield::Allowed);
-        while let Some(entry) = walk.next_entry() {
-            let Some(mut entry) = entry.or_yield() else { continue };
-            if !entry.old().is_leaf(entry.level()) {
-                continue;
-            }
-            // It may have been invalidated while the lock was given up: no guest runs on it, and its zap is under way.
-            if self.is_obsolete(root) {
-                break;
-            }
-            if tables.at_hand.is_none() && nowait && tables.stock.top_up(self.pool(), 1, |_| {}).is_ok() {
-                tables.at_hand = tables.stock.pop();
-            }
-            let Some(table) = tables.at_hand.take() else {
-                let stock = &mut tables.stock;
-                let got = entry.unlocked_for(|task| {
-                    // Waiting for the lock afterwards is booked as such by the lock.
-                    let _allocating = task.phase(Phase::Other);
-                    task.might_sleep();
-                    stock.top_up(self.pool(), 1, |_| {})
-                });
-                match got {
-                    Ok(()) => tables.at_hand = tables.stock.pop(),
-                    Err(error) => {
-                        shortage = Some(error);
-                        break;
-                    }
+        'walk: while let Some(mut entry) = walk.next_entry() {
+            // An entry that somebody else changed is looked at again, and checks again.
+            loop {
+                let Some(here) = entry.or_yield() else { continue 'walk };
+                entry = here;
+                if !entry.old().is_leaf(entry.level()) {
+                    continue 'walk;
                 }
-                continue;
-            };
-            if self.split_leaf(&mut entry, table) {
-                split += 1;
-            } else {
+                // It may have been invalidated while the lock was given up: no guest runs on it, and its zap is under way.
+                if self.is_obsolete(root) {
+                    break 'walk;
+                }
+                if tables.at_hand.is_none() && nowait && tables.stock.top_up(self.pool(), 1, |_| {}).is_ok() {
+                    tables.at_hand = tables.stock.pop();
+                }
+                let Some(table) = tables.at_hand.take() else {
+                    match self.table_for_split(entry, &mut tables.stock) {
+                        Ok(()) => tables.at_hand = tables.stock.pop(),
+                        Err(error) => {
+                            shortage = Some(error);
+                            break 'walk;
+                        }
+                    }
+                    continue 'walk;
+                };
+                if self.split_leaf(&mut entry, table).is_ok() {
+                    split += 1;
+                    continue 'walk;
+                }
                 tables.at_hand = Some(table);
             }
         }
@@ -112,9 +140,23 @@ impl<P: Platform> TdpMmu<P> {
         shortage.map_or(Ok(split), Err)
     }
 
-    /// Links `table` in the place of the huge leaf that `entry` stands on; false: the entry is no leaf any more, the table still the caller's.
-    fn split_leaf(&self, entry: &mut Entry<'_, '_, '_, P, Shared>, table: u32) -> bool {
-        let (gfn, level) = (entry.gfn(), entry.level());
+    /// Waits for a table with the lock given up; the entry is void afterwards.
+    fn table_for_split<M: Mode>(
+        &self,
+        entry: Entry<'_, '_, '_, P, M>,
+        stock: &mut TableCache,
+    ) -> Result<(), PoolError> {
+        entry.unlocked_for(|task| {
+            // Waiting for the lock afterwards is booked as such by the lock.
+            let _allocating = task.phase(Phase::Other);
+            task.might_sleep();
+            stock.top_up(self.pool(), 1, |_| {})
+        })
+    }
+
+    /// Links `table` in the place of the huge leaf that `entry` stands on; lost, the table is still the caller's.
+    fn split_leaf<M: Mode>(&self, entry: &mut Entry<'_, '_, '_, P, M>, table: u32) -> Result<(), Lost> {
+        let (gfn, level, huge) = (entry.gfn(), entry.level(), entry.old());
         let (parent, index) = (entry.table(), entry.index());
         let task = entry.walk.task();
         let role = Role(self.pool().meta(parent).role()).child().raw();
@@ -122,26 +164,19 @@ impl<P: Platform> TdpMmu<P> {
         if let Some(observer) = self.observer() {
             observer.event(task.id(), &Event::TableAlloc { table, level: level - 1, gfn });
         }
-        let link = self.format().table(u64::from(table), false);
-        loop {
-            let huge = entry.old();
-            if !huge.is_leaf(level) {
-                return false;
-            }
-            for (i, cell) in self.pool().entries(table).iter().enumerate() {
-                cell.store(self.format().split_child(huge, level, i, false).raw(), Ordering::Relaxed);
-            }
-            task.count(0, ENTRIES as u64);
-            if entry.set_as(link, Site::SpteSplit).is_ok() {
-                break;
-            }
+        for (i, cell) in self.pool().entries(table).iter().enumerate() {
+            let child = self.format().split_child(huge, level, i, false);
+            cell.store(child.raw(), Ordering::Relaxed);
         }
+        task.count(0, ENTRIES as u64);
+        let link = self.format().table(u64::from(table), !self.format().ad_bits);
+        entry.set_as(link, Site::SpteSplit)?;
         // From here on somebody else may be tearing the table down already (rule R9): only its number is used.
         self.tables_linked(1);
         entry.walk.ledger.leaf(level - 1, ENTRIES as i64);
         if let Some(observer) = self.observer() {
             observer.event(task.id(), &Event::TableLink { table, parent, index });
         }
-        true
+        Ok(())
     }
 }

@@ -10,9 +10,9 @@
 
 use std::ops::Range;
 
-use tdpmmu_platform::{Guard, Mode, Platform, RcuGuard, Shared, Site, Task};
-use tdpmmu_spte::Spte;
+use tdpmmu_platform::{Guard, Mode, Platform, RcuGuard, Shared, Site, Task, YieldPoint};
 use tdpmmu_spte::geometry::{round_down, span};
+use tdpmmu_spte::{AtomicZapOrder, Spte};
 
 use crate::debt::FlushDebt;
 use crate::iter::TdpIter;
@@ -36,11 +36,11 @@ pub enum Yield {
 pub struct Walk<'w, 'a, P: Platform, M: Mode> {
     pub(crate) mmu: &'w TdpMmu<P>,
     guard: &'w mut Guard<'a, P, M>,
-    task: &'a Task<P>,
+    pub(crate) task: &'a Task<P>,
     rcu: Option<RcuGuard<'a, P>>,
     pub(crate) iter: TdpIter,
     pub(crate) as_id: u8,
-    end: u64,
+    pub(crate) end: u64,
     yields: Yield,
     started: bool,
     pub(crate) debt: FlushDebt,
@@ -100,7 +100,14 @@ impl<'w, 'a, P: Platform, M: Mode> Walk<'w, 'a, P, M> {
     /// A reschedule check; yields when it asks for it and the walk has moved since the last one. True: yielded.
     fn check_yield(&mut self) -> bool {
         // A walk that may not yield does not check either: a step ends at a check, and this one has none.
-        if self.yields == Yield::Never || !self.task.should_yield(&self.mmu.lock) || !self.iter.may_yield() {
+        if self.yields == Yield::Never {
+            return false;
+        }
+        let iter = &self.iter;
+        let at = || {
+            iter.may_yield().then(|| YieldPoint { root: iter.root(), gfn: iter.gfn(), level: iter.level() })
+        };
+        if !self.task.should_yield_at(&self.mmu.lock, at) || !self.iter.may_yield() {
             return false;
         }
         self.ledger.settle(self.mmu);
@@ -251,16 +258,35 @@ impl<P: Platform, M: Mode> Entry<'_, '_, '_, P, M> {
 }
 
 impl<P: Platform> Entry<'_, '_, '_, P, Shared> {
-    /// Takes W from every leaf from here to the end of this level-1 table, at most `mmu.batch` entries. The iterator moves to the last
-    /// one handled. Returns how many had it.
-    pub(crate) fn protect_leaves(&mut self) -> u64 {
-        let Walk { mmu, iter, ledger, task, as_id, end, .. } = &mut *self.walk;
-        let from = iter.index();
-        let until = (*end - round_down(iter.gfn(), 2)).min(512) as u16;
-        let to = until.min(from.saturating_add(mmu.batch()));
-        let at = change::At { as_id: *as_id, root: iter.root(), gfn: iter.gfn(), level: 1 };
-        let changed = change::protect_leaf_batch::<P>(mmu, task, ledger, iter.table(), at, from..to);
-        iter.handled_until(to);
-        changed
+    /// Freeze, flush, empty: nobody installs here while an old translation may be cached (rule F4; up to 6.12). What follows from the change is done
+    /// before the flush or after all of it (`atomic-zap`); of the two other steps nobody is told.
+    ///
+    /// # Errors
+    /// [`Lost`] when the entry changed meanwhile; the snapshot is refreshed, nothing else happened.
+    pub(crate) fn zap_atomically(&mut self) -> Result<(), Lost> {
+        let Walk { mmu, iter, ledger, task, as_id, .. } = &mut *self.walk;
+        let (level, gfn, old) = (iter.level(), iter.gfn(), iter.old());
+        let (frozen, empty) = (mmu.format().frozen(), mmu.format().empty());
+        let cell = &mmu.pool().entries(iter.table())[iter.index() as usize];
+        debug_assert!(!mmu.format().is_frozen(old), "a frozen entry is its owner's (rule R1)");
+        if let Err(seen) = P::cmpxchg(cell, old.raw(), frozen.raw(), Site::SpteFreeze) {
+            task.count(1, 0);
+            task.meter().count_retries(1);
+            iter.refresh(Spte(seen));
+            return Err(Lost);
+        }
+        let at = change::At { as_id: *as_id, root: iter.root(), gfn, level };
+        let order = mmu.profile().atomic_zap_order;
+        if order == AtomicZapOrder::BookkeepingBeforeFlush {
+            change::changed::<P, Shared>(mmu, task, ledger, at, old, frozen);
+        }
+        mmu.flush(task, Some(gfn..gfn + span(level)));
+        P::store(cell, empty.raw(), Site::SpteZap);
+        task.count(0, 2);
+        if order == AtomicZapOrder::AfterFlush {
+            change::changed::<P, Shared>(mmu, task, ledger, at, old, empty);
+        }
+        iter.refresh(empty);
+        Ok(())
     }
 }

@@ -12,6 +12,8 @@ use std::ops::Range;
 
 use tdpmmu_platform::{Event, Exclusive, Guard, Mode, Moment, NIL, Phase, Platform};
 
+use tdpmmu_spte::RootSet;
+
 use crate::TdpMmu;
 use crate::debt::FlushDebt;
 use crate::root::Which;
@@ -69,7 +71,7 @@ impl<P: Platform> TdpMmu<P> {
         // table every 64th read is enough.
         let at_each = self.batch() == 1;
         let mut walk = Walk::new(self, guard, root, level, 0..self.max_gfn(), yields);
-        while let Some(entry) = walk.next_entry() {
+        'walk: while let Some(entry) = walk.next_entry() {
             if !at_each && entry.level() > 1 && !entry.old().is_present() && !entry.index().is_multiple_of(64)
             {
                 continue;
@@ -79,7 +81,7 @@ impl<P: Platform> TdpMmu<P> {
                 // A leaf above the pass's level waits for its own pass.
                 continue;
             }
-            if level == 1 {
+            if level == 1 && !at_each {
                 let before = entry.gfn();
                 let any = entry.zap_leaves() > 0;
                 zapped |= any;
@@ -90,10 +92,16 @@ impl<P: Platform> TdpMmu<P> {
                 continue;
             }
             while entry.old().is_present() {
-                zapped |= entry.set(empty).is_ok();
-                if owes {
-                    entry.owe_flush();
+                if entry.set(empty).is_ok() {
+                    zapped = true;
+                    if owes {
+                        entry.owe_flush();
+                    }
+                    break;
                 }
+                // Lost to somebody else: the kernel goes back to the check, too.
+                let Some(here) = entry.or_yield() else { continue 'walk };
+                entry = here;
             }
         }
         walk.finish_and_flush();
@@ -143,13 +151,26 @@ impl<P: Platform> TdpMmu<P> {
         may_block: bool,
     ) -> FlushDebt {
         let yields = if may_block { Yield::Allowed } else { Yield::Never };
-        let mut debt = FlushDebt::none();
         let which = if self.profile().unmap_invalid_roots { Which::All } else { Which::Valid };
+        self.zap_leafs_of(guard, which, Some(as_id), &range, yields, FlushDebt::none())
+    }
+
+    /// [`TdpMmu::zap_leafs`] under each root of `which`, of one address space or of both; takes over `debt` and returns what is owed then.
+    fn zap_leafs_of(
+        &self,
+        guard: &mut Guard<'_, P, Exclusive>,
+        which: Which,
+        as_id: Option<u8>,
+        gfns: &Range<u64>,
+        yields: Yield,
+        mut debt: FlushDebt,
+    ) -> FlushDebt {
+        guard.set_debt(debt.is_owed());
         self.for_each_root(guard, which, |guard, root| {
-            if self.as_id(root) == as_id {
+            if as_id.is_none_or(|as_id| self.as_id(root) == as_id) {
                 // The walk takes it over, and pays it before it yields.
                 guard.set_debt(false);
-                debt = self.zap_leafs(guard, root, range.clone(), yields, std::mem::take(&mut debt));
+                debt = self.zap_leafs(guard, root, gfns.clone(), yields, std::mem::take(&mut debt));
             }
             // Our reference is the last one: the put that follows may zap the root, and give the lock up (F1, also for what an earlier root owes).
             if self.refs(root) == 1 {
@@ -159,6 +180,23 @@ impl<P: Platform> TdpMmu<P> {
         });
         // From here on it is the caller's.
         guard.set_debt(false);
+        debt
+    }
+
+    /// kvm_zap_gfn_range's half of the TDP MMU: the leaves of `gfns` in both address spaces, under all roots, one address space after the other (up to 6.5), or under the valid
+    /// ones in the order of the list (`zap-range-roots`). The caller has begun an invalidation in this hold, and pays the debt before it ends it.
+    pub fn zap_gfn_range(&self, guard: &mut Guard<'_, P, Exclusive>, gfns: Range<u64>) -> FlushDebt {
+        let mut debt = FlushDebt::none();
+        match self.profile().zap_range_roots {
+            RootSet::All => {
+                for as_id in [0, 1] {
+                    debt = self.zap_leafs_of(guard, Which::All, Some(as_id), &gfns, Yield::Allowed, debt);
+                }
+            }
+            RootSet::Valid => {
+                debt = self.zap_leafs_of(guard, Which::Valid, None, &gfns, Yield::Allowed, debt);
+            }
+        }
         debt
     }
 

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use tdpmmu_mmu::{
-    DesignOptions, Frame, MapFault, MapOutcome, MmuConfig, MmuError, NoHost, QueueKind, TdpMmu, design,
+    DesignOptions, MapFault, MapOutcome, MmuConfig, MmuError, NoHost, QueueKind, TdpMmu, design,
 };
 use tdpmmu_platform::{Observer, Owner, Preempt, RcuConfig, Real, Role, Task, TaskConfig};
 use tdpmmu_spte::{FormatKind, KernelProfile, Passes};
@@ -107,16 +107,7 @@ impl Cpu {
         if self.mmu.is_obsolete(self.root) {
             return MapOutcome::Retry;
         }
-        let fault = MapFault {
-            gfn,
-            as_id: 0,
-            frame: Frame::Page { pfn: 0x10_0000 + gfn, writable: true },
-            goal_level: level,
-            write,
-            exec: false,
-            prefetch: false,
-            dirty_tracked: false,
-        };
+        let fault = MapFault { write, ..MapFault::page(gfn, 0x10_0000 + gfn, level) };
         self.mmu.map(&mut guard, &mut self.cache, self.root, &fault)
     }
 

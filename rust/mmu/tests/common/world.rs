@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tdpmmu_mmu::{
-    DesignOptions, Frame, Leftovers, MapFault, MapOutcome, MmuConfig, NoHost, QueueKind, TdpMmu, design,
+    DesignOptions, Leftovers, MapFault, MapOutcome, MmuConfig, NoHost, QueueKind, TdpMmu, design,
 };
 use tdpmmu_platform::{Preempt, RcuConfig, Role, Site, Task, TaskConfig};
 use tdpmmu_spte::geometry::span;
@@ -186,16 +186,7 @@ impl Vcpu {
         let mmu = &self.mmu;
         mmu.top_up(&self.task, &mut self.cache).expect("room for tables");
         let mut guard = mmu.lock.read(&self.task);
-        let fault = MapFault {
-            gfn,
-            as_id: 0,
-            frame: Frame::Page { pfn: 0x10_0000 + gfn, writable: true },
-            goal_level: 1,
-            write: true,
-            exec: false,
-            prefetch: false,
-            dirty_tracked: false,
-        };
+        let fault = MapFault::page(gfn, 0x10_0000 + gfn, 1);
         let outcome = mmu.map(&mut guard, &mut self.cache, root, &fault);
         assert!(matches!(outcome, MapOutcome::Fixed { .. }), "gfn {gfn:#x}: {outcome:?}");
     }

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use tdpmmu_mmu::{
-    BulkError, BulkMap, DESIGNS, DesignOptions, FastOutcome, Frame, MapFault, MapOutcome, MmuConfig, NoHost,
+    BulkError, BulkMap, DESIGNS, DesignOptions, FastOutcome, MapFault, MapOutcome, MmuConfig, NoHost,
     QueueKind, TdpMmu, ZapDesign, design,
 };
 use tdpmmu_oracle::{Judge, Rule, Rules};
@@ -181,16 +181,7 @@ pub fn fast_zap(mmu: &Mmu, task: &Task<Real>) {
 }
 
 pub fn page_fault(as_id: u8, gfn: u64, level: u8, write: bool) -> MapFault {
-    MapFault {
-        gfn,
-        as_id,
-        frame: Frame::Page { pfn: frame_of(gfn), writable: true },
-        goal_level: level,
-        write,
-        exec: false,
-        prefetch: false,
-        dirty_tracked: false,
-    }
+    MapFault { as_id, write, ..MapFault::page(gfn, frame_of(gfn), level) }
 }
 
 /// Guest memory lies in one piece of host memory, aligned to 1 GiB.
