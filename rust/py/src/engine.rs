@@ -117,6 +117,7 @@ pub fn replay(request: &ReplayRequest, control: &Control) -> Result<String, Faul
         strict: request.strict,
         vm_of: request.vm_of,
         progress: Some(&told),
+        ..ReplayOptions::default()
     };
     let input = if stdin { Input::Stdin } else { Input::File(request.path.clone()) };
     let report = tdpmmu_trace::replay(input, &options).map_err(|error| unreadable(error, &request.path))?;

@@ -28,7 +28,9 @@ pub use line::Head;
 pub use parse::parse_event;
 pub use reader::{BadLine, Item, ReadStats, TraceReader};
 pub use replay::{
-    Births, Checked, Deaths, LISTED_MISMATCHES, Mismatch, Progress, Replay, ReplayOptions, StatChecks, Zap,
-    profile_named, replay,
+    Ambiguous, Births, CauseSum, Checked, Deaths, FaultCounts, Handled, LISTED_LOSSES, LISTED_MISMATCHES,
+    Loss, Mismatch, Operation, PerVm, Progress, Recorded, RecordedThread, Replay, ReplayOptions, RootShape,
+    Run, STORM_GAP_NS, STORM_ZAPS, Shape, StatChecks, Storm, TIMELINE_POINTS, TOP_OPERATIONS, Timeline, Zap,
+    perfetto_of, profile_named, replay,
 };
 pub use source::{Input, MAX_LINE};

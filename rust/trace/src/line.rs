@@ -38,8 +38,8 @@ pub struct Head<'a> {
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Parsed<'a> {
     Event(Head<'a>),
-    /// Events were lost here; the count, where it is printed.
-    Lost(Option<u64>),
+    /// Events were lost here; the count and the CPU, where they are printed.
+    Lost(Option<u64>, Option<u32>),
     /// A comment, a header or a blank line.
     Nothing,
     Bad {
@@ -56,6 +56,12 @@ pub(crate) fn parse(line: &[u8]) -> Parsed<'_> {
         _ => {}
     }
     if let Some(head) = event(line) {
+        // perf's own record of a loss, as `perf script --show-lost-events` prints it.
+        if head.event.is_empty()
+            && let Some(count) = head.text.strip_prefix(b"PERF_RECORD_LOST lost ")
+        {
+            return Parsed::Lost(Cursor::new(count).dec(), Some(head.cpu));
+        }
         return Parsed::Event(head);
     }
     if let Some(lost) = lost(trimmed) {
@@ -83,7 +89,7 @@ fn comment(line: &[u8]) -> Parsed<'_> {
         if let (Some(kept), Some(()), Some(written)) = (c.dec(), c.lit(b"/"), c.dec())
             && written > kept
         {
-            return Parsed::Lost(Some(written - kept));
+            return Parsed::Lost(Some(written - kept), None);
         }
     }
     Parsed::Nothing
@@ -97,13 +103,18 @@ fn lost(line: &[u8]) -> Option<Parsed<'_>> {
         || line.starts_with(b"[LOST ")
         || line.starts_with(b"Processed ")
     {
+        let cpu = line.strip_prefix(b"CPU").and_then(|rest| {
+            let mut c = Cursor::new(rest);
+            let _ = c.eat(b":") || c.eat(b" ");
+            c.dec().and_then(|n| u32::try_from(n).ok())
+        });
         if let Some(at) = find(b"LOST ") {
-            return Some(Parsed::Lost(Cursor::new(&line[at + 5..]).dec()));
+            return Some(Parsed::Lost(Cursor::new(&line[at + 5..]).dec(), cpu));
         }
         if let Some(at) = find(b"EVENTS DROPPED") {
             let digits = line[..at].trim_ascii_end();
             let start = digits.iter().rposition(|b| !b.is_ascii_digit()).map_or(0, |p| p + 1);
-            return Some(Parsed::Lost(Cursor::new(&digits[start..]).dec()));
+            return Some(Parsed::Lost(Cursor::new(&digits[start..]).dec(), cpu));
         }
         if line.ends_with(b" is empty") {
             return Some(Parsed::Nothing);

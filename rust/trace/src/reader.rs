@@ -63,6 +63,7 @@ pub struct TraceReader {
     lines: Lines,
     strict: bool,
     stats: ReadStats,
+    lost_cpu: Option<u32>,
 }
 
 impl TraceReader {
@@ -71,7 +72,7 @@ impl TraceReader {
     /// # Errors
     /// [`TraceError::Io`] and [`TraceError::NotText`].
     pub fn open(input: Input, strict: bool) -> Result<Self, TraceError> {
-        Ok(Self { lines: Lines::open(input)?, strict, stats: ReadStats::default() })
+        Ok(Self { lines: Lines::open(input)?, strict, stats: ReadStats::default(), lost_cpu: None })
     }
 
     /// The next item, `None` at the end.
@@ -98,8 +99,9 @@ impl TraceReader {
             }
             match parse(bytes) {
                 Parsed::Nothing => {}
-                Parsed::Lost(count) => {
+                Parsed::Lost(count, cpu) => {
                     self.stats.lost += count.unwrap_or(1);
+                    self.lost_cpu = cpu;
                     return Ok(Some(Item::Lost(count)));
                 }
                 Parsed::Bad { rule, column } => self.bad(bytes, rule, column)?,
@@ -120,6 +122,16 @@ impl TraceReader {
                 },
             }
         }
+    }
+
+    /// The CPU whose events the last [`Item::Lost`] speaks of, where it says so.
+    pub fn lost_cpu(&self) -> Option<u32> {
+        self.lost_cpu
+    }
+
+    /// What the recording is: `text`, `trace.dat v6`, `trace.dat v7`.
+    pub fn kind(&self) -> &'static str {
+        "text"
     }
 
     /// What has been counted so far; lines and bytes are complete at the end.

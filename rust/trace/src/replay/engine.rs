@@ -17,12 +17,17 @@
 //! value compared, the step judged, then applied. Tables are checked when they are linked (allocated by this thread, not in
 //! use) and when their removal ends (every entry frozen under the shared lock, none present under the exclusive one).
 
+mod losses;
 mod tables;
+mod telling;
 mod waiting;
 
 use super::judge::{Drift, Step, drifted, lawful};
-use super::report::{Births, Checked, Deaths, LISTED_MISMATCHES, Mismatch, StatChecks, Zap};
-use super::threads::{Birth, Thread};
+use super::record::Recorded;
+use super::report::{Births, Checked, Deaths, LISTED_MISMATCHES, Loss, Mismatch, StatChecks, Zap};
+use super::shape::{MOST_SHAPES, Shape};
+use super::summary::{Causes, FaultBook, Operations, VmBook};
+use super::threads::{Birth, OpenOp, Thread};
 use super::tree::{Forest, Found, Known, Life, NONE, Root, RootId, TableId};
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use tdpmmu_spte::geometry::{index, span, table_span};
@@ -119,8 +124,26 @@ pub(crate) struct Engine {
     /// Threads that have served a guest's fault.
     pub(crate) faulting_threads: u32,
     pub(crate) zaps: Vec<Zap>,
+    /// The root of each zap.
+    pub(crate) zap_roots: Vec<Option<RootId>>,
     /// Changes of a leaf count so far: to know that nothing moved between two points.
     pub(crate) leaf_moves: u64,
+    /// Leafs by level, over all VMs.
+    pub(crate) leafs: [i64; 4],
+    pub(crate) book: VmBook,
+    pub(crate) faults: FaultBook,
+    pub(crate) causes: Causes,
+    pub(crate) operations: Operations,
+    pub(crate) recorded: Option<Recorded>,
+    /// The trees before zaps, where they are asked for.
+    pub(crate) shapes: Option<Vec<Shape>>,
+    pub(crate) losses: Vec<Loss>,
+    /// Mismatches that a loss announced later may still take back.
+    recent: VecDeque<losses::Recent>,
+    /// Until then lines of before a loss may still come, ns.
+    shadow_until: u64,
+    /// Whose event is being taken.
+    pub(crate) now: usize,
     freed: Vec<u64>,
 }
 
@@ -155,7 +178,19 @@ impl Engine {
             fast_unplaced: 0,
             faulting_threads: 0,
             zaps: Vec::new(),
+            zap_roots: Vec::new(),
             leaf_moves: 0,
+            leafs: [0; 4],
+            book: VmBook::default(),
+            faults: FaultBook::default(),
+            causes: Causes::default(),
+            operations: Operations::default(),
+            recorded: None,
+            shapes: None,
+            losses: Vec::new(),
+            recent: VecDeque::new(),
+            shadow_until: 0,
+            now: 0,
             freed: Vec::new(),
         }
     }
@@ -193,6 +228,13 @@ impl Engine {
         got: u64,
         rule: impl Into<String>,
     ) {
+        // Kinds that stand in place of one of the headings under which a change is counted.
+        let heading = !c.fast && matches!(kind, "old_value" | "transition" | "no_table");
+        if self.excused(kind) {
+            self.checked.unknown += u64::from(heading);
+            return;
+        }
+        self.remember(c.ns, kind, heading);
         self.report(Self::describe(c, kind, expected, got, rule.into()));
     }
 
@@ -214,6 +256,9 @@ impl Engine {
                 c.gfn,
                 "the gfn of an entry must be aligned to its level",
             );
+            return;
+        }
+        if self.adrift(&c) {
             return;
         }
         let Some((root, found)) = self.place(&c) else {
@@ -303,6 +348,9 @@ impl Engine {
                     let explained = self.explain(c, t, i).is_some();
                     if explained {
                         self.threads[c.thread].guessed_root = Some(root);
+                        if candidates.len() > 1 && self.another_vm_fits(c, root, &candidates) {
+                            self.book.unplaced += 1;
+                        }
                         return Some(root);
                     }
                     fallback.get_or_insert(root);
@@ -331,6 +379,14 @@ impl Engine {
         let (value, known) = (table.entries[i], table.known[i]);
         if known == Known::Unknown {
             return Some(Why::Unknown);
+        }
+        if known == Known::Doubted {
+            // It was not touched, or came back to what it was; else nobody knows how it got here.
+            return Some(match drifted(&self.format, c.level, value, c.old) {
+                Some(Drift::Same) => Why::Same,
+                Some(Drift::Hardware) => Why::Hardware,
+                Some(Drift::FastFault) | None => Why::Unknown,
+            });
         }
         match drifted(&self.format, c.level, value, c.old) {
             Some(Drift::Same) => Some(match known {
@@ -427,6 +483,10 @@ impl Engine {
 
     fn leaf_moved(&mut self, root: RootId, level: u8, by: i64) {
         let vm = self.forest.roots[root as usize].vm;
+        if let Some(sum) = self.leafs.get_mut(level as usize) {
+            *sum += by;
+            self.book.leaf(root as usize, level, by);
+        }
         if let Some(count) = self.vms[vm].leafs.get_mut(level as usize) {
             *count += by;
             self.leaf_moves += 1;
@@ -436,9 +496,35 @@ impl Engine {
     fn apply(&mut self, c: Change, t: TableId, i: usize) {
         let (old, new) = (Spte(c.old), Spte(c.new));
         let root = self.forest.table(t).root;
-        let first = self.forest.table(t).known[i] == Known::Unknown;
-        let before = Spte(self.forest.table(t).entries[i]);
-        let was_known = self.forest.table(t).known[i] != Known::Unknown;
+        let (known, before) = (self.forest.table(t).known[i], Spte(self.forest.table(t).entries[i]));
+        let was_known = known != Known::Unknown;
+        // Its first value after a time in the dark: a line of before may still stand after it.
+        let first = match known {
+            Known::Unknown => true,
+            Known::Doubted => before != old || c.ns < self.shadow_until,
+            _ => false,
+        };
+        self.book.transition(root as usize);
+        if self.threads[c.thread].fault.is_some() {
+            self.book.serves(c.thread, root as usize);
+            if new.is_leaf(c.level) && !old.is_leaf(c.level) {
+                self.faults.leaf(c.level);
+            }
+        }
+        let removes =
+            old.is_present() && (!new.is_present() || (old.is_table(c.level) && new.is_leaf(c.level)));
+        if removes {
+            let replaced = old.is_table(c.level) && new.is_leaf(c.level);
+            if self.shapes.is_some() {
+                self.keep_shape(&c, root, replaced);
+            }
+            let leaf = old.is_leaf(c.level);
+            self.threads[c.thread].zap_entry(c.level, c.ns, replaced, leaf, root);
+        }
+        self.drop_stale_child(t, i, c.level, old, new);
+        if !self.forest.holds(t) {
+            return;
+        }
         let counted = if was_known { before.is_leaf(c.level) } else { false };
         if counted {
             self.leaf_moved(root, c.level, -1);
@@ -457,12 +543,6 @@ impl Engine {
             table.shared_removal |=
                 !old.is_present() || (c.shared == Some(true) && table.life == Life::Dying);
         }
-        let removes =
-            old.is_present() && (!new.is_present() || (old.is_table(c.level) && new.is_leaf(c.level)));
-        if removes {
-            let thread = &mut self.threads[c.thread];
-            thread.zap_entry(c.level, c.ns, old.is_table(c.level) && new.is_leaf(c.level));
-        }
         if old.is_table(c.level) && !new.is_table(c.level) {
             self.unlink(&c, t, i, old);
         }
@@ -471,32 +551,6 @@ impl Engine {
         }
         if self.forest.holds(t) {
             self.threads[c.thread].last = Some((t, i, c.new));
-        }
-    }
-
-    // ---- losses ----
-
-    /// Events were lost: nothing that was rebuilt is certain any more.
-    pub(crate) fn lose(&mut self) {
-        while let Some(Waiting { change, .. }) = self.waiting.pop_front() {
-            self.checked.unknown += u64::from(!change.fast);
-        }
-        self.seen.lost = true;
-        for thread in &mut self.threads {
-            thread.removal.clear();
-            thread.announced.clear();
-            thread.birth = None;
-            thread.fault = None;
-        }
-        for root in 0..self.forest.roots.len() {
-            for dying in std::mem::take(&mut self.forest.roots[root].dying) {
-                self.discard(dying);
-            }
-        }
-        self.forest.for_each_table(|table| table.known.fill(Known::Unknown));
-        self.dead_pa.clear();
-        for vm in &mut self.vms {
-            vm.leafs = [0; 4];
         }
     }
 

@@ -4,6 +4,7 @@
 //! since the last operation ended, no removal or worker is under way, and it is clear which VM is meant.
 
 use super::engine::{Change, Engine};
+use super::threads::OpenOp;
 use crate::event::Mark;
 use serde_json::Value;
 use std::collections::{BTreeSet, HashMap};
@@ -37,16 +38,19 @@ impl Marks {
                     }
                     e.enter_script_vm(c.thread, vm);
                 }
-                e.threads[c.thread].ops.push((number, vm));
+                let (kind, detail) = (name_of(kind, json), String::from_utf8_lossy(json).into_owned());
+                e.threads[c.thread].ops.push(OpenOp { number, kind, detail, t0: c.ns });
                 e.threads[c.thread].fault = None;
                 self.open += 1;
             }
             Mark::End { number, kind, .. } => {
                 let thread = &mut e.threads[c.thread];
-                if let Some(at) = thread.ops.iter().rposition(|op| op.0 == number) {
-                    thread.ops.remove(at);
+                if let Some(at) = thread.ops.iter().rposition(|op| op.number == number) {
+                    let op = thread.ops.remove(at);
                     self.open -= 1;
+                    e.operation_ended(op, c);
                 }
+                let thread = &mut e.threads[c.thread];
                 thread.fault = None;
                 self.moves_at_end = e.leaf_moves;
                 if kind == b"destroy_vm"
@@ -133,6 +137,21 @@ impl Marks {
                 (1..4).for_each(|l| self.offset[l] = recorded[l] - rebuilt[l]);
             }
         }
+    }
+}
+
+/// The kind, and for a memslot whether it is made or deleted.
+fn name_of(kind: &[u8], json: &[u8]) -> String {
+    let kind = String::from_utf8_lossy(kind).into_owned();
+    if kind != "set_memslot" {
+        return kind;
+    }
+    let size = serde_json::from_slice::<Value>(json).ok().and_then(|v| v.get("size")?.as_u64());
+    // A fast zap with a size is a move: creation and flags zap nothing.
+    match size {
+        Some(0) => kind + ":delete",
+        Some(_) => kind + ":move",
+        None => kind,
     }
 }
 

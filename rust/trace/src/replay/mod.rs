@@ -4,13 +4,24 @@ mod engine;
 mod infer;
 mod judge;
 mod marks;
+mod record;
 mod report;
 mod run;
+mod shape;
+mod summary;
 mod threads;
 mod tree;
 mod zaps;
 
-pub use report::{Births, Checked, Deaths, LISTED_MISMATCHES, Mismatch, Replay, StatChecks, Zap};
+pub use record::{Recorded, RecordedThread, perfetto_of};
+pub use report::{
+    Births, Checked, Deaths, LISTED_LOSSES, LISTED_MISMATCHES, Loss, Mismatch, Replay, StatChecks, Zap,
+};
+pub use shape::{RootShape, Run, Shape};
+pub use summary::{
+    Ambiguous, CauseSum, FaultCounts, Handled, Operation, PerVm, STORM_GAP_NS, STORM_ZAPS, Storm,
+    TIMELINE_POINTS, TOP_OPERATIONS, Timeline,
+};
 
 use crate::error::ReplayError;
 use crate::reader::TraceReader;
@@ -31,6 +42,10 @@ pub struct ReplayOptions<'a> {
     pub strict: bool,
     /// Only the VM of this process (thread-group id, or thread id where the recording has no groups).
     pub vm_of: Option<u32>,
+    /// Keep what each thread did, for [`perfetto_of`]: memory grows with the recording.
+    pub record: bool,
+    /// Keep the trees as they were before the zaps that a design decides about ([`Replay::shapes`]).
+    pub shapes: bool,
     /// Called about every 4 MiB of text.
     pub progress: Option<Progress<'a>>,
 }

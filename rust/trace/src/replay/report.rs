@@ -1,5 +1,8 @@
 //! The result of a replay: schema `tdpmmu.replay/1`.
 
+use super::record::Recorded;
+use super::shape::Shape;
+use super::summary::{Ambiguous, CauseSum, FaultCounts, Operation, PerVm, Storm, Timeline};
 use crate::reader::BadLine;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -87,10 +90,17 @@ pub struct StatChecks {
 }
 
 /// One zap: a stretch of removals by one thread for one cause.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct Zap {
     /// `fast_zap`, `notifier`, `slot_leafs`, `collapse`, `nx_recovery`, `teardown`, `worker`, `root_drop`, `replace`, `other`.
     pub cause: &'static str,
+    /// What made KVM do it, where that can be told: `memslot_delete`, `memslot_move`, `memslot_update`, `nx_toggle`, `dirty_log`; else
+    /// as `cause`.
+    pub refined: &'static str,
+    /// Kind of the operation that the marks of a test program name.
+    pub trigger: Option<String>,
+    /// Its VM's number in `per_vm`; null where it removed nothing.
+    pub vm: Option<u64>,
     /// Begin, ns of the recording's clock.
     pub t0_ns: u64,
     /// From the begin to the end of the stretch.
@@ -101,10 +111,26 @@ pub struct Zap {
     pub comm: String,
     /// Present leafs and tables that were zapped, by level.
     pub entries: BTreeMap<u8, u64>,
+    /// Of these, leafs.
+    pub leafs: u64,
     /// Page-table pages removed.
     pub tables: u64,
     /// Yields, where `iter_restart` is recorded; else null.
     pub yields: Option<u64>,
+}
+
+/// Most losses that are listed.
+pub const LISTED_LOSSES: usize = 1000;
+
+/// Events were lost.
+#[derive(Clone, Copy, Debug, Serialize, PartialEq, Eq)]
+pub struct Loss {
+    /// Where the recording goes on, ns of its clock.
+    pub t_ns: u64,
+    /// Of which CPU, where it is said.
+    pub cpu: Option<u32>,
+    /// How many, where it is said.
+    pub count: Option<u64>,
 }
 
 /// The result of a replay.
@@ -138,6 +164,36 @@ pub struct Replay {
     pub tables_peak: u64,
     /// Page-table pages still linked at the end, roots included.
     pub tables_at_end: u64,
+    /// Time of the first event, ns of the recording's clock.
+    pub begin_ns: u64,
+    /// Mapped pages and table memory over time.
+    pub timeline: Timeline,
+    /// The zaps by refined cause.
+    pub causes: Vec<CauseSum>,
+    /// Many zaps in quick succession.
+    pub storms: Vec<Storm>,
+    /// Storms, listed or not.
+    pub storms_total: u64,
+    /// Faults by kind.
+    pub faults: FaultCounts,
+    /// The longest operations.
+    pub top_operations: Vec<Operation>,
+    /// The VMs.
+    pub per_vm: Vec<PerVm>,
+    /// Changes whose VM cannot be told.
+    pub ambiguous: Ambiguous,
+    /// Where events were lost; the first of them.
+    pub losses: Vec<Loss>,
+    /// What another design would have made of the zaps: filled in by the laboratory.
+    pub what_if: Option<serde_json::Value>,
+    /// What the recording is: `text`, `trace.dat v6`, `trace.dat v7`.
+    pub input: &'static str,
+    /// What each thread did, where it was asked for: for Perfetto.
+    #[serde(skip)]
+    pub recorded: Option<Recorded>,
+    /// The trees before the zaps, where they were asked for: for what-if.
+    #[serde(skip)]
+    pub shapes: Vec<Shape>,
     /// Births of page-table pages.
     pub births: Births,
     /// Deaths of page-table pages.

@@ -3,7 +3,9 @@
 use super::ReplayOptions;
 use super::engine::{Change, Engine, Vm};
 use super::marks::Marks;
+use super::record::Recorded;
 use super::report::Replay;
+use super::summary::{Ambiguous, Causes, Curve, FaultBook, Operations, VmBook};
 use super::threads::{Birth, Thread};
 use super::tree::RootId;
 use super::zaps::Stretch;
@@ -12,7 +14,7 @@ use crate::event::{Event, Probe, RootArg};
 use crate::line::Head;
 use crate::reader::{Item, TraceReader};
 use std::collections::{BTreeSet, HashMap};
-use tdpmmu_spte::{KernelProfile, Role};
+use tdpmmu_spte::{FormatKind, KernelProfile, Role};
 
 const PROGRESS_BYTES: u64 = 4 << 20;
 
@@ -26,6 +28,10 @@ pub(crate) struct Run<'a> {
     first_ns: Option<u64>,
     last_ns: u64,
     backwards: u64,
+    curve: Curve,
+    /// Last event of each CPU, ns.
+    by_cpu: HashMap<u32, u64>,
+    last_cpu: (u32, u64),
     tgids: BTreeSet<u32>,
     served: bool,
     roots_told: bool,
@@ -33,8 +39,11 @@ pub(crate) struct Run<'a> {
 
 impl<'a> Run<'a> {
     pub(crate) fn new(profile: KernelProfile, source: &'static str, options: &'a ReplayOptions<'a>) -> Self {
+        let mut engine = Engine::new(profile);
+        engine.recorded = options.record.then(Recorded::default);
+        engine.shapes = options.shapes.then(Vec::new);
         Self {
-            engine: Engine::new(profile),
+            engine,
             marks: Marks::default(),
             source,
             options,
@@ -43,6 +52,9 @@ impl<'a> Run<'a> {
             first_ns: None,
             last_ns: 0,
             backwards: 0,
+            curve: Curve::new(),
+            by_cpu: HashMap::new(),
+            last_cpu: (u32::MAX, 0),
             tgids: BTreeSet::new(),
             served: false,
             roots_told: false,
@@ -53,7 +65,10 @@ impl<'a> Run<'a> {
         let mut next_progress = PROGRESS_BYTES;
         while let Some(item) = reader.next()? {
             match item {
-                Item::Lost(_) => self.engine.lose(),
+                Item::Lost(count) => {
+                    let cpu = reader.lost_cpu();
+                    self.lost(cpu, count);
+                }
                 Item::Record(head, event) => self.record(&head, &event),
             }
             if reader.bytes() >= next_progress {
@@ -64,6 +79,19 @@ impl<'a> Run<'a> {
             }
         }
         self.finish(reader)
+    }
+
+    /// Events were lost on this CPU, or on one that is not named, since its last event.
+    fn lost(&mut self, cpu: Option<u32>, count: Option<u64>) {
+        let (last, at) = self.last_cpu;
+        if last != u32::MAX {
+            self.by_cpu.insert(last, at);
+        }
+        let since = match cpu {
+            Some(cpu) => self.by_cpu.get(&cpu).copied(),
+            None => self.by_cpu.values().min().copied(),
+        };
+        self.engine.lose(self.last_ns, since.unwrap_or(0), cpu, count);
     }
 
     fn thread(&mut self, head: &Head<'_>) -> usize {
@@ -95,7 +123,16 @@ impl<'a> Run<'a> {
         }
         self.first_ns.get_or_insert(head.ns);
         self.last_ns = self.last_ns.max(head.ns);
+        if self.last_cpu.0 != head.cpu {
+            let (cpu, at) = std::mem::replace(&mut self.last_cpu, (head.cpu, head.ns));
+            if cpu != u32::MAX {
+                self.by_cpu.insert(cpu, at);
+            }
+        }
+        self.last_cpu.1 = head.ns;
+        self.curve.at(head.ns, &self.engine.leafs, self.engine.forest.live_tables);
         let t = self.thread(head);
+        self.engine.now = t;
         if let Some(only) = self.options.vm_of {
             let thread = &self.engine.threads[t];
             let id = head.tgid.unwrap_or(head.pid);
@@ -152,6 +189,7 @@ impl<'a> Run<'a> {
                 if !e.is_inner_walk(&root) {
                     let id = Self::root(e, &root, t);
                     e.threads[t].root = Some(id);
+                    e.threads[t].adrift = false;
                 }
                 if let Some(stretch) = &mut e.threads[t].stretch {
                     stretch.iterated(false);
@@ -160,13 +198,19 @@ impl<'a> Run<'a> {
             Event::SetSpte { gfn, spte, level, at } => {
                 e.end_removals(&c);
                 let as_id = e.threads[t].root.map_or(0, |r| e.forest.roots[r as usize].as_id);
+                e.fault_ends(&c, true);
                 if !e.is_mmio(spte, level) {
+                    e.faults.mapped(level);
                     e.observe(Change { as_id, gfn, level, new: spte, ..c }, at);
                 }
                 self.turn(c);
             }
-            Event::FastPageFault { gpa, old, new, fixed, .. } => {
+            Event::FastPageFault { gpa, old, new, fixed, spurious, .. } => {
                 e.first_fast_fault();
+                e.faults.fast(fixed, spurious);
+                if fixed || spurious {
+                    e.fault_ends(&c, true);
+                }
                 if fixed && old != new {
                     let as_id = e.threads[t].root.map_or(0, |r| e.forest.roots[r as usize].as_id);
                     e.fast_fault(Change { as_id, gfn: gpa >> 12, level: 1, old, new, fast: true, ..c });
@@ -216,16 +260,19 @@ impl<'a> Run<'a> {
                 let root = pa.and_then(|pa| e.root_of_page(pa));
                 let as_id = Role(role).as_id();
                 e.threads[t].root = root.filter(|&r| e.forest.roots[r as usize].as_id == as_id);
+                e.threads[t].adrift &= e.threads[t].root.is_none();
                 self.stretch(t, "nx_recovery", ns, true);
             }
-            Event::PageFault { address, .. } => {
+            Event::PageFault { address, error_code, .. } => {
                 e.end_removals(&c);
+                e.fault_begins(&c, error_code);
                 e.faulting_threads += u32::from(!std::mem::replace(&mut e.threads[t].faults, true));
                 e.threads[t].fault = Some(address >> 12);
                 self.turn(c);
             }
             Event::SpteRequested { .. } => {
                 e.end_removals(&c);
+                e.page_found(&c);
                 self.turn(c);
             }
             Event::ZapAllFast { .. } => {
@@ -233,7 +280,16 @@ impl<'a> Run<'a> {
                 self.close(t, None);
                 self.stretch(t, "fast_zap", ns, true);
             }
-            Event::AgeHva { .. } | Event::UserspaceExit { .. } => e.threads[t].fault = None,
+            Event::HandleMmio { .. } => e.faults.mmio(),
+            Event::MarkMmio { .. } => {
+                e.faults.mmio_made();
+                e.fault_ends(&c, true);
+            }
+            Event::AgeHva { .. } => e.threads[t].fault = None,
+            Event::UserspaceExit { .. } => {
+                e.fault_ends(&c, false);
+                e.threads[t].fault = None;
+            }
             Event::UnmapHva { .. } => {
                 e.end_removals(&c);
                 e.threads[t].shared = None;
@@ -299,8 +355,14 @@ impl<'a> Run<'a> {
         }
         e.threads[t].shared = None;
         match probe {
-            Probe::InvStart => self.stretch(t, "notifier", ns, true),
-            Probe::InvEnd => self.close(t, Some(ns)),
+            Probe::InvStart => {
+                self.engine.notifier_begins(&c);
+                self.stretch(t, "notifier", ns, true);
+            }
+            Probe::InvEnd => {
+                self.close(t, Some(ns));
+                self.engine.notifier_ends(&c);
+            }
             Probe::ZapCollapsible | Probe::RecoverHugePages => self.stretch(t, "collapse", ns, true),
             Probe::ZapAll => self.stretch(t, "teardown", ns, true),
             Probe::MnRelease | Probe::Uninit => {
@@ -348,13 +410,7 @@ impl<'a> Run<'a> {
     }
 
     fn close(&mut self, t: usize, end: Option<u64>) {
-        let e = &mut self.engine;
-        if let Some(stretch) = e.threads[t].stretch.take() {
-            let thread = &e.threads[t];
-            if let Some(zap) = stretch.finish(end, thread.pid, &thread.comm, e.seen.iter_restart) {
-                e.zaps.push(zap);
-            }
-        }
+        self.engine.zap_ended(t, end);
     }
 
     /// The root that an event names; one that was not seen before comes to life.
@@ -375,6 +431,7 @@ impl<'a> Run<'a> {
             self.close(t, None);
         }
         let path = reader.path().to_path_buf();
+        let input = reader.kind();
         let read = reader.finish()?;
         if let Some(asked) = self.options.vm_of.filter(|_| !self.served) {
             let seen: Vec<String> = self.tgids.iter().map(u32::to_string).collect();
@@ -409,6 +466,25 @@ impl<'a> Run<'a> {
             notes.push(format!("{unfinished} removals were under way at the end"));
         }
         let vms: BTreeSet<usize> = e.forest.roots.iter().map(|r| r.vm).collect();
+        let timeline = std::mem::replace(&mut self.curve, Curve::new()).finish(
+            self.last_ns,
+            &e.leafs,
+            e.forest.live_tables,
+        );
+        let (causes, storms, storms_total) = std::mem::take::<Causes>(&mut e.causes).finish();
+        let ept = e.format_known && e.format.kind == FormatKind::Ept;
+        let book = std::mem::take::<VmBook>(&mut e.book);
+        let ambiguous = Self::ambiguous(&book, e.seen.lost);
+        let of_thread: Vec<Option<usize>> = (0..e.threads.len()).map(|t| book.of_thread(t)).collect();
+        let (per_vm, vm_of) = book.finish();
+        for (zap, root) in e.zaps.iter_mut().zip(&e.zap_roots) {
+            zap.vm = root.and_then(|r| vm_of.get(r as usize).copied());
+        }
+        let mut recorded = e.recorded.take();
+        for (t, thread) in recorded.iter_mut().flat_map(|r| &mut r.threads).enumerate() {
+            (thread.pid, thread.vm) = (e.threads[t].pid, of_thread[t].map(|root| vm_of[root]));
+            thread.comm.clone_from(&e.threads[t].comm);
+        }
         Ok(Replay {
             schema: "tdpmmu.replay/1",
             file: path.display().to_string(),
@@ -424,6 +500,20 @@ impl<'a> Run<'a> {
             vms: vms.len() as u64,
             tables_peak: e.forest.peak_tables,
             tables_at_end: e.forest.live_tables,
+            begin_ns: self.first_ns.unwrap_or(0),
+            timeline,
+            causes,
+            storms,
+            storms_total,
+            faults: std::mem::take::<FaultBook>(&mut e.faults).finish(ept),
+            top_operations: std::mem::take::<Operations>(&mut e.operations).finish(),
+            per_vm,
+            ambiguous,
+            losses: std::mem::take(&mut e.losses),
+            what_if: None,
+            input,
+            recorded,
+            shapes: e.shapes.take().unwrap_or_default(),
             births: e.births,
             deaths: e.deaths,
             stat_checks: e.stats,
@@ -438,6 +528,19 @@ impl<'a> Run<'a> {
             span_ns: self.last_ns.saturating_sub(self.first_ns.unwrap_or(0)),
             notes,
         })
+    }
+}
+
+impl Run<'_> {
+    fn ambiguous(book: &VmBook, lost: bool) -> Ambiguous {
+        let why = match (book.unplaced, lost) {
+            (0, _) => None,
+            (_, true) => Some("events were lost, and no later event names the root of these changes"),
+            (_, false) => Some(
+                "the recording names no roots (iter_start), and the entry has this value in trees of several VMs",
+            ),
+        };
+        Ambiguous { transitions: book.unplaced, why: why.map(str::to_owned) }
     }
 }
 

@@ -35,8 +35,25 @@ pub(crate) struct Thread {
     /// gfn of the guest's fault that the thread serves.
     pub(crate) fault: Option<u64>,
     pub(crate) stretch: Option<Stretch>,
-    /// Operations of a test program that are open in this thread: number, VM.
-    pub(crate) ops: Vec<(u64, Option<u64>)>,
+    /// Events were lost since its root was last named: what it changes can't be placed.
+    pub(crate) adrift: bool,
+    /// Begin of the fault that it serves.
+    pub(crate) fault_since: Option<u64>,
+    /// Begin of the notifier call that it is in.
+    pub(crate) notifier_since: Option<u64>,
+    /// It has a page to map and has not mapped it yet.
+    pub(crate) has_page: bool,
+    /// Operations of a test program that are open in this thread.
+    pub(crate) ops: Vec<OpenOp>,
+}
+
+/// An operation that a mark has begun.
+#[derive(Clone, Debug)]
+pub(crate) struct OpenOp {
+    pub(crate) number: u64,
+    pub(crate) kind: String,
+    pub(crate) detail: String,
+    pub(crate) t0: u64,
 }
 
 impl Thread {
@@ -67,6 +84,10 @@ impl Thread {
             faults: false,
             fault: None,
             stretch: None,
+            adrift: false,
+            fault_since: None,
+            notifier_since: None,
+            has_page: false,
             ops: Vec::new(),
         }
     }
@@ -76,14 +97,20 @@ impl Thread {
     }
 
     /// An entry was zapped; without a stretch a new one begins, its cause taken from what the thread is.
-    pub(crate) fn zap_entry(&mut self, level: u8, ns: u64, replaced: bool) {
+    pub(crate) fn zap_entry(&mut self, level: u8, ns: u64, replaced: bool, leaf: bool, root: RootId) {
+        let stretch = self.zapping(ns, replaced);
+        stretch.removed(level, ns, leaf, root);
+    }
+
+    /// The stretch that a removal belongs to.
+    pub(crate) fn zapping(&mut self, ns: u64, replaced: bool) -> &mut Stretch {
         let cause = match () {
             () if self.comm.starts_with("kvm-nx-lpage") => "nx_recovery",
             () if self.comm.starts_with("kworker") => "worker",
             () if replaced || self.fault.is_some() => "replace",
             () => "other",
         };
-        self.stretch.get_or_insert_with(|| Stretch::new(cause, ns, false)).removed(level, ns);
+        self.stretch.get_or_insert_with(|| Stretch::new(cause, ns, false))
     }
 
     pub(crate) fn zap_table(&mut self) {

@@ -24,6 +24,8 @@ pub(crate) enum Known {
     Frozen,
     /// By its first event after a time it was not known: the line before that one may stand after it.
     Blind,
+    /// As it was before events were lost: its next event tells whether they touched it.
+    Doubted,
     /// Not at all: before the recording, or after a loss.
     Unknown,
 }
@@ -202,7 +204,9 @@ impl Forest {
                 return Found::Entry(id, i);
             }
             match table.child(i) {
-                NONE if table.known[i] == Known::Unknown => return Found::Blind(id, i),
+                NONE if matches!(table.known[i], Known::Unknown | Known::Doubted) => {
+                    return Found::Blind(id, i);
+                }
                 NONE => return Found::Missing,
                 child => id = child,
             }

@@ -109,6 +109,9 @@ impl Engine {
         let pa = self.direct_map.filter(|_| spt != 0).map_or(0, |base| spt.wrapping_sub(base));
         self.seen.blind |= !known;
         self.forest.roots.push(Root { spt, as_id, level, table: NONE, vm, live: true, dying: Vec::new() });
+        let v = &self.vms[vm];
+        let (pid, comm) = self.threads.get(self.now).map_or((0, ""), |t| (t.pid, t.comm.as_str()));
+        self.book.root(id as usize, (v.tgid, v.script), pid, comm);
         let table = self.forest.new_table(id, level, 0, pa, self.format.nonpresent, knowledge);
         self.forest.roots[id as usize].table = table;
         if pa != 0 {
@@ -137,6 +140,7 @@ impl Engine {
 
     /// A table whose content is not known, hung below an entry whose content is not known.
     pub(super) fn adopt(&mut self, mut t: TableId, mut i: usize, level: u8, gfn: u64) -> (TableId, usize) {
+        self.forget(t, i);
         while self.forest.table(t).level > level {
             let (root, above) = (self.forest.table(t).root, self.forest.table(t).level);
             let base = gfn & !(table_span(above - 1) - 1);
@@ -183,11 +187,12 @@ impl Engine {
         let (level, gfn, pa, prepared, shared) =
             (table.level, table.gfn, table.pa, table.prepared, table.shared_removal);
         let frozen = self.format.frozen;
-        let unknown = table.adopted || table.known.contains(&Known::Unknown);
+        let unknown =
+            table.adopted || table.known.iter().any(|k| matches!(k, Known::Unknown | Known::Doubted));
         let present = table.entries.iter().position(|&e| Spte(e).is_present());
         let open = if shared { table.first_open(frozen) } else { None };
         let at = Change { gfn, level, ..*c };
-        if !unknown && !self.seen.lost {
+        if !unknown {
             if let Some(k) = present {
                 let value = self.forest.table(id).entries[k];
                 let rule =
@@ -318,7 +323,7 @@ impl Engine {
             return;
         }
         let table = self.forest.table(id);
-        let known = |k: usize| table.known[k] != Known::Unknown;
+        let known = |k: usize| !matches!(table.known[k], Known::Unknown | Known::Doubted);
         if let Some(k) = (0..table.entries.len()).find(|&k| known(k) && Spte(table.entries[k]).is_present()) {
             let (value, level) = (table.entries[k], table.level);
             let at = Change { gfn: k as u64 * span(level), level, ..*c };

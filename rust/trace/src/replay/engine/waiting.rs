@@ -38,8 +38,7 @@ impl Engine {
                     if self.forest.table(t).known[i] == Known::Blind {
                         // It may be the line that belongs before the first one seen of this entry.
                         self.checked.unknown += u64::from(!c.fast);
-                        let table = self.forest.table_mut(t);
-                        table.known[i] = Known::Unknown;
+                        self.forget(t, i);
                         return;
                     }
                     if c.fast {
@@ -202,6 +201,9 @@ impl Engine {
     pub(crate) fn fast_fault(&mut self, mut c: Change) {
         let Some(root) = self.threads[c.thread].root.or(self.threads[c.thread].guessed_root) else {
             self.fast_unplaced += 1;
+            if self.seen.lost {
+                self.forget_leafs(c.gfn);
+            }
             return;
         };
         if !self.forest.roots[root as usize].live {
@@ -266,7 +268,7 @@ impl Engine {
 
     pub(super) fn saw(&self, c: &Change, t: TableId, i: usize) -> bool {
         let table = self.forest.table(t);
-        table.known[i] == Known::Unknown
+        matches!(table.known[i], Known::Unknown | Known::Doubted)
             || drifted(&self.format, table.level, table.entries[i], c.new).is_some()
     }
 
