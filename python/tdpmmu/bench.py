@@ -17,13 +17,15 @@ from tdpmmu import _names, _native, units
 from tdpmmu.errors import InvalidArgument
 from tdpmmu.results import BenchResult, MicroResult
 
-__all__ = ["drop", "fault", "populate", "rcu", "walk", "zap"]
+__all__ = ["dirty", "drop", "fault", "populate", "rcu", "walk", "zap"]
 
 Progress = Callable[[str, float], object]
 Size = str | SupportsIndex
 MAX_VCPUS = 1024
 MAX_WORKERS = 1024
 AD_MIX = ("clean", "accessed", "dirty")
+#: `bench dirty`: how written pages are found.
+PROTOCOLS = ("get", "clear-64", "clear", "init-set", "ring", "d-bits")
 
 
 def config(
@@ -55,6 +57,9 @@ def config(
     worker_queue: str | None = None,
     vcpu_cpus: Iterable[int] | None = None,
     churns: int | None = None,
+    protocol: str | Iterable[str] | None = None,
+    eager: str | Iterable[str] | None = None,
+    density: int | Iterable[int] | None = None,
     timeline: bool = False,
     perfetto: str | os.PathLike[str] | None = None,
     hlog: str | os.PathLike[str] | None = None,
@@ -94,6 +99,10 @@ def config(
         worker_queue: `per-vm` or `system`, against the design's own.
         vcpu_cpus: CPUs that the vCPUs are pinned to, in turn.
         churns: cycles of the scene slot-churn, a count.
+        protocol: how written pages are found, of `PROTOCOLS`, several or `all` (`bench dirty`); None is all.
+        eager: split huge pages when logging starts, `on`, `off` or both (`bench dirty`); None is what
+            makes sense.
+        density: one page in so many is written, a count, or several (`bench dirty`); None is 1, 8 and 512.
         timeline: keep each thread's phases in the result, for `plot --kind timeline`.
         perfetto: write a Perfetto trace to this file.
         hlog: write HdrHistogram logs to this file.
@@ -160,6 +169,19 @@ def config(
         out["worker_queue"] = _names.one_of(worker_queue, _names.QUEUES, "worker_queue")
     if churns is not None:
         out["churns"] = between(churns, 1, 10**6, "churns")
+    for name, given in (("protocol", protocol), ("eager", eager), ("density", density)):
+        if given is not None and experiment != "dirty":
+            raise InvalidArgument(f"{name}={given!r}: an option of bench dirty, not of bench {experiment}")
+    if protocol is not None:
+        found = _names.each_of(protocol, (*PROTOCOLS, "all"), "protocol")
+        out["protocols"] = list(PROTOCOLS) if "all" in found else found
+    if eager is not None:
+        out["eager"] = _names.each_of(eager, ("on", "off"), "eager")
+    if density is not None:
+        several = density if isinstance(density, Iterable) and not isinstance(density, str) else [density]
+        out["densities"] = [between(each, 1, memory_bytes // 4096, "density") for each in several]
+        if not out["densities"]:
+            raise InvalidArgument("density: expected at least one")
     if timeline:
         out["timeline"] = True
     for name, path in (("perfetto", perfetto), ("hlog", hlog)):
@@ -267,6 +289,15 @@ def walk(*, progress: Progress | None = None, timeout: float | None = None, **op
 def rcu(*, progress: Progress | None = None, timeout: float | None = None, **options: Any) -> MicroResult:
     """Measure an RCU read section and deferred freeing, in ns. Options and errors: see `zap`."""
     return MicroResult.from_raw(_run("rcu", options, progress, timeout))
+
+
+def dirty(*, progress: Progress | None = None, timeout: float | None = None, **options: Any) -> MicroResult:
+    """Measure dirty logging phase by phase, in ns an operation. Options and errors: see `config` and `zap`.
+
+    The phases: enable, first write, harvest, write again, disable, and what the guest pays to be mapped
+    huge again.
+    """
+    return MicroResult.from_raw(_run("dirty", options, progress, timeout))
 
 
 def _run(

@@ -74,10 +74,14 @@ _RUN: Shape = {
     "curves": {"*": [[NUMBER]]},
     "violation_list": [TEXT],
 }
+_OPERATION: Shape = {
+    **dict.fromkeys(("ns", "ratio", "goal", "count", "density", "total_ns"), NUMBER),
+    **dict.fromkeys(("name", "phase", "page", "protocol"), TEXT),
+}
 _ABOUT: Shape = {"host": {}, "build": {}, "config": {}, "limits": {}}
 _SHAPES: dict[str, Shape] = {
     "tdpmmu.bench.": {**_ABOUT, "experiment": TEXT, "runs": [_RUN]},
-    "tdpmmu.micro/": {**_ABOUT, "rows": [{"name": TEXT, "ns": NUMBER, "ratio": NUMBER, "goal": NUMBER}]},
+    "tdpmmu.micro/": {**_ABOUT, "rows": [_OPERATION]},
 }
 
 

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,7 @@ def zap_options(body: Command) -> Command:
 def measure(kind: str, out: Output, options: dict[str, Any]) -> int:
     """Run one experiment, show its result, and return the exit code."""
     from tdpmmu import bench as experiments
-    from tdpmmu import results, table
+    from tdpmmu import results
 
     timeout, wide = options.pop("timeout"), options.pop("wide", False)
     drawn = options["seed"] is None
@@ -166,9 +167,11 @@ def measure(kind: str, out: Output, options: dict[str, Any]) -> int:
         import secrets
 
         options["seed"] = secrets.randbits(31)
-    for name in ("scene", "passes"):
+    for name in ("scene", "passes", "protocol", "eager"):
         if name in options:
             options[name] = options[name] or None
+    if "density" in options:
+        options["density"] = densities(options["density"]) or None
     for name in ("worker_cpus", "vcpu_cpus"):
         if options.get(name) is not None:
             options[name] = cpu_list(options[name], name)
@@ -183,8 +186,7 @@ def measure(kind: str, out: Output, options: dict[str, Any]) -> int:
     for name in request["designs"]:
         if name in _names.flawed():
             say(f"note: {_names.marked(name)}: its violations are the result, not an error")
-    zaps = functools.partial(table.render_bench, wide=wide)
-    render = zaps if kind in ("zap", "drop") else table.render_micro
+    render = renderer(kind, wide)
     with exports:
         try:
             with progress(out.quiet) as report:
@@ -201,6 +203,28 @@ def measure(kind: str, out: Output, options: dict[str, Any]) -> int:
         exports.place(answer)
         out.emit(results.typed(answer, "the result"), render)
     return 0
+
+
+def renderer(kind: str, wide: bool) -> Callable[[Any], str]:
+    """Return what makes an experiment's result a table."""
+    from tdpmmu import dirty, table
+
+    if kind in ("zap", "drop"):
+        return functools.partial(table.render_bench, wide=wide)
+    return functools.partial(dirty.render, wide=wide) if kind == "dirty" else table.render_micro
+
+
+def densities(texts: tuple[str, ...]) -> list[int]:
+    """Return the counts of `1` and `8,512`.
+
+    Raises:
+        InvalidArgument: not a count.
+    """
+    found = [part.strip() for text in texts for part in text.split(",")]
+    for part in found:
+        if not (part.isascii() and part.isdecimal()):
+            raise errors.InvalidArgument(f"density={part!r}: expected a count, such as 8 for one page in 8")
+    return [int(part) for part in found]
 
 
 def cpu_list(text: str, name: str) -> list[int]:
@@ -293,3 +317,25 @@ _micro("populate", "Mapping a guest, in bulk and through faults: ns per SPTE.")
 _micro("fault", "One page fault through the complete path: ns.")
 _micro("walk", "A lockless walk, dependent: ns.")
 _micro("rcu", "An RCU read section, grace periods, deferred freeing: ns.")
+
+
+@bench.command("dirty")
+@machine_options
+@click.option(
+    "--protocol",
+    multiple=True,
+    metavar="NAME",
+    help="How written pages are found: get, clear-64, clear, init-set, ring, d-bits; repeat, or give a comma "
+    "list. [all]",
+)
+@click.option(
+    "--eager", multiple=True, metavar="HOW", help="Split huge pages ahead: on, off, or on,off. [both]"
+)
+@click.option(
+    "--density", multiple=True, metavar="N", help="One page in N is written; or a comma list. [1,8,512]"
+)
+@click.option("--wide", is_flag=True, help="Every row with its limit as well.")
+@common(suffixes=(*SUFFIXES, *PICTURES))
+def bench_dirty(out: Output, **options: Any) -> int:
+    """Dirty logging, phase by phase: enable, write, harvest, disable; eager split on and off."""
+    return measure("dirty", out, options)

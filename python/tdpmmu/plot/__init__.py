@@ -69,9 +69,10 @@ def draw(
     with mpl.rc_context(style.RC):
         figure = Figure(layout="constrained")
         if isinstance(result, MicroResult):
-            from tdpmmu.plot import bars
+            from tdpmmu.plot import bars, dirty
 
-            bars.draw_micro(figure, result)
+            logging = result.rows[0].raw.get("phase") is not None
+            (dirty.draw if logging else bars.draw_micro)(figure, result)
         else:
             chosen = Selection.of(result, scene=scene, designs=designs, field=field)
             importlib.import_module(f"tdpmmu.plot.{kind}").draw(figure, chosen)
