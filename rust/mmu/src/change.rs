@@ -115,6 +115,23 @@ pub(crate) fn changed<P: Platform, M: Mode>(
     }
 }
 
+/// What follows from the aging of a leaf, `old -> new`: Dirty that went with it (W, where hardware sets no D) belongs to the host's page. Accessed does not:
+/// whoever ages is about to be told.
+pub(crate) fn aged<P: Platform, M: Mode>(
+    mmu: &TdpMmu<P>,
+    task: &Task<P>,
+    ledger: &mut Ledger,
+    at: At,
+    old: Spte,
+    new: Spte,
+) {
+    tell::<P, M>(mmu, task, at, old, new);
+    if mmu.writes_back() {
+        let dirty = mmu.format().leaf_needs_dirty(old) && !mmu.format().leaf_needs_dirty(new);
+        ledger.write_back(mmu, old.pfn(), 1, dirty, false);
+    }
+}
+
 /// Tears down a table that is no longer reachable from its parent. `at` is its first gfn and its own level.
 fn removed_table<P: Platform, M: Mode>(
     mmu: &TdpMmu<P>,
@@ -126,6 +143,7 @@ fn removed_table<P: Platform, M: Mode>(
     if let Some(observer) = mmu.observer() {
         observer.event(task.id(), &Event::TableUnlink { table, level: at.level, gfn: at.gfn });
     }
+    mmu.nx_unlinked(table);
     let base = mmu.pool().meta(table).gfn();
     if at.level == 1 {
         freeze_leaf_table::<P, M>(mmu, task, ledger, table, At { gfn: base, ..at });

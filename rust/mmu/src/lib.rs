@@ -16,6 +16,8 @@
 //! | `root.rs` | root list, references, load and put |
 //! | `map.rs` | a fault's map step |
 //! | `lockless.rs` | look-up and fast page fault |
+//! | `nx.rs` | the NX huge-page mitigation: candidates, recovery |
+//! | `age.rs`, `change_pte.rs` | what notifiers ask of single leaves: was it accessed, did its page move |
 //! | `zap.rs` | passes, range zaps, the steps of a fast zap |
 //! | `design/` | who zaps a dead root, and when |
 //! | `populate.rs` | bulk population |
@@ -27,7 +29,9 @@
 //! Written from the semantics of Linux 5.10 to 7.2; the ways in which these differ are switches of
 //! [`KernelProfile`], read where they matter, each with its source there.
 
+mod age;
 mod change;
+mod change_pte;
 mod collapse;
 mod count;
 mod debt;
@@ -38,6 +42,7 @@ mod iter;
 mod ledger;
 mod lockless;
 mod map;
+mod nx;
 mod populate;
 mod root;
 mod split;
@@ -119,6 +124,7 @@ pub struct TdpMmu<P: Platform> {
     /// mmu_lock.
     pub lock: MmuLock<P>,
     roots: RootList<P>,
+    nx: nx::NxPages,
     pool: Arc<TablePool>,
     rcu: Arc<P::Rcu>,
     host: Arc<dyn MmuHost<P>>,
@@ -148,6 +154,7 @@ impl<P: Platform> TdpMmu<P> {
         let mmu = Arc::new(Self {
             lock: MmuLock::new(),
             roots: RootList::default(),
+            nx: nx::NxPages::default(),
             pool,
             rcu,
             host,
