@@ -15,8 +15,8 @@
 //!
 //! Between freeze and store the frozen value keeps faults out (rule F4). Its bookkeeping stands before the flush in 6.1, whose change to empty nobody is told of, and after the
 //! store in 6.12, whose change to frozen nobody is told of (`atomic-zap`). Recovery maps the same frames, so its flush can wait for the next yield or
-//! the end: of the old translations W may be narrower, and what is wider was the table's own. A huge leaf is as writable as the first leaf was: write-protected, it is fixed by a later
-//! fault. A table without leaves is left alone.
+//! the end. A huge leaf is as writable as the first leaf was: write-protected, it is fixed by a later fault. Under the NX mitigation it loses X. A table without
+//! leaves is left alone.
 //!
 //! 5.10 does its zap under the exclusive lock, with one flush at the end; here it shares the lock as its successors do.
 
@@ -132,7 +132,7 @@ impl<P: Platform> TdpMmu<P> {
                 let Some(small) = self.first_leaf(entry.walk.task(), table, level - 1) else {
                     continue 'walk;
                 };
-                let huge = self.format().collapse(small, level, false);
+                let huge = self.format().collapse(small, level, self.nx_huge_pages());
                 if entry.set_as(huge, Site::SpteInstall).is_ok() {
                     // Paid before the next yield, and before the RCU section ends: tables are freed.
                     entry.owe_flush();

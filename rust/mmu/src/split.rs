@@ -164,8 +164,9 @@ impl<P: Platform> TdpMmu<P> {
         if let Some(observer) = self.observer() {
             observer.event(task.id(), &Event::TableAlloc { table, level: level - 1, gfn });
         }
+        let nx = self.nx_huge_pages();
         for (i, cell) in self.pool().entries(table).iter().enumerate() {
-            let child = self.format().split_child(huge, level, i, false);
+            let child = self.format().split_child(huge, level, i, nx);
             cell.store(child.raw(), Ordering::Relaxed);
         }
         task.count(0, ENTRIES as u64);

@@ -183,21 +183,19 @@ impl<P: Platform> TdpMmu<P> {
         debt
     }
 
-    /// kvm_zap_gfn_range's half of the TDP MMU: the leaves of `gfns` in both address spaces, under all roots, one address space after the other (up to 6.5), or under the valid
-    /// ones in the order of the list (`zap-range-roots`). The caller has begun an invalidation in this hold, and pays the debt before it ends it.
+    /// kvm_zap_gfn_range's half of the TDP MMU: the leaves of `gfns` in both address spaces, under all roots (up to 6.8) or the valid ones (`zap-range-roots`); one
+    /// address space after the other up to 6.5, all in the order of the list since (`zap-range-by-space`). The caller has begun an invalidation in this hold, and pays
+    /// the debt before it ends it.
     pub fn zap_gfn_range(&self, guard: &mut Guard<'_, P, Exclusive>, gfns: Range<u64>) -> FlushDebt {
-        let mut debt = FlushDebt::none();
-        match self.profile().zap_range_roots {
-            RootSet::All => {
-                for as_id in [0, 1] {
-                    debt = self.zap_leafs_of(guard, Which::All, Some(as_id), &gfns, Yield::Allowed, debt);
-                }
-            }
-            RootSet::Valid => {
-                debt = self.zap_leafs_of(guard, Which::Valid, None, &gfns, Yield::Allowed, debt);
-            }
-        }
-        debt
+        let which = match self.profile().zap_range_roots {
+            RootSet::All => Which::All,
+            RootSet::Valid => Which::Valid,
+        };
+        let spaces: &[Option<u8>] =
+            if self.profile().zap_range_by_space { &[Some(0), Some(1)] } else { &[None] };
+        spaces.iter().fold(FlushDebt::none(), |debt, &as_id| {
+            self.zap_leafs_of(guard, which, as_id, &gfns, Yield::Allowed, debt)
+        })
     }
 
     /// Everything, under the exclusive lock (the VM's memory goes away: no vCPU can run, no flush is owed).

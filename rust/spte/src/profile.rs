@@ -21,11 +21,11 @@
 //! The engine reads these switches today: nonpresent, frozen, role, passes, ownership, atomic-zap, split-in-fault,
 //! write-back, remake-dirty, spurious-if-allowed, fast-page-fault, stale-root-check, root-load-lock, root-free-lock,
 //! unmap-invalid-roots, invalid-root-owes-flush, notifier-unit, replace-flush, children-first, page-stats, eager-split,
-//! clear-dirty-roots, clear-dirty-write, and the name of the design.
+//! clear-dirty-roots, clear-dirty-write, dirty-or-write, collapse, zap-range-roots, zap-range-by-space, and the name of the design.
 //!
 //! The others are recorded for what is not built yet, and changing them changes nothing:
-//! dirty logging (clear-split-inclusive, mark-dirty, dirty-or-write), collapsing (collapse), aging (aging), NX recovery (nx-recovery-lock, nx-skips-dirty-slots,
-//! nx-adjust-flag-test, nx-flag-before-publish), single-leaf notifiers and range zaps (set-spte-gfn, zap-range-roots,
+//! dirty logging (clear-split-inclusive, mark-dirty), aging (aging), NX recovery (nx-recovery-lock, nx-skips-dirty-slots,
+//! nx-adjust-flag-test, nx-flag-before-publish), single-leaf notifiers and range zaps (set-spte-gfn,
 //! notifier-range-all, unmap-frees-tables), slot deletion without fast zap (slot-zap-quirk), the results of a fault
 //! that no guest here can tell apart (level-mismatch-retries, write-protected-result), and how the engine itself does
 //! it in one way for all: shared faults (fault-lock), RCU (grace), the `yielded` flag (yield), an exchange for
@@ -132,6 +132,8 @@ profile! {
     eager_split: EagerSplit = "eager-split",
     /// CLEAR in initially-all-set mode splits up to and including its last gfn (6.12 sources; 6.1 excludes it; 7.2 assumed).
     clear_split_inclusive: bool = "clear-split-inclusive",
+    /// An initially-all-set log protects huge leafs when it is enabled (5.10); when the pages around them are cleared from 5.14 on (3ad93562093c, from a changelog).
+    init_set_protects_huge: bool = "init-set-protects-huge",
     /// Dirty and Accessed reach the host page at zap up to 6.12, at creation from 6.13 (aa85986e7150).
     write_back: WriteBack = "write-back",
     /// Marking gfns dirty in a changed entry's bookkeeping: always up to 5.18; exclusive only in 6.1; not from 6.6 on.
@@ -179,6 +181,8 @@ profile! {
     dirty_or_write: DirtyOrWrite = "dirty-or-write",
     /// Zapping leafs of a range (kvm_zap_gfn_range): all roots in 6.1, valid ones in 6.12.
     zap_range_roots: RootSet = "zap-range-roots",
+    /// Zapping leafs of a range visits one address space after the other (up to 6.5), or all roots in the order of the list (441a5dfcd968, 6.6).
+    zap_range_by_space: bool = "zap-range-by-space",
     /// Notifier unmap reaches invalidated roots (5.18 on, d62007edf01f).
     unmap_invalid_roots: bool = "unmap-invalid-roots",
     /// Notifier unmap removes whole tables inside its range (5.10-5.17); leafs only from 5.18 on.
@@ -219,6 +223,7 @@ const V5_10: KernelProfile = KernelProfile {
     split_in_fault: SplitInFault::ZapThenLink,
     eager_split: EagerSplit::None,
     clear_split_inclusive: false,
+    init_set_protects_huge: true,
     write_back: WriteBack::AtZap,
     mark_dirty: MarkDirty::Always,
     remake_dirty: RemakeDirty::SkipWhenOldWritable,
@@ -242,6 +247,7 @@ const V5_10: KernelProfile = KernelProfile {
     clear_dirty_write: ClearDirty::SetPath,
     dirty_or_write: DirtyOrWrite::PerSpte,
     zap_range_roots: RootSet::All,
+    zap_range_by_space: true,
     unmap_invalid_roots: false,
     unmap_frees_tables: true,
     invalid_root_owes_flush: true,
@@ -263,6 +269,7 @@ const V5_15: KernelProfile = KernelProfile {
     yield_style: YieldStyle::Restart,
     fast_page_fault: true,
     uninit_lock: LockMode::Shared,
+    init_set_protects_huge: false,
     page_stats: true,
     ..V5_10
 };
@@ -307,6 +314,7 @@ const V6_6: KernelProfile = KernelProfile {
     nx_flag_before_publish: true,
     clear_dirty_write: ClearDirty::AtomicAnd,
     replace_flush_span: ReplaceFlushSpan::Entry,
+    zap_range_by_space: false,
     ..V6_1
 };
 
