@@ -7,12 +7,16 @@ use tdpmmu_platform::{Observer, RcuConfig, TaskConfig};
 use tdpmmu_spte::{Format, FormatKind, KernelProfile, LEVEL_1G, Ownership, Passes};
 
 use crate::VmError;
+use crate::dirty::DirtyMode;
 
 /// Most pages of a modelled host: 64 TiB for a guest, and 4 GiB for what a test puts beside it.
 pub const MAX_HOST_PAGES: u64 = (1 << 34) + (1 << 20);
 
 /// Most worker threads of one VM.
 pub const MAX_WORKERS: usize = 1024;
+
+/// The level (1 to 3) by which the host maps a host virtual page now.
+pub type HostLevel = Arc<dyn Fn(u64) -> u8 + Send + Sync>;
 
 /// Everything that decides how a VM behaves. `None` means the design's historic setting, else the profile's.
 #[derive(Clone)]
@@ -51,6 +55,18 @@ pub struct VmConfig {
     pub max_level: u8,
     /// Most pages that all regions of the modelled host may have together, up to [`MAX_HOST_PAGES`].
     pub host_pages: u64,
+    /// Who answers for the host's mapping levels where nobody faults (the end of dirty logging); `None`: the modelled host.
+    pub host_level: Option<HostLevel>,
+    /// Module parameter eager_page_split: huge leaves are split when logging starts.
+    pub eager_page_split: bool,
+    /// How dirty pages are told from clean ones.
+    pub dirty_mode: DirtyMode,
+    /// Entries of each vCPU's dirty ring, a power of two; `None`: bitmaps.
+    pub dirty_ring: Option<u32>,
+    /// Module parameter nx_huge_pages at the start.
+    pub nx_huge_pages: bool,
+    /// Generation that address space 0 begins with, even; space 1 begins with the number after it.
+    pub memslot_generation: u64,
     /// Check the owner of the frame at each guest access too.
     pub check_frames: bool,
     /// Settings of tasks.
@@ -82,6 +98,12 @@ impl VmConfig {
             write_back: true,
             max_level: LEVEL_1G,
             host_pages: 1 << 34,
+            host_level: None,
+            eager_page_split: true,
+            dirty_mode: DirtyMode::WriteProtect,
+            dirty_ring: None,
+            nx_huge_pages: false,
+            memslot_generation: 0,
             check_frames: false,
             task: TaskConfig::default(),
             rcu: RcuConfig::default(),
@@ -133,6 +155,10 @@ impl VmConfig {
         }
         if self.max_tables == 0 {
             return bad("max_tables", self.max_tables.to_string(), "at least one table");
+        }
+        if !self.memslot_generation.is_multiple_of(2) || self.memslot_generation >= 1 << 62 {
+            let rule = "address space 0 has the even generations, below 2^62";
+            return bad("memslot_generation", self.memslot_generation.to_string(), rule);
         }
         if self.workers == 0 || self.workers > MAX_WORKERS {
             return bad("workers", self.workers.to_string(), "1 to 1024 worker threads");

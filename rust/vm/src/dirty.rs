@@ -1,12 +1,18 @@
-//! Dirty logging: how it starts, and how what was written is collected.
+//! Dirty logging: how it starts and ends, and how what was written is collected.
 //!
-//! **Guarantee.** A write that completes after [`Vm::set_memslot`] has turned logging on, or after [`Vm::take_dirty_log`] has returned, is in the next log. No
-//! page is unmapped for it.
+//! **Guarantee.** A write that completes after [`Vm::set_memslot`] has turned logging on is in a later log, and so is one that completes after [`Vm::get_dirty_log`] or
+//! [`Vm::clear_dirty_log`] has returned. No page is unmapped for it. What was marked before is reported until it is taken.
 //!
 //! **Mechanism.** The slot with its bitmap is published first and SRCU waited for, so that every fault from then on maps 4 KiB and marks what it
-//! makes writable. Then huge leaves are split (5.18 and later; before, a huge leaf is only protected and its write fault splits it), then W is taken from
-//! every leaf of the slot, then one flush. A write faults from now on: the fast page fault gives W back without mmu_lock and marks
-//! the page, where the profile has it; else the slow path does.
+//! makes writable. What happens to the leaves that are there depends on how the log is to be kept:
+//!
+//! | | enabling | taking a page's bit |
+//! | --- | --- | --- |
+//! | write protection | huge leaves are split (`eager_page_split`, 5.18 on), W is taken from every leaf, one flush | W is taken from its 4 KiB leaf |
+//! | D bits (PML) | huge leaves are split, D is taken from every leaf, W from what is still huge, one flush | D is taken from its 4 KiB leaf |
+//! | either, initially all set | nothing: every page counts as dirty (5.10 protects the huge leaves) | huge leaves around the pages are split, or protected so that their next write splits them; then as above |
+//!
+//! A write faults from then on, and the fault marks; or hardware sets D and logs the page (`hwlog.rs`).
 //!
 //! | a write goes through | and is |
 //! | --- | --- |
@@ -14,57 +20,313 @@
 //! | an SPTE that the walk has yet to protect | the same: the call has not returned |
 //! | an SPTE that was protected, by a fault | marked after W was set; the mark may be early in the next log, never missing |
 //!
-//! Harvesting takes the bits first and protects second: a write in between sets its bit again and is reported twice, never lost.
+//! Harvesting takes the bits first and protects second: a write in between sets its bit again and is reported twice, never lost. GET does both at
+//! once, for the slot, under one exclusive hold; with *manual protection* GET only reads, and CLEAR takes the bits that the caller names and that are set, 64
+//! pages at a time, again under one exclusive hold. The flush comes after the hold.
+//!
+//! When logging ends, what the host maps huge becomes huge again, by the profile's `collapse`.
 
-use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
-use tdpmmu_platform::{Phase, Platform, Task};
-use tdpmmu_spte::LEVEL_4K;
+use tdpmmu_platform::{Exclusive, Guard, Phase, Platform, Task};
+use tdpmmu_spte::geometry::span;
+use tdpmmu_spte::{LEVEL_2M, LEVEL_4K};
 
+use crate::slot::{DirtyBitmap, MemSlot};
+use crate::slots::Logs;
 use crate::{Vm, VmError};
 
+/// How dirty pages are told apart from clean ones.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum DirtyMode {
+    /// Clean pages are write-protected: AMD, and Intel without PML.
+    #[default]
+    WriteProtect,
+    /// Clean pages have no D bit, and hardware logs each that gets one: Intel with PML.
+    DBits,
+}
+
+/// What one GET returned.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DirtyLog {
+    /// First gfn of the slot.
+    pub base: u64,
+    /// Pages of the slot.
+    pub pages: u64,
+    /// One bit a page, the first in bit 0 of the first word.
+    pub words: Vec<u64>,
+}
+
+impl DirtyLog {
+    /// The dirty gfns, ascending.
+    pub fn gfns(&self) -> impl Iterator<Item = u64> + '_ {
+        self.words.iter().enumerate().flat_map(move |(n, &word)| {
+            let bits = std::iter::successors((word != 0).then_some(word), |bits| {
+                let left = bits & (bits - 1);
+                (left != 0).then_some(left)
+            });
+            bits.map(move |bits| self.base + n as u64 * 64 + u64::from(bits.trailing_zeros()))
+        })
+    }
+
+    /// Dirty pages.
+    pub fn count(&self) -> u64 {
+        self.words.iter().map(|word| u64::from(word.count_ones())).sum()
+    }
+}
+
+/// What may change while the VM runs.
+pub(crate) struct Protocol {
+    manual: AtomicBool,
+    all_set: AtomicBool,
+    eager: AtomicBool,
+    mode: AtomicU8,
+}
+
+impl Protocol {
+    pub(crate) fn new(eager: bool, mode: DirtyMode) -> Self {
+        Self {
+            manual: AtomicBool::new(false),
+            all_set: AtomicBool::new(false),
+            eager: AtomicBool::new(eager),
+            mode: AtomicU8::new(u8::from(mode == DirtyMode::DBits)),
+        }
+    }
+
+    pub(crate) fn mode(&self) -> DirtyMode {
+        if self.mode.load(Ordering::Relaxed) == 0 { DirtyMode::WriteProtect } else { DirtyMode::DBits }
+    }
+}
+
 impl<P: Platform> Vm<P> {
-    /// Logging has just been turned on for `gfns`, and the slot that says so is published; slots_lock is held.
-    pub(crate) fn start_dirty_log(&self, task: &Task<P>, as_id: u8, gfns: Range<u64>) {
-        let mmu = self.mmu();
-        // Best effort, as in KVM: what stays huge for want of a table is protected below and split by its write fault.
-        let _shortage = mmu.split_huge_pages(task, as_id, gfns.clone(), LEVEL_4K);
-        mmu.write_protect(task, as_id, gfns.clone(), LEVEL_4K);
+    /// KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: `manual`: GET only reads, CLEAR protects; `initially_set`: a new log begins with every page dirty and nothing
+    /// protected. Holds for slots that begin to log afterwards, and for every GET from now on.
+    ///
+    /// # Errors
+    /// [`VmError::Config`] for `initially_set` without `manual` (EINVAL); [`VmError::Closed`].
+    pub fn enable_dirty_log_protect(
+        &self,
+        task: &Task<P>,
+        manual: bool,
+        initially_set: bool,
+    ) -> Result<(), VmError> {
+        if initially_set && !manual {
+            let rule = "a log that is all set at first needs manual protection";
+            return Err(VmError::Config { what: "initially_set", value: "true".into(), rule });
+        }
+        let _slots = self.lock_slots(task);
+        self.open()?;
+        self.protocol.manual.store(manual, Ordering::Relaxed);
+        self.protocol.all_set.store(initially_set, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// The module parameter `eager_page_split`, from now on: split huge leaves when logging starts (or when an initially-all-set page is cleared), not when they are
+    /// written. No effect in kernels before 5.18.
+    pub fn set_eager_page_split(&self, on: bool) {
+        self.protocol.eager.store(on, Ordering::Relaxed);
+    }
+
+    /// How slots that begin to log keep their log.
+    pub(crate) fn logs(&self) -> Logs {
+        if self.side().rings.is_some() {
+            Logs::Ring
+        } else {
+            Logs::Bitmap { all_set: self.protocol.all_set.load(Ordering::Relaxed) }
+        }
+    }
+
+    /// kvm_mmu_slot_apply_flags: logging has just been turned on or off for `new`, which is published; slots_lock is held. Only for a change of flags: a slot that is
+    /// created or moved has no leaves, and those of a read-only one can neither be dirtied nor made writable.
+    pub(crate) fn apply_flags(&self, task: &Task<P>, old: &MemSlot, new: &MemSlot) {
+        if new.flags.readonly || old.flags.log_dirty == new.flags.log_dirty {
+            return;
+        }
+        if new.flags.log_dirty { self.start_dirty_log(task, new) } else { self.stop_dirty_log(task, new) }
+    }
+
+    fn start_dirty_log(&self, task: &Task<P>, slot: &MemSlot) {
+        let (mmu, as_id, gfns) = (self.mmu(), slot.as_id, slot.gfns());
+        if self.protocol.all_set.load(Ordering::Relaxed) {
+            if mmu.profile().init_set_protects_huge {
+                mmu.write_protect(task, as_id, gfns.clone(), LEVEL_2M);
+                mmu.flush(task, Some(gfns));
+            }
+            return;
+        }
+        if self.protocol.eager.load(Ordering::Relaxed) {
+            // Best effort, as in KVM: what stays huge for want of a table is protected below and split by its write fault.
+            let _shortage = mmu.split_huge_pages(task, as_id, gfns.clone(), LEVEL_4K);
+        }
+        match self.protocol.mode() {
+            DirtyMode::WriteProtect => {
+                mmu.write_protect(task, as_id, gfns.clone(), LEVEL_4K);
+            }
+            DirtyMode::DBits => {
+                mmu.clear_dirty(task, as_id, gfns.clone());
+                mmu.write_protect(task, as_id, gfns.clone(), LEVEL_2M);
+            }
+        }
+        // In any case: W may have been taken by who flushes later, and what it was taken from may still be cached.
         mmu.flush(task, Some(gfns));
     }
 
-    /// KVM_GET_DIRTY_LOG: the gfns written since the last call, ascending; their SPTEs are write-protected so that the next write is seen. One exclusive hold of
-    /// mmu_lock for the whole slot, and one flush after it if anything was dirty.
+    fn stop_dirty_log(&self, task: &Task<P>, slot: &MemSlot) {
+        let level = |gfn| slot.max_level(gfn).min(self.host_level(slot.hva_of(gfn)));
+        self.mmu().collapse(task, slot.as_id, slot.gfns(), &level);
+    }
+
+    /// The level by which the host maps `hva` now, 1 where it does not.
+    pub(crate) fn host_level(&self, hva: u64) -> u8 {
+        let level = match &self.host_level {
+            Some(answer) => answer(hva),
+            None => self.side().primary.lookup(hva).map_or(LEVEL_4K, |page| page.level),
+        };
+        level.clamp(LEVEL_4K, self.rules().max_level)
+    }
+
+    /// kvm_arch_mmu_enable_log_dirty_pt_masked: the pages `offset + n` of `slot` for each bit n of `mask` are taken for clean; the next write to each is seen. The flush
+    /// is the caller's, after the hold.
+    pub(crate) fn protect_dirty(
+        &self,
+        guard: &mut Guard<'_, P, Exclusive>,
+        slot: &MemSlot,
+        offset: u64,
+        mask: u64,
+    ) {
+        if mask == 0 {
+            return;
+        }
+        let (mmu, as_id, base) = (self.mmu(), slot.as_id, slot.base + offset);
+        let profile = mmu.profile();
+        if self.protocol.all_set.load(Ordering::Relaxed) && !profile.init_set_protects_huge {
+            let first = base + u64::from(mask.trailing_zeros());
+            let last = base + u64::from(63 - mask.leading_zeros());
+            if self.protocol.eager.load(Ordering::Relaxed) {
+                // 6.1 leaves out the last page, and with it a huge leaf that only that page begins.
+                let end = last + u64::from(profile.clear_split_inclusive);
+                let _shortage = mmu.split_huge_pages_exclusive(guard, as_id, first..end, LEVEL_4K);
+            }
+            // W and MMU-writable: what is still huge is split by its next write, not fixed without the lock. The flush after the hold serves these too: a
+            // write through an old translation until then is one before this call returned.
+            mmu.write_protect_gfn(guard, as_id, first, LEVEL_2M);
+            // The kernel compares the pages rounded *up*: of two huge pages the second is missed if only its very first page is named.
+            let up = |gfn: u64| gfn.next_multiple_of(span(LEVEL_2M));
+            if up(first) != up(last) {
+                mmu.write_protect_gfn(guard, as_id, last, LEVEL_2M);
+            }
+        }
+        let protect = self.protocol.mode() == DirtyMode::WriteProtect;
+        mmu.clear_dirty_masked(guard, as_id, base, mask, protect);
+    }
+
+    /// The slot and its bitmap, by the rules of GET and CLEAR; slots_lock is held.
+    fn logging<'s>(
+        &self,
+        slot: Option<&'s Arc<MemSlot>>,
+        as_id: u8,
+        id: u16,
+    ) -> Result<(&'s MemSlot, &'s DirtyBitmap), VmError> {
+        if self.side().rings.is_some() {
+            return Err(VmError::OtherLog { what: "a dirty bitmap", has: "rings" });
+        }
+        let slot = slot.ok_or(VmError::NoSlot { as_id, id })?;
+        let dirty = slot.dirty.as_ref().ok_or(VmError::NotLogging { as_id, id })?;
+        Ok((slot, dirty))
+    }
+
+    /// KVM_GET_DIRTY_LOG: what was written since it was last taken. Without manual protection it is taken by this call: one exclusive hold of mmu_lock for the whole
+    /// slot, and one flush after it if anything was dirty. With it, nothing changes.
     ///
     /// # Errors
-    /// [`VmError::NoSlot`] without such a slot, or when it does not log; [`VmError::Closed`].
-    pub fn take_dirty_log(&self, task: &Task<P>, as_id: u8, id: u16) -> Result<Vec<u64>, VmError> {
+    /// [`VmError::OtherLog`] in a VM with rings (ENXIO), [`VmError::NoSlot`] and [`VmError::NotLogging`] (ENOENT), [`VmError::Closed`].
+    pub fn get_dirty_log(&self, task: &Task<P>, as_id: u8, id: u16) -> Result<DirtyLog, VmError> {
         let slots = self.lock_slots(task);
         self.open()?;
         let set = slots.set();
-        let slot = set.by_id(as_id, id).ok_or(VmError::NoSlot { as_id, id })?;
-        let dirty = slot.dirty.as_ref().ok_or(VmError::NoSlot { as_id, id })?;
-        let mut gfns = Vec::new();
+        let (slot, dirty) = self.logging(set.by_id(as_id, id), as_id, id)?;
+        self.sync_hardware_logs();
+        let mut words = vec![0; slot.pages.div_ceil(64) as usize];
+        if self.protocol.manual.load(Ordering::Relaxed) {
+            for (n, word) in words.iter_mut().enumerate() {
+                *word = dirty.word(n);
+            }
+        } else {
+            {
+                let mut guard = self.mmu().lock.write(task);
+                let _work = task.phase(Phase::SpteWork);
+                for (n, word) in words.iter_mut().enumerate() {
+                    *word = dirty.take_word(n);
+                    self.protect_dirty(&mut guard, slot, n as u64 * 64, *word);
+                }
+            }
+            // After the unlock: who reads an entry as protected and flushes nothing is served by this flush, since MMU-writable was left.
+            if words.iter().any(|&word| word != 0) {
+                self.mmu().flush(task, Some(slot.gfns()));
+            }
+        }
+        Ok(DirtyLog { base: slot.base, pages: slot.pages, words })
+    }
+
+    /// KVM_CLEAR_DIRTY_LOG: of the `pages` from `first_page` of the slot on, those whose bit is set in `words` and that are dirty are taken for clean again. Returns how
+    /// many. Works with or without manual protection.
+    ///
+    /// # Errors
+    /// As [`Vm::get_dirty_log`]; [`VmError::DirtyLog`] (EINVAL) for a first page that is not a multiple of 64, pages beyond the slot, a number of pages that is no multiple of 64 and
+    /// does not reach the slot's end, or a number of words that is not the number of pages over 64, rounded up.
+    pub fn clear_dirty_log(
+        &self,
+        task: &Task<P>,
+        as_id: u8,
+        id: u16,
+        first_page: u64,
+        pages: u64,
+        words: &[u64],
+    ) -> Result<u64, VmError> {
+        let slots = self.lock_slots(task);
+        self.open()?;
+        let bad = |value: String, rule| Err(VmError::DirtyLog { as_id, id, value, rule });
+        if !first_page.is_multiple_of(64) {
+            return bad(format!("first page {first_page:#x}"), "the first page is a multiple of 64");
+        }
+        let set = slots.set();
+        let (slot, dirty) = self.logging(set.by_id(as_id, id), as_id, id)?;
+        let Some(left) = slot.pages.checked_sub(first_page).filter(|&left| pages <= left) else {
+            let value = format!("pages {first_page:#x} and {pages:#x} more of {:#x}", slot.pages);
+            return bad(value, "the pages are inside the slot");
+        };
+        if pages < left && !pages.is_multiple_of(64) {
+            let rule = "the number of pages is a multiple of 64, or reaches the end of the slot";
+            return bad(format!("{pages:#x} pages of the {left:#x} that are left"), rule);
+        }
+        if words.len() as u64 != pages.div_ceil(64) {
+            return bad(format!("{} words for {pages:#x} pages", words.len()), "one word for each 64 pages");
+        }
+        self.sync_hardware_logs();
+        let mut cleared = 0;
         {
             let mut guard = self.mmu().lock.write(task);
             let _work = task.phase(Phase::SpteWork);
-            for word in 0..dirty.words() {
-                let mut bits = dirty.take_word(word);
-                if bits == 0 {
-                    continue;
-                }
-                let base = slot.base + word as u64 * 64;
-                self.mmu().write_protect_masked(&mut guard, as_id, base, bits);
-                while bits != 0 {
-                    gfns.push(base + u64::from(bits.trailing_zeros()));
-                    bits &= bits - 1;
-                }
+            for (n, &wanted) in words.iter().enumerate() {
+                let offset = first_page + n as u64 * 64;
+                // Bits beyond the slot's end are never set.
+                let mask = dirty.clear_word((offset / 64) as usize, wanted);
+                cleared += u64::from(mask.count_ones());
+                self.protect_dirty(&mut guard, slot, offset, mask);
             }
         }
-        // After the unlock: who reads an entry as protected and flushes nothing is served by this flush, since MMU-writable was left.
-        if !gfns.is_empty() {
+        if cleared != 0 {
             self.mmu().flush(task, Some(slot.gfns()));
         }
-        Ok(gfns)
+        Ok(cleared)
+    }
+
+    /// The gfns of [`Vm::get_dirty_log`].
+    ///
+    /// # Errors
+    /// As [`Vm::get_dirty_log`].
+    pub fn take_dirty_log(&self, task: &Task<P>, as_id: u8, id: u16) -> Result<Vec<u64>, VmError> {
+        Ok(self.get_dirty_log(task, as_id, id)?.gfns().collect())
     }
 }

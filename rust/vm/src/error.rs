@@ -67,6 +67,50 @@ pub enum VmError {
         /// The rule.
         rule: &'static str,
     },
+    /// An answer of the host that cannot be.
+    #[error("the host's answer {answer:x?}: {rule}")]
+    BadAnswer {
+        /// The answer.
+        answer: crate::HostAnswer,
+        /// The rule.
+        rule: &'static str,
+    },
+    /// A dirty log was asked for in a way that KVM refuses.
+    #[error("dirty log of memslot {id} of address space {as_id}: {value}: {rule}")]
+    DirtyLog {
+        /// Address space.
+        as_id: u8,
+        /// Slot id.
+        id: u16,
+        /// What was asked for.
+        value: String,
+        /// The rule.
+        rule: &'static str,
+    },
+    /// The slot keeps no dirty log now (ENOENT).
+    #[error("memslot {id} of address space {as_id} does not log dirty pages")]
+    NotLogging {
+        /// Address space.
+        as_id: u8,
+        /// Slot id.
+        id: u16,
+    },
+    /// The VM collects dirty pages in rings, not in bitmaps, or the other way round (ENXIO).
+    #[error("{what}: this VM collects dirty pages in {has}")]
+    OtherLog {
+        /// What was asked for.
+        what: &'static str,
+        /// What the VM has.
+        has: &'static str,
+    },
+    /// The kernel of the profile does not have it (EINVAL).
+    #[error("{what}: Linux {kernel} does not have it")]
+    Unsupported {
+        /// What was asked for.
+        what: &'static str,
+        /// The profile's name.
+        kernel: &'static str,
+    },
     /// The modelled host has no room left.
     #[error("the modelled host has no room for {pages} more pages ({left} left)")]
     HostFull {
@@ -110,6 +154,12 @@ pub enum VmError {
     /// The vCPU is in use by another thread; one thread at a time.
     #[error("vCPU {vcpu} is in use by another thread")]
     Busy {
+        /// The vCPU.
+        vcpu: usize,
+    },
+    /// The vCPU's dirty ring is soft-full (KVM_EXIT_DIRTY_RING_FULL): harvest and reset it, then run on.
+    #[error("vCPU {vcpu}: its dirty ring is full; harvest and reset the rings")]
+    RingFull {
         /// The vCPU.
         vcpu: usize,
     },

@@ -11,19 +11,27 @@
 //! 3. `mmu_invalidate_seq` sampled; read barrier
 //! 4. memslot looked up under SRCU: none is MMIO, INVALID means retry
 //! 5. (6.12) the notifier asked without the lock: saves the work, decides nothing
-//! 6. the host's page, its mapping level; the smallest of what slot, host and dirty logging allow
+//! 6. the host's page, its mapping level; the smallest of what slot, host, dirty logging and the NX mitigation allow
 //! 7. mmu_lock shared
 //! 8. stale? root obsolete (5.16 and later), notifier in progress over the gfn, or sequence moved
 //! 9. map; unlock
+//!
+//! [`Vcpu::fault`] is all of it. [`Vcpu::fast_fault`] is stage 1, [`Vcpu::map_page`] and [`Vcpu::map_mmio`] are the others with the host's answer given by the
+//! caller: for who replays a real host.
 
 use tdpmmu_mmu::{FastOutcome, Frame, MapFault, MapOutcome};
-use tdpmmu_platform::Platform;
+use tdpmmu_platform::{Platform, Task};
 use tdpmmu_spte::mmio::GENERATION_MASK;
 use tdpmmu_spte::{LEVEL_4K, Spte};
+use tdpmmu_table::TableCache;
 
+use crate::ring::Running;
+use crate::slot::MemSlot;
 use crate::slots::UPDATE_IN_PROGRESS;
+use crate::stats::FaultCounts;
+use crate::vcpu::VcpuCore;
 use crate::walker::{GuestAccess, HardwareFault};
-use crate::{Vcpu, VmError};
+use crate::{Vcpu, Vm, VmError};
 
 /// What became of one pass through the pipeline.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,7 +53,38 @@ pub enum FaultOutcome {
     Emulate,
 }
 
-impl<P: Platform> Vcpu<'_, P> {
+/// What the host says about one page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HostAnswer {
+    /// Host frame of the faulting gfn, not aligned to any level.
+    pub pfn: u64,
+    /// Level to map at, 1 to 3: what host, memslot, dirty logging and NX mitigation allowed together. What our memslot does not allow is cut.
+    pub level: u8,
+    /// Level of the host's own mapping, 1 to 3; only which tables are candidates of the NX recovery depends on it.
+    pub host_level: u8,
+    /// The host maps it writable.
+    pub writable: bool,
+}
+
+/// What a fault knows when it takes mmu_lock.
+#[derive(Clone, Copy)]
+struct Resolved {
+    access: GuestAccess,
+    as_id: u8,
+    frame: Frame,
+    /// The level to map at.
+    goal: u8,
+    /// What slot and host would have allowed, had the NX mitigation no say.
+    wanted: u8,
+    /// A fetch under the NX mitigation.
+    disallowed: bool,
+    tracked: bool,
+    prefetch: bool,
+    /// The notifier's sequence, where a memslot is behind the gfn.
+    seq: Option<u64>,
+}
+
+impl<'v, P: Platform> Vcpu<'v, P> {
     /// Handles the exit that `hardware` caused.
     ///
     /// # Errors
@@ -63,8 +102,9 @@ impl<P: Platform> Vcpu<'_, P> {
         }
     }
 
-    fn mmio_is_current(&self, spte: Spte) -> bool {
-        let generation = self.core.slots.generation();
+    /// Does the entry carry the generation of this vCPU's address space, with no update under way? Else it is refused, and the next fault replaces it.
+    pub fn mmio_is_current(&self, spte: Spte) -> bool {
+        let generation = self.core.slots.generation(self.core.role.as_id());
         generation & UPDATE_IN_PROGRESS == 0 && self.vm.mmu().format().mmio_is_current(spte, generation)
     }
 
@@ -72,63 +112,292 @@ impl<P: Platform> Vcpu<'_, P> {
     /// Leaves the guest first, as an exit does: a fast zap that holds mmu_lock waits until no vCPU is in the guest.
     ///
     /// # Errors
-    /// [`VmError::Pool`] out of tables; [`VmError::HostFull`] and [`VmError::BadHva`] when the host has no page to give.
+    /// [`VmError::Pool`] out of tables; [`VmError::HostFull`] and [`VmError::BadHva`] when the host has no page to give; [`VmError::RingFull`] when the dirty ring has
+    /// no room at all (a vCPU that enters the guest first never gets that far).
     #[inline]
     pub fn fault(&mut self, access: GuestAccess, present: bool) -> Result<FaultOutcome, VmError> {
-        let GuestAccess { gfn, write, exec } = access;
         self.leave();
         let root = self.root()?;
-        let vm = self.vm;
-        let (mmu, side, rules) = (vm.mmu(), vm.side(), vm.rules());
-        let (core, task) = (&mut *self.core, &self.task);
-        let as_id = core.role.as_id();
-        let slots = core.slots.enter();
-        let slot = slots.find(as_id, gfn);
-        let tracked = slot.is_some_and(|slot| slot.dirty.is_some());
+        let outcome = match self.try_fast(root, access, present) {
+            Some(outcome) => outcome,
+            None => self.slow_fault(root, access, false)?.0,
+        };
+        self.counts().fault(outcome);
+        Ok(outcome)
+    }
 
-        if rules.fast_page_fault && (present && write || !rules.ad_bits) {
-            match mmu.fast_page_fault(task, root, as_id, gfn, write, exec, tracked) {
-                FastOutcome::Fixed(spte) => return Ok(FaultOutcome::Fast(spte)),
-                FastOutcome::Spurious => return Ok(FaultOutcome::Spurious),
-                FastOutcome::Declined => {}
-            }
-        }
+    /// Stage 1 alone, if it applies: settled without mmu_lock, or `None` for the slow path. Leaves the guest; loads no root, without one there is nothing to fix.
+    pub fn fast_fault(&mut self, access: GuestAccess, present: bool) -> Option<FaultOutcome> {
+        self.leave();
+        let root = self.current_root()?;
+        let outcome = self.try_fast(root, access, present)?;
+        self.counts().fault(outcome);
+        Some(outcome)
+    }
 
-        mmu.top_up(task, &mut core.cache)?;
-        let seq = side.invalidation.sample::<P>();
-        let (frame, goal_level) = match slot {
-            None => {
-                let generation = core.slots.generation() & GENERATION_MASK;
-                (Frame::Mmio { generation }, LEVEL_4K)
-            }
-            Some(slot) if slot.invalid => return Ok(FaultOutcome::Retry),
-            Some(slot) if slot.flags.readonly && write => return Ok(FaultOutcome::Emulate),
-            Some(slot) => {
-                if rules.early_check && side.invalidation.looks_stale::<P>(gfn, seq) {
-                    return Ok(FaultOutcome::Retry);
+    /// Stages 2 to 9 for a page of a memslot, with the host's answer given. Where no memslot is, or an INVALID one, or a write meets a read-only one,
+    /// the answer is not used. The notifier is asked as of this call.
+    ///
+    /// # Errors
+    /// [`VmError::Pool`] out of tables; [`VmError::BadAnswer`] for a level or frame that cannot be.
+    pub fn map_page(
+        &mut self,
+        access: GuestAccess,
+        page: HostAnswer,
+        prefetch: bool,
+    ) -> Result<FaultOutcome, VmError> {
+        page.check()?;
+        self.leave();
+        let root = self.root()?;
+        let (vm, counts) = (self.vm, self.counts());
+        vm.mmu().top_up(&self.task, &mut self.core.cache)?;
+        let seq = vm.side().invalidation.sample::<P>();
+        let _running = self.run_ring()?;
+        let outcome = {
+            let VcpuCore { slots, cache, role, .. } = &mut *self.core;
+            let (slots, as_id) = (slots.enter(), role.as_id());
+            match behind(vm, slots.find(as_id, access.gfn).map(|slot| &**slot), access, as_id, prefetch) {
+                Behind::Settled(outcome) => outcome,
+                Behind::Nothing(resolved) => vm.map(&self.task, counts, cache, root, &resolved),
+                Behind::Slot(slot) => {
+                    let resolved = resolve(vm, slot, access, page, prefetch, seq);
+                    vm.map(&self.task, counts, cache, root, &resolved)
                 }
-                let page = side.primary.fault_in(slot.hva_of(gfn), write)?;
-                let level =
-                    if tracked { LEVEL_4K } else { slot.max_level(gfn).min(page.level).min(rules.max_level) };
-                (Frame::Page { pfn: page.pfn, writable: page.writable && !slot.flags.readonly }, level)
             }
         };
+        if !prefetch {
+            self.counts().fault(outcome);
+        }
+        Ok(outcome)
+    }
 
+    /// As [`Vcpu::map_page`] where no memslot is: an MMIO entry of the present generation. Where there is one, it is not known what is behind it.
+    ///
+    /// # Errors
+    /// [`VmError::Pool`] out of tables; [`VmError::BadRange`] where a memslot is.
+    pub fn map_mmio(&mut self, access: GuestAccess, prefetch: bool) -> Result<FaultOutcome, VmError> {
+        self.leave();
+        let root = self.root()?;
+        let (vm, counts) = (self.vm, self.counts());
+        vm.mmu().top_up(&self.task, &mut self.core.cache)?;
+        let _running = self.run_ring()?;
+        let outcome = {
+            let VcpuCore { slots, cache, role, .. } = &mut *self.core;
+            let (slots, as_id) = (slots.enter(), role.as_id());
+            match behind(vm, slots.find(as_id, access.gfn).map(|slot| &**slot), access, as_id, prefetch) {
+                Behind::Settled(outcome) => outcome,
+                Behind::Nothing(resolved) => vm.map(&self.task, counts, cache, root, &resolved),
+                Behind::Slot(_) => {
+                    let (start, end) = (access.gfn, access.gfn + 1);
+                    return Err(VmError::BadRange { as_id, start, end, rule: "a memslot covers it" });
+                }
+            }
+        };
+        if !prefetch {
+            self.counts().fault(outcome);
+        }
+        Ok(outcome)
+    }
+
+    #[inline]
+    fn try_fast(&mut self, root: u32, access: GuestAccess, present: bool) -> Option<FaultOutcome> {
+        let GuestAccess { gfn, write, exec } = access;
+        let (mmu, rules) = (self.vm.mmu(), self.vm.rules());
+        if !rules.fast_page_fault || !(present && write || !rules.ad_bits) {
+            return None;
+        }
+        let as_id = self.core.role.as_id();
+        // A ring without room is the slow path's to tell.
+        let Ok(_running) = self.run_ring() else { return None };
+        let slots = self.core.slots.enter();
+        let tracked = slots.find(as_id, gfn).is_some_and(|slot| slot.flags.log_dirty);
+        match mmu.fast_page_fault(&self.task, root, as_id, gfn, write, exec, tracked) {
+            FastOutcome::Fixed(spte) => Some(FaultOutcome::Fast(spte)),
+            FastOutcome::Spurious => {
+                self.counts().fast_spurious();
+                Some(FaultOutcome::Spurious)
+            }
+            FastOutcome::Declined => None,
+        }
+    }
+
+    /// Stages 2 to 9. Also the level that was aimed at.
+    pub(crate) fn slow_fault(
+        &mut self,
+        root: u32,
+        access: GuestAccess,
+        prefetch: bool,
+    ) -> Result<(FaultOutcome, u8), VmError> {
+        let (vm, counts) = (self.vm, self.counts());
+        let (mmu, side, rules) = (vm.mmu(), vm.side(), vm.rules());
+        let _running = self.run_ring()?;
+        let VcpuCore { slots, cache, role, .. } = &mut *self.core;
+        let (slots, as_id) = (slots.enter(), role.as_id());
+        mmu.top_up(&self.task, cache)?;
+        let seq = side.invalidation.sample::<P>();
+        let slot = slots.find(as_id, access.gfn).map(|slot| &**slot);
+        let resolved = match behind(vm, slot, access, as_id, prefetch) {
+            Behind::Settled(outcome) => return Ok((outcome, LEVEL_4K)),
+            Behind::Nothing(resolved) => resolved,
+            Behind::Slot(slot) => {
+                if rules.early_check && side.invalidation.looks_stale::<P>(access.gfn, seq) {
+                    return Ok((FaultOutcome::Retry, LEVEL_4K));
+                }
+                let page = side.primary.fault_in(slot.hva_of(access.gfn), access.write)?;
+                let (pfn, level, writable) = (page.pfn, page.level, page.writable);
+                resolve(
+                    vm,
+                    slot,
+                    access,
+                    HostAnswer { pfn, level, host_level: level, writable },
+                    prefetch,
+                    seq,
+                )
+            }
+        };
+        Ok((vm.map(&self.task, counts, cache, root, &resolved), resolved.goal))
+    }
+
+    /// What this thread dirties goes to this vCPU's ring, where there are rings.
+    #[inline]
+    fn run_ring(&self) -> Result<Option<Running>, VmError> {
+        match &self.vm.side().rings {
+            None => Ok(None),
+            Some(rings) if rings.full(self.id()) => Err(VmError::RingFull { vcpu: self.id() }),
+            Some(rings) => Ok(Some(rings.running(self.id()))),
+        }
+    }
+
+    #[inline]
+    pub(crate) fn counts(&self) -> &'v FaultCounts {
+        &self.vm.counts[self.id()]
+    }
+}
+
+/// What is behind a gfn, as far as the memslot tells.
+enum Behind<'s> {
+    /// The fault ends here.
+    Settled(FaultOutcome),
+    /// No memslot: an MMIO entry.
+    Nothing(Resolved),
+    /// A memslot that may be asked for its page.
+    Slot(&'s MemSlot),
+}
+
+#[inline]
+fn behind<'s, P: Platform>(
+    vm: &Vm<P>,
+    slot: Option<&'s MemSlot>,
+    access: GuestAccess,
+    as_id: u8,
+    prefetch: bool,
+) -> Behind<'s> {
+    match slot {
+        // Where an MMIO entry cannot be told from memory, or the gfn cannot be reached, none is made.
+        None if !vm.mmu().format().mmio_caching || access.gfn >= vm.mmu().max_gfn() => {
+            Behind::Settled(FaultOutcome::Emulate)
+        }
+        None => Behind::Nothing(Resolved {
+            access,
+            as_id,
+            frame: Frame::Mmio { generation: vm.side().slots.generation(as_id) & GENERATION_MASK },
+            goal: LEVEL_4K,
+            wanted: LEVEL_4K,
+            disallowed: false,
+            tracked: false,
+            prefetch,
+            seq: None,
+        }),
+        Some(slot) if slot.invalid => Behind::Settled(FaultOutcome::Retry),
+        Some(slot) if slot.flags.readonly && access.write => Behind::Settled(FaultOutcome::Emulate),
+        Some(slot) => Behind::Slot(slot),
+    }
+}
+
+/// kvm_mmu_hugepage_adjust: the level to map at.
+#[inline]
+fn resolve<P: Platform>(
+    vm: &Vm<P>,
+    slot: &MemSlot,
+    access: GuestAccess,
+    page: HostAnswer,
+    prefetch: bool,
+    seq: u64,
+) -> Resolved {
+    let tracked = slot.flags.log_dirty;
+    // A slot that logs returns before anything is computed: such a fault makes no candidate of the NX recovery either.
+    let cap = if tracked { LEVEL_4K } else { slot.max_level(access.gfn).min(vm.rules().max_level) };
+    let wanted = cap.min(page.host_level.max(page.level));
+    let disallowed = access.exec && vm.mmu().nx_huge_pages();
+    let goal = if disallowed { LEVEL_4K } else { cap.min(page.level) };
+    Resolved {
+        access,
+        as_id: slot.as_id,
+        frame: Frame::Page { pfn: page.pfn, writable: page.writable && !slot.flags.readonly },
+        goal,
+        wanted,
+        disallowed,
+        tracked,
+        prefetch,
+        seq: Some(seq),
+    }
+}
+
+impl HostAnswer {
+    fn check(&self) -> Result<(), VmError> {
+        let bad = |rule| Err(VmError::BadAnswer { answer: *self, rule });
+        if !(1..=3).contains(&self.level) || !(1..=3).contains(&self.host_level) {
+            return bad("levels are 1 (4K), 2 (2M) and 3 (1G)");
+        }
+        if self.pfn >= 1 << 40 {
+            return bad("a frame number has 40 bits");
+        }
+        Ok(())
+    }
+}
+
+impl<P: Platform> Vm<P> {
+    /// Stages 7 to 9.
+    #[inline]
+    fn map(
+        &self,
+        task: &Task<P>,
+        counts: &FaultCounts,
+        cache: &mut TableCache,
+        root: u32,
+        fault: &Resolved,
+    ) -> FaultOutcome {
+        let (mmu, side, rules) = (self.mmu(), self.side(), self.rules());
+        let &Resolved { access, as_id, frame, goal, wanted, disallowed, tracked, prefetch, seq } = fault;
         let mut guard = mmu.lock.read(task);
         if rules.stale_root_check && mmu.is_obsolete(root)
-            || slot.is_some() && side.invalidation.must_retry(&guard, gfn, seq)
+            || seq.is_some_and(|seq| side.invalidation.must_retry(&guard, access.gfn, seq))
         {
-            return Ok(FaultOutcome::Retry);
+            return FaultOutcome::Retry;
         }
-        let fault =
-            MapFault { gfn, as_id, frame, goal_level, write, exec, prefetch: false, dirty_tracked: tracked };
-        let mapped = mmu.map(&mut guard, &mut core.cache, root, &fault);
+        let fault = MapFault {
+            gfn: access.gfn,
+            as_id,
+            frame,
+            goal_level: goal,
+            req_level: wanted,
+            huge_page_disallowed: disallowed,
+            write: access.write,
+            exec: access.exec,
+            prefetch,
+            dirty_tracked: tracked,
+        };
+        let mapped = mmu.map(&mut guard, cache, root, &fault);
         drop(guard);
-        Ok(match mapped {
+        match mapped {
             MapOutcome::Fixed { level, spte } => FaultOutcome::Fixed { level, spte },
             MapOutcome::Spurious => FaultOutcome::Spurious,
             MapOutcome::Retry => FaultOutcome::Retry,
-            MapOutcome::Emulate | MapOutcome::WriteProtected => FaultOutcome::Emulate,
-        })
+            MapOutcome::Emulate => {
+                counts.mmio_created();
+                FaultOutcome::Emulate
+            }
+            MapOutcome::WriteProtected => FaultOutcome::Emulate,
+        }
     }
 }

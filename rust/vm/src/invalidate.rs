@@ -8,8 +8,7 @@
 
 use std::ops::Range;
 
-use tdpmmu_mmu::FlushDebt;
-use tdpmmu_platform::{Event, Platform, Task};
+use tdpmmu_platform::{Platform, Task};
 use tdpmmu_spte::geometry::span;
 use tdpmmu_spte::{LEVEL_1G, LEVEL_2M};
 
@@ -37,30 +36,8 @@ impl<P: Platform> Vm<P> {
         // mmap_lock: what the host maps in the range does not change its size meanwhile.
         let _mmap_lock = self.lock_mmap(task);
         self.open()?;
-        let (mmu, side) = (self.mmu(), self.side());
-        let ranges = side.slots.begin_invalidation(&side.primary.announced(hvas));
-        let cover = ranges.iter().fold(None, |cover: Option<Range<u64>>, (_, r)| {
-            Some(cover.map_or(r.clone(), |c| c.start.min(r.start)..c.end.max(r.end)))
-        });
-        if let Some(cover) = &cover {
-            task.observe(|| Event::NotifierBegin { start: cover.start, end: cover.end });
-            let mut guard = mmu.lock.write(task);
-            side.invalidation.begin(&guard, cover);
-            let mut debt = FlushDebt::none();
-            for (as_id, gfns) in ranges {
-                debt.merge(mmu.unmap(&mut guard, as_id, gfns, may_block));
-            }
-            mmu.pay(task, &mut debt);
-        }
-        let changed = change(&side.primary);
-        if let Some(cover) = &cover {
-            let guard = mmu.lock.write(task);
-            side.invalidation.end(&guard);
-            drop(guard);
-            task.observe(|| Event::NotifierEnd { start: cover.start, end: cover.end });
-        }
-        side.slots.end_invalidation();
-        Ok(changed)
+        let primary = &self.side().primary;
+        Ok(self.invalidate_around(task, &primary.announced(hvas), may_block, || change(primary)))
     }
 
     /// The host virtual pages behind a gfn range of address space 0, slot by slot.

@@ -9,17 +9,21 @@
 //!
 //! | file | idea |
 //! | --- | --- |
-//! | `vm.rs` | the VM: memslot updates, fast zap, notifier, teardown |
+//! | `vm.rs` | the VM: fast zap, teardown |
 //! | `config.rs` | what a VM is made from |
-//! | `dirty.rs` | dirty logging |
+//! | `update.rs` | memslot updates |
+//! | `dirty.rs`, `ring.rs`, `hwlog.rs` | dirty logging: bitmaps, GET and CLEAR; rings; D bits |
+//! | `nx.rs` | the NX huge-page mitigation |
+//! | `range.rs` | zaps and protects a few gfns, prefaults |
+//! | `stats.rs` | KVM's statistics |
 //! | `vcpu.rs` | the run loop: entry, exit, requests, roots, accesses |
 //! | `fault.rs` | the fault pipeline |
 //! | `request.rs` | vCPU mode, requests, kicks |
 //! | `root_cache.rs` | current and previous roots |
 //! | `tlb.rs`, `walker.rs` | translation caches and the hardware walker |
 //! | `slot.rs`, `slots.rs` | a memslot; the set, its rules and its publication |
-//! | `notifier.rs` | mmu_notifier |
-//! | `invalidate.rs` | the host takes pages away, or maps larger ones |
+//! | `notifier.rs`, `notify.rs` | mmu_notifier: its sequence; its callbacks |
+//! | `invalidate.rs` | the modelled host takes pages away, or maps larger ones |
 //! | `host.rs`, `frames.rs` | the host's primary MMU; frames and their owners |
 //! | `populate.rs` | filling memory, in bulk or by racing faults |
 //! | `side.rs` | the MMU's upcalls |
@@ -36,27 +40,38 @@ mod error;
 mod fault;
 pub mod frames;
 pub mod host;
+mod hwlog;
 mod invalidate;
 mod lazy;
 pub mod notifier;
+mod notify;
+mod nx;
 mod populate;
+mod range;
 pub mod request;
+mod ring;
 pub mod root_cache;
 mod side;
 pub mod slot;
 pub mod slots;
+mod stats;
 pub mod tlb;
+mod update;
 mod vcpu;
 mod vm;
 pub mod walker;
 
-pub use config::{MAX_HOST_PAGES, VmConfig};
+pub use config::{HostLevel, MAX_HOST_PAGES, VmConfig};
+pub use dirty::{DirtyLog, DirtyMode};
 pub use error::VmError;
-pub use fault::FaultOutcome;
+pub use fault::{FaultOutcome, HostAnswer};
 pub use populate::{AdMix, BulkOptions, Progress};
+pub use ring::RingEntry;
 pub use side::HostSide;
 pub use slot::SlotFlags;
 pub use slots::Region;
+pub use stats::VmStats;
+pub use update::SlotUpdate;
 pub use vcpu::{AccessOutcome, Vcpu, VcpuProbe, VcpuStats};
-pub use vm::{CloseReport, FastZapTimes, SlotUpdate, Vm};
+pub use vm::{CloseReport, FastZapTimes, Vm};
 pub use walker::GuestAccess;

@@ -12,6 +12,7 @@ use tdpmmu_platform::{Platform, Task};
 use crate::host::PrimaryMmu;
 use crate::notifier::Invalidation;
 use crate::request::{self, Kicks, VcpuState, make_all_cpus_request};
+use crate::ring::{RingEntry, Rings};
 use crate::slots::Memslots;
 
 /// What the MMU calls up into.
@@ -26,10 +27,18 @@ pub struct HostSide<P: Platform> {
     kicks: AtomicU64,
     kick_wait_ns: AtomicU64,
     flushes: AtomicU64,
+    flushes_that_kicked: AtomicU64,
+    pub(crate) rings: Option<Rings>,
+    lost_entries: AtomicU64,
 }
 
 impl<P: Platform> HostSide<P> {
-    pub(crate) fn new(primary: PrimaryMmu, slots: Arc<Memslots<P>>, vcpus: usize) -> Self {
+    pub(crate) fn new(
+        primary: PrimaryMmu,
+        slots: Arc<Memslots<P>>,
+        vcpus: usize,
+        rings: Option<Rings>,
+    ) -> Self {
         Self {
             primary,
             slots,
@@ -38,6 +47,9 @@ impl<P: Platform> HostSide<P> {
             kicks: AtomicU64::new(0),
             kick_wait_ns: AtomicU64::new(0),
             flushes: AtomicU64::new(0),
+            flushes_that_kicked: AtomicU64::new(0),
+            rings,
+            lost_entries: AtomicU64::new(0),
         }
     }
 
@@ -59,6 +71,16 @@ impl<P: Platform> HostSide<P> {
         self.flushes.load(Relaxed)
     }
 
+    /// Of these, those that met a vCPU in the guest.
+    pub fn flushes_that_kicked(&self) -> u64 {
+        self.flushes_that_kicked.load(Relaxed)
+    }
+
+    /// Dirty pages that no ring took, because it was full or no vCPU ran: must stay 0.
+    pub fn lost_entries(&self) -> u64 {
+        self.lost_entries.load(Relaxed)
+    }
+
     /// Time spent in requests so far, in nanoseconds.
     pub fn kick_wait_ns(&self) -> u64 {
         self.kick_wait_ns.load(Relaxed)
@@ -69,7 +91,10 @@ impl<P: Platform> MmuHost<P> for HostSide<P> {
     fn flush_remote(&self, task: &Task<P>, _range: Option<Range<u64>>) {
         // As KVM without ranged flushes of its hypervisor: everything, on every vCPU, before its next entry.
         self.flushes.fetch_add(1, Relaxed);
-        self.request_all(task, request::TLB_FLUSH | request::WAIT | request::NO_WAKEUP);
+        let kicks = self.request_all(task, request::TLB_FLUSH | request::WAIT | request::NO_WAKEUP);
+        if kicks.kicked != 0 {
+            self.flushes_that_kicked.fetch_add(1, Relaxed);
+        }
     }
 
     fn frames_dirty(&self, pfn: u64, count: u64) {
@@ -81,6 +106,15 @@ impl<P: Platform> MmuHost<P> for HostSide<P> {
     }
 
     fn gfn_dirty(&self, as_id: u8, gfn: u64) {
-        self.slots.mark_dirty(as_id, gfn);
+        let Some(rings) = &self.rings else { return self.slots.mark_dirty(as_id, gfn) };
+        if !self.slots.any_logs() {
+            return;
+        }
+        if let Some((slot, offset)) = self.slots.logging_slot(as_id, gfn) {
+            let entry = RingEntry { slot, as_id, offset };
+            if !rings.current().is_some_and(|vcpu| rings.push(vcpu, entry)) {
+                self.lost_entries.fetch_add(1, Relaxed);
+            }
+        }
     }
 }

@@ -42,6 +42,8 @@ pub struct MemSlot {
     pub dirty: Option<Arc<DirtyBitmap>>,
     /// Reasons against huge pages.
     pub lpage: Arc<LpageInfo>,
+    /// Publications before this one.
+    pub(crate) serial: u64,
 }
 
 impl MemSlot {
@@ -87,7 +89,7 @@ impl MemSlot {
 pub struct DirtyBitmap {
     base: u64,
     pages: u64,
-    words: Lazy<AtomicU64>,
+    words: Arc<Lazy<AtomicU64>>,
 }
 
 impl DirtyBitmap {
@@ -98,7 +100,20 @@ impl DirtyBitmap {
     pub fn new(base: u64, pages: u64) -> Result<Self, VmError> {
         let words = Lazy::new(pages.div_ceil(64) as usize)
             .map_err(|e| VmError::Host { what: "a dirty bitmap", reason: e.to_string() })?;
-        Ok(Self { base, pages, words })
+        Ok(Self { base, pages, words: Arc::new(words) })
+    }
+
+    /// The same bits for the slot at another place: who still marks through the old one marks here too.
+    pub fn moved_to(&self, base: u64) -> Arc<Self> {
+        Arc::new(Self { base, pages: self.pages, words: Arc::clone(&self.words) })
+    }
+
+    /// Marks every page.
+    pub fn set_all(&self) {
+        for (n, word) in self.words.slice(0, self.words.len()).iter().enumerate() {
+            let left = self.pages - n as u64 * 64;
+            word.store(if left >= 64 { u64::MAX } else { (1 << left) - 1 }, Relaxed);
+        }
     }
 
     /// Marks `gfn`; a gfn outside is ignored. Spares the atomic when the bit is there already.
@@ -125,6 +140,21 @@ impl DirtyBitmap {
     /// Takes (reads and clears) the 64 bits from `base + 64 * word`.
     pub fn take_word(&self, word: usize) -> u64 {
         self.words.get(word).map_or(0, |w| if w.load(Relaxed) == 0 { 0 } else { w.swap(0, Relaxed) })
+    }
+
+    /// Clears those of the 64 bits from `base + 64 * word` that `mask` names; returns which of them were set.
+    pub fn clear_word(&self, word: usize, mask: u64) -> u64 {
+        match self.words.get(word) {
+            Some(cell) if mask != 0 && cell.load(Relaxed) & mask != 0 => {
+                cell.fetch_and(!mask, Relaxed) & mask
+            }
+            _ => 0,
+        }
+    }
+
+    /// The 64 bits from `base + 64 * word`.
+    pub fn word(&self, word: usize) -> u64 {
+        self.words.get(word).map_or(0, |w| w.load(Relaxed))
     }
 
     /// Words of 64 pages.
@@ -210,6 +240,7 @@ mod tests {
             invalid: false,
             dirty: None,
             lpage: Arc::new(LpageInfo::new(base, pages, hva).expect("small")),
+            serial: 0,
         }
     }
 

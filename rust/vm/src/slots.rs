@@ -6,8 +6,9 @@
 //!
 //! **Mechanism.** SRCU is a second RCU domain with the vCPUs as its only readers: a fault may sleep on mmu_lock inside
 //! its section without holding up the grace periods of page tables. Entering costs two stores and no fence on platforms with asymmetric
-//! barriers. The generation grows by 2 with each publication (the number of address spaces), so CREATE and FLAGS cost one
-//! step, DELETE and MOVE two; bit 63 is set while a publication is under way, and no MMIO entry made then is ever current.
+//! barriers. Each address space has its own generation, space 0 the even and space 1 the odd numbers: it grows by 2 with each publication of that space, so
+//! CREATE and FLAGS cost one step, DELETE and MOVE two; bit 63 is set while a publication is under way, and no MMIO entry made then is ever current. Who
+//! publishes learns the next generation before it counts ([`Swapped`]): when its low 19 bits, which MMIO entries keep, have wrapped, all of them must go first.
 //!
 //! A notifier translates its host range by one set and must end by the same one, so the swap itself waits until no invalidation is
 //! running (`mn_active_invalidate_count`), under the small lock that also counts them.
@@ -19,6 +20,7 @@ use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tdpmmu_platform::{Platform, RcuConfig, RcuDomain, RcuReader, Reclaim, Site};
+use tdpmmu_spte::mmio::GENERATION_MASK;
 
 use crate::VmError;
 use crate::slot::{DirtyBitmap, LpageInfo, MemSlot, SlotFlags};
@@ -35,8 +37,10 @@ pub const UPDATE_IN_PROGRESS: u64 = 1 << 63;
 /// All memslots at one instant.
 #[derive(Clone, Default)]
 pub struct SlotSet {
-    /// Generation of the set, without the in-progress flag.
-    pub generation: u64,
+    /// Generation of each address space, without the in-progress flag.
+    pub generations: [u64; ADDRESS_SPACES],
+    /// Publications of a slot so far: who came later stands later among slots of one host address.
+    serial: u64,
     spaces: [Vec<Arc<MemSlot>>; ADDRESS_SPACES],
 }
 
@@ -67,9 +71,16 @@ impl SlotSet {
         self.spaces.iter().flatten()
     }
 
-    /// (as_id, gfns) behind a range of host virtual pages, address space 0 first.
+    /// (as_id, gfns) behind a range of host virtual pages: address space 0 first, and in each by host address, as the kernel's interval tree has them (5.17 on);
+    /// of slots at one host address the one published last comes last.
     pub fn gfns_of(&self, hvas: &Range<u64>) -> Vec<(u8, Range<u64>)> {
-        self.iter().filter_map(|slot| Some((slot.as_id, slot.gfns_of(hvas)?))).collect()
+        let mut ranges = Vec::new();
+        for space in &self.spaces {
+            let mut hit: Vec<_> = space.iter().filter_map(|slot| Some((slot, slot.gfns_of(hvas)?))).collect();
+            hit.sort_by_key(|(slot, _)| (slot.hva, slot.serial));
+            ranges.extend(hit.into_iter().map(|(slot, gfns)| (slot.as_id, gfns)));
+        }
+        ranges
     }
 
     fn without(&self, as_id: u8, id: u16) -> Self {
@@ -80,8 +91,10 @@ impl SlotSet {
         set
     }
 
-    fn with(&self, slot: MemSlot) -> Self {
+    fn with(&self, mut slot: MemSlot) -> Self {
         let mut set = self.without(slot.as_id, slot.id);
+        set.serial += 1;
+        slot.serial = set.serial;
         if let Some(space) = set.spaces.get_mut(usize::from(slot.as_id)) {
             let at = space.partition_point(|other| other.base < slot.base);
             space.insert(at, Arc::new(slot));
@@ -125,7 +138,7 @@ pub enum Change {
 ///
 /// # Errors
 /// [`VmError::BadSlot`] (EINVAL) and [`VmError::SlotOverlap`] (EEXIST).
-pub fn plan(set: &SlotSet, region: &Region, max_gfn: u64) -> Result<Change, VmError> {
+pub fn plan(set: &SlotSet, region: &Region, max_gfn: u64, log: Logs) -> Result<Change, VmError> {
     let Region { id, as_id, base, pages, hva, flags } = *region;
     let end = base.saturating_add(pages);
     let bad = |rule| Err(VmError::BadSlot { as_id, id, start: base, end, rule });
@@ -179,21 +192,42 @@ pub fn plan(set: &SlotSet, region: &Region, max_gfn: u64) -> Result<Change, VmEr
             other_end: other.base + other.pages,
         });
     }
-    let dirty = match (&old, flags.log_dirty) {
-        (_, false) => None,
-        (Some(old), true) if old.base == base && old.dirty.is_some() => old.dirty.clone(),
-        (_, true) => Some(Arc::new(DirtyBitmap::new(base, pages)?)),
+    let kept = old.as_ref().and_then(|old| old.dirty.as_ref());
+    let dirty = match (kept, log) {
+        _ if !flags.log_dirty => None,
+        // A slot that moves takes its log along.
+        (Some(kept), _) => Some(kept.moved_to(base)),
+        (None, Logs::Ring) => None,
+        (None, Logs::Bitmap { all_set }) => {
+            let dirty = DirtyBitmap::new(base, pages)?;
+            if all_set {
+                dirty.set_all();
+            }
+            Some(Arc::new(dirty))
+        }
     };
     let lpage = match &old {
         Some(old) if old.base == base => old.lpage.clone(),
         _ => Arc::new(LpageInfo::new(base, pages, hva)?),
     };
-    let new = MemSlot { id, as_id, base, pages, hva, flags, invalid: false, dirty, lpage };
+    let new = MemSlot { id, as_id, base, pages, hva, flags, invalid: false, dirty, lpage, serial: 0 };
     Ok(match old {
         None => Change::Create(new),
         Some(old) if old.base != base => Change::Move(old, new),
         Some(old) => Change::Flags(old, new),
     })
+}
+
+/// How a slot that logs keeps its log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Logs {
+    /// In a bitmap of its own.
+    Bitmap {
+        /// All of it is dirty at first (KVM_DIRTY_LOG_INITIALLY_SET).
+        all_set: bool,
+    },
+    /// In the vCPUs' rings: there is no bitmap.
+    Ring,
 }
 
 struct NothingDeferred;
@@ -207,7 +241,7 @@ impl Reclaim for NothingDeferred {
 /// The published set, and SRCU around it.
 pub struct Memslots<P: Platform> {
     active: AtomicPtr<SlotSet>,
-    generation: AtomicU64,
+    generations: [AtomicU64; ADDRESS_SPACES],
     /// mn_active_invalidate_count. The set is only ever swapped under this lock, at 0.
     invalidations: Mutex<u64>,
     /// Slots with a dirty bitmap (nr_memslots_dirty_logging).
@@ -216,11 +250,12 @@ pub struct Memslots<P: Platform> {
 }
 
 impl<P: Platform> Memslots<P> {
-    /// An empty set.
-    pub fn new(rcu: RcuConfig) -> Self {
+    /// An empty set; address space 0 begins with `generation` (even), space 1 with the number after it.
+    pub fn new(rcu: RcuConfig, generation: u64) -> Self {
+        let generations = [generation, generation + 1];
         Self {
-            active: AtomicPtr::new(Box::into_raw(Box::default())),
-            generation: AtomicU64::new(0),
+            active: AtomicPtr::new(Box::into_raw(Box::new(SlotSet { generations, ..SlotSet::default() }))),
+            generations: generations.map(AtomicU64::new),
             invalidations: Mutex::new(0),
             logging: AtomicU64::new(0),
             srcu: P::Rcu::new(Arc::new(NothingDeferred), rcu),
@@ -232,10 +267,10 @@ impl<P: Platform> Memslots<P> {
         SlotReader { reader: self.srcu.register(name), slots: Arc::clone(self) }
     }
 
-    /// The generation, with [`UPDATE_IN_PROGRESS`] while a publication is under way.
+    /// The generation of an address space, with [`UPDATE_IN_PROGRESS`] while a publication is under way.
     #[inline]
-    pub fn generation(&self) -> u64 {
-        self.generation.load(Ordering::Acquire)
+    pub fn generation(&self, as_id: u8) -> u64 {
+        self.generations[usize::from(as_id) % ADDRESS_SPACES].load(Ordering::Acquire)
     }
 
     fn locked(&self) -> MutexGuard<'_, u64> {
@@ -268,10 +303,16 @@ impl<P: Platform> Memslots<P> {
         *running = running.saturating_sub(1);
     }
 
+    /// Does any slot log dirty pages?
+    #[inline]
+    pub fn any_logs(&self) -> bool {
+        self.logging.load(Ordering::Relaxed) != 0
+    }
+
     /// Marks `gfn` in the dirty bitmap of its slot, if that slot has one.
     #[inline]
     pub fn mark_dirty(&self, as_id: u8, gfn: u64) {
-        if self.logging.load(Ordering::Relaxed) != 0 {
+        if self.any_logs() {
             self.with_set(|set| {
                 if let Some(dirty) = set.find(as_id, gfn).and_then(|slot| slot.dirty.as_ref()) {
                     dirty.mark(gfn);
@@ -280,19 +321,28 @@ impl<P: Platform> Memslots<P> {
         }
     }
 
-    /// Publishes `set` under the next generation and waits until no reader uses an older one.
-    fn publish(&self, mut set: SlotSet) -> u64 {
-        let before = self.generation.load(Ordering::Relaxed);
-        let next = before + ADDRESS_SPACES as u64;
-        set.generation = next;
-        let logging = set.iter().filter(|slot| slot.dirty.is_some()).count() as u64;
+    /// The slot of `gfn`, if it logs dirty pages: (its id, the gfn's offset in it).
+    pub fn logging_slot(&self, as_id: u8, gfn: u64) -> Option<(u16, u64)> {
+        self.with_set(|set| {
+            let slot = set.find(as_id, gfn).filter(|slot| slot.flags.log_dirty)?;
+            Some((slot.id, gfn - slot.base))
+        })
+    }
+
+    /// Publishes `set` and waits until no reader uses an older one. The generation of `as_id` is still the old one, in progress, until [`Memslots::settle`].
+    fn publish(&self, as_id: u8, mut set: SlotSet) -> Swapped {
+        let space = usize::from(as_id) % ADDRESS_SPACES;
+        let before = self.generations[space].load(Ordering::Relaxed);
+        let generation = (before + ADDRESS_SPACES as u64) & !UPDATE_IN_PROGRESS;
+        set.generations[space] = generation;
+        let logging = set.iter().filter(|slot| slot.flags.log_dirty).count() as u64;
         let new = Box::into_raw(Box::new(set));
         let old = loop {
             let running = self.locked();
             if *running == 0 {
                 // Bits are marked from before the first fault that can see the bitmap.
                 self.logging.fetch_max(logging, Ordering::Relaxed);
-                self.generation.store(before | UPDATE_IN_PROGRESS, Ordering::Release);
+                self.generations[space].store(before | UPDATE_IN_PROGRESS, Ordering::Release);
                 break self.active.swap(new, Ordering::AcqRel);
             }
             drop(running);
@@ -300,11 +350,14 @@ impl<P: Platform> Memslots<P> {
         };
         self.srcu.synchronize();
         self.logging.store(logging, Ordering::Relaxed);
-        self.generation.store(next, Ordering::Release);
         // SAFETY: `old` came from Box::into_raw and is no longer published. Readers under SRCU are gone after the grace period
         // (`SlotGuard` does not outlive its section); readers under the lock loaded it before the swap and are out of the lock.
         drop(unsafe { Box::from_raw(old) });
-        next
+        Swapped { space, generation }
+    }
+
+    fn settle(&self, swapped: Swapped) {
+        self.generations[swapped.space].store(swapped.generation, Ordering::Release);
     }
 
     /// Ends the SRCU thread.
@@ -337,18 +390,37 @@ impl<P: Platform> SlotWriter<P> {
     }
 
     /// Publishes the slot as INVALID: faults on it retry from now on. One generation step.
-    pub fn invalidate(&mut self, slot: &MemSlot) -> u64 {
-        self.slots.publish(self.set().with(MemSlot { invalid: true, ..slot.clone() }))
+    pub fn invalidate(&mut self, slot: &MemSlot) -> Swapped {
+        self.slots.publish(slot.as_id, self.set().with(MemSlot { invalid: true, ..slot.clone() }))
     }
 
     /// Publishes the set with `slot` in the place of the one with its id. One generation step.
-    pub fn install(&mut self, slot: MemSlot) -> u64 {
-        self.slots.publish(self.set().with(slot))
+    pub fn install(&mut self, slot: MemSlot) -> Swapped {
+        self.slots.publish(slot.as_id, self.set().with(slot))
     }
 
     /// Publishes the set without the slot. One generation step.
-    pub fn remove(&mut self, as_id: u8, id: u16) -> u64 {
-        self.slots.publish(self.set().without(as_id, id))
+    pub fn remove(&mut self, as_id: u8, id: u16) -> Swapped {
+        self.slots.publish(as_id, self.set().without(as_id, id))
+    }
+
+    /// The publication is over: its generation counts from now on.
+    pub fn settle(&mut self, swapped: Swapped) {
+        self.slots.settle(swapped);
+    }
+}
+
+/// A set is published, its generation does not count yet. To be given to [`SlotWriter::settle`].
+#[must_use = "until it is settled no MMIO entry is current"]
+pub struct Swapped {
+    space: usize,
+    generation: u64,
+}
+
+impl Swapped {
+    /// Has the part of the generation that MMIO entries keep come round to its beginning? Entries made then would look current again.
+    pub fn wrapped(&self) -> bool {
+        self.generation & GENERATION_MASK & !(ADDRESS_SPACES as u64 - 1) == 0
     }
 }
 
@@ -369,10 +441,10 @@ impl<P: Platform> SlotReader<P> {
         SlotGuard { reader: &self.reader, set }
     }
 
-    /// The generation now, with its in-progress flag.
+    /// The generation of an address space now, with its in-progress flag.
     #[inline]
-    pub fn generation(&self) -> u64 {
-        self.slots.generation()
+    pub fn generation(&self, as_id: u8) -> u64 {
+        self.slots.generation(as_id)
     }
 }
 

@@ -14,6 +14,7 @@ use tdpmmu_spte::Role;
 use tdpmmu_table::TableCache;
 
 use crate::fault::FaultOutcome;
+use crate::hwlog::HardwareLog;
 use crate::request::{self, VcpuState};
 use crate::root_cache::{CachedRoot, RootCache, Switch};
 use crate::slots::SlotReader;
@@ -30,6 +31,7 @@ pub(crate) struct VcpuCore<P: Platform> {
     pub(crate) slots: SlotReader<P>,
     pub(crate) loaded_at: u64,
     pub(crate) stats: VcpuStats,
+    pub(crate) hardware_log: HardwareLog,
 }
 
 /// How an access ended, from the cheapest to the dearest.
@@ -258,16 +260,15 @@ impl<'v, P: Platform> Vcpu<'v, P> {
     /// Enters the guest: services requests, loads a root, sets the mode, tests the requests again. False: asked to stop.
     ///
     /// # Errors
-    /// [`VmError::Pool`] without a page for the root.
+    /// As [`Vcpu::reload`].
     pub fn enter(&mut self) -> Result<bool, VmError> {
         if self.in_guest {
             return Ok(true);
         }
         loop {
-            if self.state.pending::<P>() && !self.service() {
+            if !self.reload()? {
                 return Ok(false);
             }
-            self.root()?;
             if self.state.enter_guest::<P>() {
                 break;
             }
@@ -282,10 +283,29 @@ impl<'v, P: Platform> Vcpu<'v, P> {
         Ok(true)
     }
 
+    /// The first half of an entry: services requests and loads a root, without entering the guest. False: asked to stop.
+    ///
+    /// # Errors
+    /// [`VmError::Pool`] without a page for the root; [`VmError::RingFull`] while the vCPU's dirty ring is soft-full.
+    pub fn reload(&mut self) -> Result<bool, VmError> {
+        self.leave();
+        if self.state.pending::<P>() && !self.service() {
+            return Ok(false);
+        }
+        if self.vm.side().rings.as_ref().is_some_and(|rings| rings.soft_full(self.id)) {
+            return Err(VmError::RingFull { vcpu: self.id });
+        }
+        self.root()?;
+        Ok(true)
+    }
+
     /// Leaves the guest.
     #[inline]
     pub fn leave(&mut self) {
         if self.in_guest {
+            if !self.core.hardware_log.is_empty() {
+                self.flush_hardware_log();
+            }
             self.in_guest = false;
             self.state.exit_guest::<P>();
         }
@@ -375,7 +395,11 @@ impl<'v, P: Platform> Vcpu<'v, P> {
             let walked =
                 walker::walk::<P>(mmu.pool(), mmu.format(), &mut core.tlb, root, mmu.root_level(), access);
             let fault = match walked {
-                Ok(spte) => {
+                Ok((spte, dirtied)) => {
+                    if dirtied && self.vm.rules().hardware_log && self.vm.side().slots.any_logs() {
+                        self.log_dirtied(access.gfn);
+                    }
+                    let core = &mut *self.core;
                     if self.vm.rules().check_frames
                         && let Some(hit) = core.tlb.lookup(root, access.gfn, access.write, access.exec)
                     {
@@ -413,6 +437,14 @@ impl<'v, P: Platform> Vcpu<'v, P> {
                 }
                 FaultOutcome::Emulate => return Ok(AccessOutcome::Emulate),
             }
+        }
+    }
+
+    /// Hardware has set Dirty: its log knows. A full one is an exit of its own; the access has been made.
+    #[cold]
+    fn log_dirtied(&mut self, gfn: u64) {
+        if self.core.hardware_log.push(gfn) {
+            self.leave();
         }
     }
 

@@ -8,25 +8,29 @@
 //! and wait until none is in the guest }, unlock, let the design finish. What designs differ in is behind `invalidate`, `in_lock` and `finish`.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex as StdMutex, MutexGuard as StdMutexGuard, PoisonError, TryLockError};
+use std::sync::{
+    Arc, Mutex as StdMutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError,
+};
 
 use tdpmmu_mmu::{Leftovers, MmuConfig, MmuError, TdpMmu, design};
 use tdpmmu_platform::{
     Mutex, MutexGuard, Observer, Phase, Platform, RcuConfig, Recording, Role as TaskRole, Task, TaskConfig,
 };
 use tdpmmu_spte::NotifierUnit;
-use tdpmmu_spte::mmio::GENERATION_MASK;
 use tdpmmu_table::TableCache;
 
 use crate::VmError;
-use crate::config::VmConfig;
+use crate::config::{HostLevel, VmConfig};
+use crate::dirty::{DirtyMode, Protocol};
 use crate::frames::FrameStats;
 use crate::host::PrimaryMmu;
+use crate::hwlog::HardwareLog;
 use crate::request::{self, VcpuState};
+use crate::ring::Rings;
 use crate::root_cache::RootCache;
 use crate::side::HostSide;
-use crate::slot::{MemSlot, SlotFlags};
-use crate::slots::{Change, MAX_SLOT_PAGES, Memslots, Region, SlotSet, SlotWriter, plan};
+use crate::slots::{Memslots, SlotSet, SlotWriter};
+use crate::stats::FaultCounts;
 use crate::tlb::Tlb;
 use crate::vcpu::{Vcpu, VcpuCore, VcpuStats};
 
@@ -39,6 +43,7 @@ pub(crate) struct Rules {
     pub(crate) stale_root_check: bool,
     pub(crate) check_frames: bool,
     pub(crate) max_level: u8,
+    pub(crate) hardware_log: bool,
 }
 
 /// Where the time of one fast zap went, in nanoseconds; `t0` in ticks.
@@ -66,21 +71,6 @@ pub struct FastZapTimes {
     pub total_ns: u64,
     /// The calling task's ticks by phase meanwhile, indexed by `Phase as usize`.
     pub phase_ticks: [u64; Phase::ALL.len()],
-}
-
-/// What a memslot update came to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SlotUpdate {
-    /// Identical parameters: nothing, not even a generation.
-    Nothing,
-    /// A new slot.
-    Created,
-    /// Only flags changed.
-    Flags,
-    /// The slot is gone.
-    Deleted(FastZapTimes),
-    /// The slot is elsewhere.
-    Moved(FastZapTimes),
 }
 
 /// What was left when a VM ended.
@@ -138,7 +128,12 @@ pub struct Vm<P: Platform> {
     reload: u64,
     observer: Option<Arc<dyn Observer>>,
     task: TaskConfig,
-    pub(crate) mmap_lock: StdMutex<()>,
+    pub(crate) mmap_lock: RwLock<()>,
+    pub(crate) counts: Vec<FaultCounts>,
+    pub(crate) protocol: Protocol,
+    pub(crate) host_level: Option<HostLevel>,
+    /// KVM_X86_QUIRK_SLOT_ZAP_ALL: on unless user space has disabled it.
+    pub(crate) slot_zap_all: AtomicBool,
     /// Somebody holds a file descriptor of this VM.
     open_fd: AtomicBool,
     closing: AtomicBool,
@@ -168,9 +163,16 @@ impl<P: Platform> Vm<P> {
             log: false,
             ..config.rcu.clone()
         };
-        let slots = Arc::new(Memslots::new(srcu));
-        let side =
-            Arc::new(HostSide::new(PrimaryMmu::new(config.host_pages)?, Arc::clone(&slots), config.vcpus));
+        let slots = Arc::new(Memslots::new(srcu, config.memslot_generation));
+        let hardware_log = config.dirty_mode == DirtyMode::DBits;
+        let rings = match config.dirty_ring {
+            None => None,
+            Some(entries) => Some(Rings::new(entries, config.vcpus, hardware_log)?),
+        };
+        let primary = PrimaryMmu::new(config.host_pages)?;
+        let side = Arc::new(HostSide::new(primary, Arc::clone(&slots), config.vcpus, rings));
+        let counts = (0..config.vcpus).map(|_| FaultCounts::default()).collect();
+        let protocol = Protocol::new(config.eager_page_split, config.dirty_mode);
         let format = config.format.with_maxphyaddr(config.maxphyaddr);
         let rules = Rules {
             fast_page_fault: config.profile.fast_page_fault,
@@ -179,6 +181,7 @@ impl<P: Platform> Vm<P> {
             stale_root_check: config.profile.stale_root_check,
             check_frames: config.check_frames,
             max_level: config.max_level,
+            hardware_log,
         };
         // 5.18 drops obsolete roots only; before, a reload dropped all (the profiles between 5.15 and 5.18 differ in both switches). A
         // design that keeps its roots valid has no obsolete ones: it asks as 5.10 did.
@@ -208,6 +211,7 @@ impl<P: Platform> Vm<P> {
             MmuError::Pool(error) => VmError::Pool(error),
             other => VmError::Mmu(other.to_string()),
         })?;
+        mmu.set_nx_huge_pages(config.nx_huge_pages);
         let role = mmu.root_role(false);
         let vcpus = (0..config.vcpus)
             .map(|id| {
@@ -219,6 +223,7 @@ impl<P: Platform> Vm<P> {
                     slots: slots.reader(&format!("vcpu-{id}")),
                     loaded_at: 0,
                     stats: VcpuStats::default(),
+                    hardware_log: HardwareLog::default(),
                 })
             })
             .collect();
@@ -232,7 +237,11 @@ impl<P: Platform> Vm<P> {
             reload,
             observer: config.observer,
             task: config.task,
-            mmap_lock: StdMutex::new(()),
+            mmap_lock: RwLock::new(()),
+            counts,
+            protocol,
+            host_level: config.host_level,
+            slot_zap_all: AtomicBool::new(true),
             open_fd: AtomicBool::new(true),
             closing: AtomicBool::new(false),
             closed: StdMutex::new(None),
@@ -346,114 +355,6 @@ impl<P: Platform> Vm<P> {
         self.side.slots.snapshot()
     }
 
-    /// KVM_SET_USER_MEMORY_REGION.
-    ///
-    /// # Errors
-    /// The rules of [`plan`]; [`VmError::Closed`].
-    pub fn set_memslot(&self, task: &Task<P>, region: &Region) -> Result<SlotUpdate, VmError> {
-        let mut slots = self.lock_slots(task);
-        self.open()?;
-        // A new set of memslots waits for those who read the old one (synchronize_srcu).
-        let waits = || task.phase(Phase::GracePeriod);
-        let install = |slots: &mut SlotWriter<P>, slot| {
-            let _waiting = waits();
-            slots.install(slot)
-        };
-        let invalidate = |slots: &mut SlotWriter<P>, slot: &_| {
-            let _waiting = waits();
-            slots.invalidate(slot);
-        };
-        let change = plan(&slots.set(), region, self.mmu.max_gfn())?;
-        let (update, generation) = match change {
-            Change::Nothing => return Ok(SlotUpdate::Nothing),
-            Change::Create(slot) => (SlotUpdate::Created, install(&mut slots, slot)),
-            Change::Flags(old, new) => {
-                let starts_logging = new.flags.log_dirty && !old.flags.log_dirty;
-                let (as_id, gfns) = (new.as_id, new.gfns());
-                let generation = install(&mut slots, new);
-                if starts_logging {
-                    self.start_dirty_log(task, as_id, gfns);
-                }
-                (SlotUpdate::Flags, generation)
-            }
-            Change::Delete(old) => {
-                invalidate(&mut slots, &old);
-                let times = self.fast_zap_locked(task, &mut slots);
-                let _waiting = waits();
-                (SlotUpdate::Deleted(times), slots.remove(old.as_id, old.id))
-            }
-            Change::Move(old, new) => {
-                invalidate(&mut slots, &old);
-                let times = self.fast_zap_locked(task, &mut slots);
-                (SlotUpdate::Moved(times), install(&mut slots, new))
-            }
-        };
-        if generation & GENERATION_MASK & !1 == 0 {
-            // The generation in MMIO SPTEs has wrapped: old ones would look current again.
-            self.fast_zap_locked(task, &mut slots);
-        }
-        Ok(update)
-    }
-
-    /// Adds guest memory `[base, base + pages)` in as many slots as KVM's limit on a slot's size asks for, backed by new anonymous
-    /// host memory with mappings up to `level`. Returns the slot ids.
-    ///
-    /// # Errors
-    /// As [`Vm::set_memslot`]; [`VmError::HostFull`]. Slots made before the error stay.
-    pub fn add_memory(&self, task: &Task<P>, base: u64, pages: u64, level: u8) -> Result<Vec<u16>, VmError> {
-        // A multiple of 1 GiB below the limit, so that no slot begins in the middle of a huge page.
-        const CHUNK: u64 = MAX_SLOT_PAGES / (512 * 512) * (512 * 512);
-        let end = base.checked_add(pages).filter(|_| pages != 0).ok_or(VmError::BadRange {
-            as_id: 0,
-            start: base,
-            end: base.saturating_add(pages),
-            rule: "a region has at least one page and does not wrap",
-        })?;
-        let mut ids = Vec::new();
-        let mut at = base;
-        while at < end {
-            let len = CHUNK.min(end - at);
-            let hva = self.side.primary.region(len, at, level, true)?;
-            let id = {
-                let set = self.slots();
-                (0..).find(|&id| set.by_id(0, id).is_none()).unwrap_or(u16::MAX)
-            };
-            let region = Region { id, as_id: 0, base: at, pages: len, hva, flags: SlotFlags::default() };
-            self.set_memslot(task, &region)?;
-            ids.push(id);
-            at += len;
-        }
-        Ok(ids)
-    }
-
-    /// Gives address space 1 (system management mode) the memslots of address space 0: the same gfns, backed by the same host memory, as VMMs
-    /// do it (SMRAM apart, which has no contents here). Slots that space 1 has already stay. Returns the ids of the new ones.
-    ///
-    /// # Errors
-    /// As [`Vm::set_memslot`]; slots made before the error stay.
-    pub fn share_memory_with_smm(&self, task: &Task<P>) -> Result<Vec<u16>, VmError> {
-        let set = self.slots();
-        let mut ids = Vec::new();
-        for slot in set.space(0).iter().filter(|slot| set.by_id(1, slot.id).is_none()) {
-            let &MemSlot { id, base, pages, hva, flags, .. } = &**slot;
-            self.set_memslot(task, &Region { id, as_id: 1, base, pages, hva, flags })?;
-            ids.push(id);
-        }
-        Ok(ids)
-    }
-
-    /// Deletes a memslot: INVALID, fast zap, gone.
-    ///
-    /// # Errors
-    /// [`VmError::NoSlot`], [`VmError::Closed`].
-    pub fn delete_memslot(&self, task: &Task<P>, as_id: u8, id: u16) -> Result<FastZapTimes, VmError> {
-        let region = Region { id, as_id, base: 0, pages: 0, hva: 0, flags: SlotFlags::default() };
-        match self.set_memslot(task, &region)? {
-            SlotUpdate::Deleted(times) => Ok(times),
-            _ => Err(VmError::NoSlot { as_id, id }),
-        }
-    }
-
     /// Present leaves under listed roots that are invalid: what a sound fast zap leaves none of when it returns. A full read of their trees.
     pub fn sptes_under_obsolete_roots(&self, task: &Task<P>) -> u64 {
         self.mmu.sptes_under_obsolete_roots(task)
@@ -464,9 +365,9 @@ impl<P: Platform> Vm<P> {
     /// # Errors
     /// [`VmError::Closed`].
     pub fn fast_zap(&self, task: &Task<P>) -> Result<FastZapTimes, VmError> {
-        let mut slots = self.lock_slots(task);
+        let _slots = self.lock_slots(task);
         self.open()?;
-        Ok(self.fast_zap_locked(task, &mut slots))
+        Ok(self.fast_zap_locked(task))
     }
 
     pub(crate) fn lock_slots(&self, task: &Task<P>) -> MutexGuard<'_, P, SlotWriter<P>> {
@@ -474,13 +375,20 @@ impl<P: Platform> Vm<P> {
         self.slots_lock.lock()
     }
 
-    pub(crate) fn lock_mmap(&self, task: &Task<P>) -> StdMutexGuard<'_, ()> {
+    /// For who changes what the host maps.
+    pub(crate) fn lock_mmap(&self, task: &Task<P>) -> RwLockWriteGuard<'_, ()> {
         let _waiting = task.phase(Phase::LockWait);
-        self.mmap_lock.lock().unwrap_or_else(PoisonError::into_inner)
+        self.mmap_lock.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// kvm_mmu_zap_all_fast; the writer stands for slots_lock.
-    fn fast_zap_locked(&self, task: &Task<P>, _slots_lock: &mut SlotWriter<P>) -> FastZapTimes {
+    /// For who only needs it to stay, and the VM to stay open.
+    pub(crate) fn share_mmap(&self, task: &Task<P>) -> RwLockReadGuard<'_, ()> {
+        let _waiting = task.phase(Phase::LockWait);
+        self.mmap_lock.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// kvm_mmu_zap_all_fast; the caller holds slots_lock.
+    pub(crate) fn fast_zap_locked(&self, task: &Task<P>) -> FastZapTimes {
         let ns = |from: u64, to: u64| P::ticks_to_ns(to.saturating_sub(from));
         task.meter().reset_exclusive_holds();
         let t0 = P::ticks();

@@ -54,7 +54,7 @@ pub enum HardwareFault {
     Mmio(Spte),
 }
 
-/// Walks for `access` under `root`, filling `tlb`; `levels` is the level of the root.
+/// Walks for `access` under `root`, filling `tlb`; `levels` is the level of the root. Returns the leaf, and whether this walk has set its Dirty bit.
 ///
 /// # Errors
 /// The fault that a CPU would raise.
@@ -65,7 +65,7 @@ pub fn walk<P: Platform>(
     root: u32,
     levels: u8,
     access: GuestAccess,
-) -> Result<Spte, HardwareFault> {
+) -> Result<(Spte, bool), HardwareFault> {
     let (mut level, mut table) = tlb.structure(root, access.gfn).unwrap_or((levels, root));
     loop {
         let cell = &pool.entries(table)[index(access.gfn, level)];
@@ -99,7 +99,7 @@ pub fn walk<P: Platform>(
             let dirty = !format.ad_enabled(marked) || marked.raw() & format.dirty != 0;
             let write = format.is_writable(marked) && dirty;
             tlb.fill(root, access.gfn, level, marked, write, format.is_executable(marked));
-            return Ok(marked);
+            return Ok((marked, format.is_dirty(marked) && !format.is_dirty(entry)));
         }
         if level == 1 {
             return Err(HardwareFault::NotPresent);

@@ -166,7 +166,7 @@ fn memslot_updates_follow_kvms_rules_and_name_both_ranges() {
     let (vm, task) = vm("sync");
     let region =
         |id, base, pages, hva| Region { id, as_id: 0, base, pages, hva, flags: SlotFlags::default() };
-    let generation = || vm.slots().generation;
+    let generation = || vm.slots().generations[0];
     let primary = &vm.side().primary;
     let hva = primary.region(GIG, 0, 1, true).expect("room");
     assert_eq!(vm.set_memslot(&task, &region(1, 0x1000, 0x100, hva)), Ok(SlotUpdate::Created));

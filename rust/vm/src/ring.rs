@@ -1,0 +1,316 @@
+//! Dirty rings: each vCPU tells what it wrote in the order in which it wrote it.
+//!
+//! **Guarantee.** A page that a vCPU makes writable in a slot that logs is in that vCPU's ring before the write can complete; an entry is protected again when it is
+//! reset, never before user space has harvested it. A vCPU whose ring is soft-full does not enter the guest: a ring never overflows by a guest's doing.
+//!
+//! **Mechanism.** A ring is a power of two of entries and three counters: what the vCPU has pushed (`dirty`), what user space has harvested (`fetched`), what was reset (`reset`). Only
+//! what lies between two of them is in a state: pushed, harvested, free. 64 entries are kept back (and 512 more where hardware logs pages by itself), as one exit
+//! may push several. Resets of neighbours are gathered into masks of 64 pages around the first, forwards and backwards, as Linux 5.11 and later do:
+//! each mask costs one hold of mmu_lock exclusive and the walks of one CLEAR word.
+//!
+//! Pushing needs the vCPU that runs on this thread, as `kvm_get_running_vcpu` does: the fault pipeline leaves its number in a thread-local, only when the VM has rings.
+
+use std::cell::Cell;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use tdpmmu_platform::{Platform, Task};
+
+use crate::slot::MemSlot;
+use crate::{Vm, VmError};
+
+/// Most entries of a ring (KVM_DIRTY_RING_MAX_ENTRIES).
+pub const MAX_ENTRIES: u32 = 65536;
+/// Entries kept back for what one exit may push (KVM_DIRTY_RING_RSVD_ENTRIES).
+pub const RESERVED: u32 = 64;
+/// Entries of the log that hardware keeps by itself (PML).
+pub const HARDWARE_LOG: u32 = 512;
+/// Least entries that KVM accepts: a page of 16-byte entries.
+const MIN_ENTRIES: u32 = 256;
+
+/// One page that a vCPU wrote.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct RingEntry {
+    /// Memslot.
+    pub slot: u16,
+    /// Its address space.
+    pub as_id: u8,
+    /// The page, counted from the slot's first.
+    pub offset: u64,
+}
+
+/// One vCPU's ring.
+struct Ring {
+    entries: Box<[RingEntry]>,
+    dirty: u64,
+    fetched: u64,
+    reset: u64,
+}
+
+impl Ring {
+    fn at(&self, n: u64) -> usize {
+        n as usize & (self.entries.len() - 1)
+    }
+
+    fn used(&self) -> u64 {
+        self.dirty - self.reset
+    }
+}
+
+/// The rings of a VM.
+pub(crate) struct Rings {
+    soft_limit: u64,
+    rings: Vec<Mutex<Ring>>,
+}
+
+thread_local! {
+    /// The vCPU that runs on this thread, and the rings it pushes to.
+    static RUNNING: Cell<Option<(*const Rings, usize)>> = const { Cell::new(None) };
+}
+
+/// While it lives, what this thread dirties goes to one vCPU's ring.
+pub(crate) struct Running(Option<(*const Rings, usize)>);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        RUNNING.set(self.0);
+    }
+}
+
+impl Rings {
+    /// Rings of `entries` for each of `vcpus`; `hardware_log`: pages arrive by hardware's own log too.
+    ///
+    /// # Errors
+    /// [`VmError::Config`] by KVM's rules on the size.
+    pub(crate) fn new(entries: u32, vcpus: usize, hardware_log: bool) -> Result<Self, VmError> {
+        let bad =
+            |rule| Err(VmError::Config { what: "dirty_ring", value: format!("{entries} entries"), rule });
+        let reserved = RESERVED + if hardware_log { HARDWARE_LOG } else { 0 };
+        if !entries.is_power_of_two() {
+            return bad("a ring's size is a power of two");
+        }
+        if entries < MIN_ENTRIES || entries < reserved {
+            return bad(
+                "a ring has at least 256 entries (a page of them), and what is kept back: 64, with D-bit logging 576",
+            );
+        }
+        if entries > MAX_ENTRIES {
+            return bad("a ring has at most 65536 entries");
+        }
+        let ring = || Ring {
+            entries: vec![RingEntry::default(); entries as usize].into_boxed_slice(),
+            dirty: 0,
+            fetched: 0,
+            reset: 0,
+        };
+        Ok(Self {
+            soft_limit: u64::from(entries - reserved),
+            rings: (0..vcpus).map(|_| Mutex::new(ring())).collect(),
+        })
+    }
+
+    fn ring(&self, vcpu: usize) -> Option<MutexGuard<'_, Ring>> {
+        self.rings.get(vcpu).map(|ring| ring.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// This thread runs `vcpu` until the value is dropped.
+    pub(crate) fn running(&self, vcpu: usize) -> Running {
+        Running(RUNNING.replace(Some((std::ptr::from_ref(self), vcpu))))
+    }
+
+    /// The vCPU that this thread runs, if it is one of ours.
+    pub(crate) fn current(&self) -> Option<usize> {
+        RUNNING.get().and_then(|(rings, vcpu)| std::ptr::eq(rings, self).then_some(vcpu))
+    }
+
+    /// Pushes an entry; false: the ring was full, and the entry is not in it.
+    pub(crate) fn push(&self, vcpu: usize, entry: RingEntry) -> bool {
+        let Some(mut ring) = self.ring(vcpu) else { return false };
+        if ring.used() == ring.entries.len() as u64 {
+            return false;
+        }
+        let at = ring.at(ring.dirty);
+        ring.entries[at] = entry;
+        ring.dirty += 1;
+        true
+    }
+
+    /// May the vCPU enter the guest no more?
+    pub(crate) fn soft_full(&self, vcpu: usize) -> bool {
+        self.ring(vcpu).is_some_and(|ring| ring.used() >= self.soft_limit)
+    }
+
+    /// Has the ring no room for what one exit may push?
+    pub(crate) fn full(&self, vcpu: usize) -> bool {
+        self.ring(vcpu).is_some_and(|ring| ring.used() == ring.entries.len() as u64)
+    }
+
+    /// Takes what was pushed and not yet harvested.
+    fn harvest(&self, vcpu: usize) -> Vec<RingEntry> {
+        let Some(mut ring) = self.ring(vcpu) else { return Vec::new() };
+        let taken = (ring.fetched..ring.dirty).map(|n| ring.entries[ring.at(n)]).collect();
+        ring.fetched = ring.dirty;
+        taken
+    }
+
+    /// The next harvested entry, free from now on.
+    fn next_to_reset(&self, vcpu: usize) -> Option<RingEntry> {
+        let mut ring = self.ring(vcpu)?;
+        (ring.reset != ring.fetched).then(|| {
+            let entry = ring.entries[ring.at(ring.reset)];
+            ring.reset += 1;
+            entry
+        })
+    }
+}
+
+/// Harvested pages of one slot that one mask covers.
+struct Batch {
+    entry: RingEntry,
+    mask: u64,
+}
+
+impl Batch {
+    /// Takes `next` in, if it lies within 63 pages after the first page, or before it as far as no bit falls out of the mask.
+    fn takes(&mut self, next: RingEntry) -> bool {
+        if (next.slot, next.as_id) != (self.entry.slot, self.entry.as_id) {
+            return false;
+        }
+        let delta = next.offset.wrapping_sub(self.entry.offset) as i64;
+        if (0..64).contains(&delta) {
+            self.mask |= 1 << delta;
+            return true;
+        }
+        let back = delta.unsigned_abs();
+        if delta < 0 && back < 64 && self.mask.leading_zeros() as u64 >= back {
+            self.entry.offset = next.offset;
+            self.mask = self.mask << back | 1;
+            return true;
+        }
+        false
+    }
+}
+
+impl<P: Platform> Vm<P> {
+    fn rings(&self, what: &'static str) -> Result<&Rings, VmError> {
+        self.side().rings.as_ref().ok_or(VmError::OtherLog { what, has: "bitmaps" })
+    }
+
+    /// What `vcpu` has pushed since the last call, oldest first; harvested from now on, to be reset by [`Vm::reset_dirty_rings`].
+    ///
+    /// # Errors
+    /// [`VmError::OtherLog`] without rings, [`VmError::NoVcpu`].
+    pub fn dirty_ring(&self, vcpu: usize) -> Result<Vec<RingEntry>, VmError> {
+        let rings = self.rings("a dirty ring")?;
+        if vcpu >= self.vcpu_count() {
+            return Err(VmError::NoVcpu { vcpu, count: self.vcpu_count() });
+        }
+        // What hardware has logged and not handed over yet belongs to what was written before.
+        self.sync_hardware_logs();
+        Ok(rings.harvest(vcpu))
+    }
+
+    /// KVM_RESET_DIRTY_RINGS: the harvested pages of every ring are protected again, and their entries free. Returns how many there were.
+    ///
+    /// # Errors
+    /// [`VmError::OtherLog`] without rings, [`VmError::Closed`].
+    pub fn reset_dirty_rings(&self, task: &Task<P>) -> Result<u64, VmError> {
+        let rings = self.rings("KVM_RESET_DIRTY_RINGS")?;
+        let slots = self.lock_slots(task);
+        self.open()?;
+        let set = slots.set();
+        let mut count = 0;
+        for vcpu in 0..self.vcpu_count() {
+            let mut batch: Option<Batch> = None;
+            while let Some(entry) = rings.next_to_reset(vcpu) {
+                count += 1;
+                if batch.as_mut().is_some_and(|batch| batch.takes(entry)) {
+                    continue;
+                }
+                if let Some(done) = batch.replace(Batch { entry, mask: 1 }) {
+                    self.reset_batch(task, set.by_id(done.entry.as_id, done.entry.slot), &done);
+                }
+            }
+            if let Some(done) = batch {
+                self.reset_batch(task, set.by_id(done.entry.as_id, done.entry.slot), &done);
+            }
+        }
+        if count != 0 {
+            self.mmu().flush(task, None);
+        }
+        Ok(count)
+    }
+
+    /// A slot that has gone since, or has become shorter, has nothing to protect.
+    fn reset_batch(&self, task: &Task<P>, slot: Option<&std::sync::Arc<MemSlot>>, batch: &Batch) {
+        let Some(slot) = slot else { return };
+        let last = batch.entry.offset.saturating_add(u64::from(63 - batch.mask.leading_zeros()));
+        if last >= slot.pages {
+            return;
+        }
+        let mut guard = self.mmu().lock.write(task);
+        self.protect_dirty(&mut guard, slot, batch.entry.offset, batch.mask);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(offset: u64) -> RingEntry {
+        RingEntry { slot: 1, as_id: 0, offset }
+    }
+
+    #[test]
+    fn neighbours_are_gathered_forwards_and_backwards_while_no_page_falls_out() {
+        let mut batch = Batch { entry: at(100), mask: 1 };
+        assert!(batch.takes(at(163)) && batch.takes(at(100)));
+        assert!(!batch.takes(at(164)), "the 65th page");
+        assert!(!batch.takes(at(99)), "page 163 would fall out");
+        let mut batch = Batch { entry: at(100), mask: 1 };
+        assert!(batch.takes(at(90)) && batch.takes(at(95)));
+        assert_eq!((batch.entry.offset, batch.mask), (90, 1 | 1 << 5 | 1 << 10));
+        assert!(!batch.takes(RingEntry { slot: 2, ..at(91) }), "another slot");
+        assert!(!batch.takes(RingEntry { as_id: 1, ..at(91) }), "another address space");
+        assert!(batch.takes(at(37)) && !batch.takes(at(36)));
+    }
+
+    #[test]
+    fn a_ring_is_full_before_it_overflows() {
+        let rings = Rings::new(256, 1, false).expect("a power of two");
+        for n in 0..256 {
+            assert_eq!(rings.soft_full(0), n >= 192, "{n} of 256");
+            assert!(!rings.full(0) && rings.push(0, at(n)));
+        }
+        assert!(rings.full(0) && !rings.push(0, at(0)), "refused, not overwritten");
+        assert!(rings.next_to_reset(0).is_none(), "nothing is reset before it was harvested");
+        assert_eq!(rings.harvest(0).len(), 256);
+        assert_eq!(rings.harvest(0), []);
+        assert_eq!(rings.next_to_reset(0), Some(at(0)));
+        assert!(!rings.full(0) && rings.push(0, at(7)));
+        assert_eq!(rings.harvest(0), [at(7)]);
+    }
+
+    #[test]
+    fn sizes_that_kvm_refuses_are_refused() {
+        for (entries, log) in
+            [(0, false), (100, false), (128, false), (256, true), (512, true), (1 << 17, false)]
+        {
+            assert!(matches!(Rings::new(entries, 1, log), Err(VmError::Config { .. })), "{entries}");
+        }
+        assert!(Rings::new(1024, 1, true).is_ok() && Rings::new(65536, 1, false).is_ok());
+    }
+
+    #[test]
+    fn a_thread_pushes_to_the_rings_of_the_vcpu_that_it_runs() {
+        let (a, b) = (Rings::new(256, 4, false).expect("size"), Rings::new(256, 4, false).expect("size"));
+        assert_eq!(a.current(), None);
+        let outer = a.running(2);
+        {
+            let _inner = b.running(3);
+            assert_eq!((a.current(), b.current()), (None, Some(3)));
+        }
+        assert_eq!((a.current(), b.current()), (Some(2), None));
+        drop(outer);
+        assert_eq!(a.current(), None);
+    }
+}
