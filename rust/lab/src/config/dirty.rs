@@ -14,15 +14,31 @@ const DENSITIES: [u64; 3] = [1, 8, 512];
 pub enum Protocol {
     /// GET_DIRTY_LOG alone, which protects what it reports.
     Get,
+    /// Manual protect: GET copies, CLEAR protects 64 pages a call.
+    Clear64,
+    /// Manual protect: GET copies, one CLEAR protects the whole slot.
+    Clear,
+    /// Manual protect, every page dirty at the start: nothing is protected before the first CLEAR.
+    InitSet,
+    /// A ring per vCPU: push in the fault, collect, reset.
+    Ring,
+    /// Hardware's D bits instead of write protection, harvested by GET.
+    DBits,
 }
 
 impl Protocol {
     /// Every one, in the order of results.
-    pub const ALL: [Protocol; 1] = [Self::Get];
+    pub const ALL: [Protocol; 6] =
+        [Self::Get, Self::Clear64, Self::Clear, Self::InitSet, Self::Ring, Self::DBits];
 
     /// Its name.
     pub const fn name(self) -> &'static str {
-        ["get"][self as usize]
+        ["get", "clear-64", "clear", "init-set", "ring", "d-bits"][self as usize]
+    }
+
+    /// Does user space ask for protection by a call of its own?
+    pub const fn is_manual(self) -> bool {
+        matches!(self, Self::Clear64 | Self::Clear | Self::InitSet)
     }
 }
 
@@ -127,7 +143,7 @@ mod tests {
             (r#"{"eager": "yes", "page": "2M"}"#, "expected one of on, off"),
             (r#"{"densities": [0]}"#, "density=0"),
             (r#"{"densities": [262145]}"#, "262144"),
-            (r#"{"protocols": "gte"}"#, "expected one of get"),
+            (r#"{"protocols": "init-sett"}"#, "did you mean \"init-set\""),
         ] {
             let error = plan(json).expect_err(json).to_string();
             assert!(error.contains(said), "{json}: {error}");
@@ -136,9 +152,9 @@ mod tests {
 
     #[test]
     fn names_are_told_once_and_in_order() {
-        let chosen =
-            plan(r#"{"protocols": ["get", "all"], "densities": [512, 1, 512]}"#).expect("makes sense");
-        assert_eq!(chosen.protocols, Protocol::ALL);
+        let chosen = plan(r#"{"protocols": ["ring", "get", "ring"], "densities": [512, 1, 512]}"#)
+            .expect("makes sense");
+        assert_eq!(chosen.protocols, [Protocol::Get, Protocol::Ring]);
         assert_eq!(chosen.densities, [512, 1]);
     }
 }

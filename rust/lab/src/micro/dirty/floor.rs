@@ -1,0 +1,77 @@
+//! The least that a phase can cost, from the host's own limits.
+
+use tdpmmu_spte::LEVEL_4K;
+use tdpmmu_spte::geometry::span;
+
+use super::Setting;
+use crate::config::Protocol;
+use crate::limits::EntryLimits;
+
+/// SPTEs in a cache line.
+const LINE: u64 = 8;
+
+/// A limit for one operation.
+#[derive(Clone, Copy)]
+pub(super) struct Limit {
+    /// Its name, in terms of the limits' own.
+    pub(super) name: &'static str,
+    /// ns.
+    pub(super) ns: f64,
+    /// The ratio that we want to be within.
+    pub(super) goal: Option<f64>,
+}
+
+fn limit(name: &'static str, ns: f64, goal: Option<f64>) -> Option<Limit> {
+    Some(Limit { name, ns, goal })
+}
+
+/// Turning logging on, in a guest of `pages` mapped at `level`: how many operations, and the limit of one.
+pub(super) fn enable(l: &EntryLimits, setting: Setting, level: u8, pages: u64) -> (u64, Option<Limit>) {
+    let (leaves, goal) = (pages / span(level), Some(1.4));
+    match (setting.protocol, setting.eager) {
+        (Protocol::InitSet, _) => (pages, limit("write_ns / 64", l.write_ns / 64.0, None)),
+        (_, Some(true)) => (pages, limit("write_ns + cmpxchg_ns", l.write_ns + l.cmpxchg_ns, goal)),
+        // A leaf that stays huge loses D, and W in a walk of its own.
+        (Protocol::DBits, Some(false)) => (leaves, limit("2 cmpxchg_ns", 2.0 * l.cmpxchg_ns, goal)),
+        (_, Some(false) | None) => (leaves, limit("cmpxchg_ns", l.cmpxchg_ns, goal)),
+    }
+}
+
+/// A CLEAR of everything where nothing was protected yet.
+pub(super) fn first_clear(l: &EntryLimits, setting: Setting) -> Option<Limit> {
+    match setting.eager {
+        Some(true) => limit("write_ns + swap_ns", l.write_ns + l.swap_ns, Some(1.5)),
+        // One huge leaf is asked about eight times, once for each 64 pages, and changes once: no limit of memory.
+        Some(false) => None,
+        None => limit("swap_ns", l.swap_ns, Some(1.5)),
+    }
+}
+
+/// A write that gets W or D back.
+pub(super) fn write(l: &EntryLimits) -> Option<Limit> {
+    limit("cmpxchg_ns", l.cmpxchg_ns, None)
+}
+
+/// A word of the bitmap, copied.
+pub(super) fn copy(l: &EntryLimits) -> Option<Limit> {
+    limit("read_ns + write_ns", l.read_ns + l.write_ns, None)
+}
+
+/// An entry of a ring, read.
+pub(super) fn collect(l: &EntryLimits) -> Option<Limit> {
+    limit("2 read_ns", 2.0 * l.read_ns, None)
+}
+
+/// A page that was found dirty is taken for clean.
+pub(super) fn clear(l: &EntryLimits, setting: Setting) -> Option<Limit> {
+    if setting.density < LINE {
+        limit("swap_ns", l.swap_ns, Some(1.5))
+    } else {
+        limit("swap_ns + 7 read_ns", l.swap_ns + 7.0 * l.read_ns, None)
+    }
+}
+
+/// The end of logging: a leaf of a table that goes.
+pub(super) fn disable(l: &EntryLimits, level: u8) -> Option<Limit> {
+    if level > LEVEL_4K { limit("swap_ns", l.swap_ns, Some(1.5)) } else { None }
+}
