@@ -158,10 +158,10 @@ impl<'v, P: Platform> Vcpu<'v, P> {
             let (slots, as_id) = (slots.enter(), role.as_id());
             match behind(vm, slots.find(as_id, access.gfn).map(|slot| &**slot), access, as_id, prefetch) {
                 Behind::Settled(outcome) => outcome,
-                Behind::Nothing(resolved) => vm.map(&self.task, counts, cache, root, &resolved),
+                Behind::Nothing(resolved) => vm.map(&self.task, counts, cache, root, &resolved).0,
                 Behind::Slot(slot) => {
                     let resolved = resolve(vm, slot, access, page, prefetch, seq);
-                    vm.map(&self.task, counts, cache, root, &resolved)
+                    vm.map(&self.task, counts, cache, root, &resolved).0
                 }
             }
         };
@@ -186,7 +186,7 @@ impl<'v, P: Platform> Vcpu<'v, P> {
             let (slots, as_id) = (slots.enter(), role.as_id());
             match behind(vm, slots.find(as_id, access.gfn).map(|slot| &**slot), access, as_id, prefetch) {
                 Behind::Settled(outcome) => outcome,
-                Behind::Nothing(resolved) => vm.map(&self.task, counts, cache, root, &resolved),
+                Behind::Nothing(resolved) => vm.map(&self.task, counts, cache, root, &resolved).0,
                 Behind::Slot(_) => {
                     let (start, end) = (access.gfn, access.gfn + 1);
                     return Err(VmError::BadRange { as_id, start, end, rule: "a memslot covers it" });
@@ -221,7 +221,7 @@ impl<'v, P: Platform> Vcpu<'v, P> {
         }
     }
 
-    /// Stages 2 to 9. Also the level that was aimed at.
+    /// Stages 2 to 9. Also the level that the fault ended at.
     pub(crate) fn slow_fault(
         &mut self,
         root: u32,
@@ -243,7 +243,13 @@ impl<'v, P: Platform> Vcpu<'v, P> {
                 if rules.early_check && side.invalidation.looks_stale::<P>(access.gfn, seq) {
                     return Ok((FaultOutcome::Retry, LEVEL_4K));
                 }
-                let page = side.primary.fault_in(slot.hva_of(access.gfn), access.write)?;
+                let hva = slot.hva_of(access.gfn);
+                let page = side.primary.fault_in(hva, access.write)?;
+                if access.write && !page.writable {
+                    // The host copies the page for this write, and its own notification has moved the sequence: look again.
+                    vm.break_cow(&self.task, hva)?;
+                    return Ok((FaultOutcome::Retry, LEVEL_4K));
+                }
                 let (pfn, level, writable) = (page.pfn, page.level, page.writable);
                 resolve(
                     vm,
@@ -255,7 +261,7 @@ impl<'v, P: Platform> Vcpu<'v, P> {
                 )
             }
         };
-        Ok((vm.map(&self.task, counts, cache, root, &resolved), resolved.goal))
+        Ok(vm.map(&self.task, counts, cache, root, &resolved))
     }
 
     /// What this thread dirties goes to this vCPU's ring, where there are rings.
@@ -357,7 +363,7 @@ impl HostAnswer {
 }
 
 impl<P: Platform> Vm<P> {
-    /// Stages 7 to 9.
+    /// Stages 7 to 9; and the level that the map step ended at.
     #[inline]
     fn map(
         &self,
@@ -366,14 +372,14 @@ impl<P: Platform> Vm<P> {
         cache: &mut TableCache,
         root: u32,
         fault: &Resolved,
-    ) -> FaultOutcome {
+    ) -> (FaultOutcome, u8) {
         let (mmu, side, rules) = (self.mmu(), self.side(), self.rules());
         let &Resolved { access, as_id, frame, goal, wanted, disallowed, tracked, prefetch, seq } = fault;
         let mut guard = mmu.lock.read(task);
         if rules.stale_root_check && mmu.is_obsolete(root)
             || seq.is_some_and(|seq| side.invalidation.must_retry(&guard, access.gfn, seq))
         {
-            return FaultOutcome::Retry;
+            return (FaultOutcome::Retry, goal);
         }
         let fault = MapFault {
             gfn: access.gfn,
@@ -387,9 +393,9 @@ impl<P: Platform> Vm<P> {
             prefetch,
             dirty_tracked: tracked,
         };
-        let mapped = mmu.map(&mut guard, cache, root, &fault);
+        let (mapped, level) = mmu.map_at(&mut guard, cache, root, &fault);
         drop(guard);
-        match mapped {
+        let outcome = match mapped {
             MapOutcome::Fixed { level, spte } => FaultOutcome::Fixed { level, spte },
             MapOutcome::Spurious => FaultOutcome::Spurious,
             MapOutcome::Retry => FaultOutcome::Retry,
@@ -398,6 +404,7 @@ impl<P: Platform> Vm<P> {
                 FaultOutcome::Emulate
             }
             MapOutcome::WriteProtected => FaultOutcome::Emulate,
-        }
+        };
+        (outcome, level)
     }
 }

@@ -133,7 +133,8 @@ impl PrimaryMmu {
         })
     }
 
-    /// The host's mapping of `hva`, made if it does not exist (get_user_pages).
+    /// The host's mapping of `hva`, made if it does not exist (get_user_pages). A page that is there and not writable, in a region that is, is returned as it
+    /// is also for a write: who asked must have it copied.
     ///
     /// # Errors
     /// [`VmError::BadHva`] outside every region, or for a write to a region that cannot be written; [`VmError::HostFull`].
@@ -201,6 +202,43 @@ impl PrimaryMmu {
 
     fn chunk(&self, chunk: usize) -> u64 {
         self.chunks.get(chunk).map_or(0, |c| c.load(Relaxed))
+    }
+
+    /// May `hva` be mapped, writable or not?
+    ///
+    /// # Errors
+    /// [`VmError::BadHva`] outside every region, or for a write to a region that cannot be written.
+    pub fn may_map(&self, hva: u64, writable: bool) -> Result<(), VmError> {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        match state.vma(hva) {
+            None => Err(VmError::BadHva { hva, rule: "no region maps it" }),
+            Some((_, vma)) if writable && !vma.writable => {
+                Err(VmError::BadHva { hva, rule: "the region is read-only" })
+            }
+            Some(_) => Ok(()),
+        }
+    }
+
+    /// Puts another frame behind `hva`, and releases the one that was there; what it cuts is mapped by smaller pages from now on. The caller runs it between the begin and the
+    /// end of a notifier. Returns the frame.
+    ///
+    /// # Errors
+    /// [`VmError::HostFull`]: nothing is behind `hva` then.
+    pub fn replace(&self, hva: u64, writable: bool) -> Result<u64, VmError> {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        self.unmap_locked(&state, hva..hva + 1);
+        let chunk = (hva / RUN) as usize;
+        if let Some(cell) = self.chunks.get(chunk)
+            && cell.load(Relaxed) & MIXED == 0
+        {
+            // Nothing of the piece was mapped: page by page from now on.
+            cell.store(PRESENT | MIXED, Release);
+        }
+        let pfn = self.frames.issue(1).ok_or(VmError::HostFull { pages: 1, left: 0 })?;
+        if let Some(page) = self.pages.get(hva as usize) {
+            page.store(pfn << PFN_SHIFT | PRESENT | if writable { WRITE } else { 0 }, Release);
+        }
+        Ok(pfn)
     }
 
     /// The longest stretch from `hva`, at most `pages`, that is backed by consecutive frames of one owner tag; backs it first.

@@ -40,6 +40,72 @@ impl<P: Platform> Vm<P> {
         Ok(self.invalidate_around(task, &primary.announced(hvas), may_block, || change(primary)))
     }
 
+    /// The host puts another frame behind one page from now on, writable or to be copied by the next write (KSM, a page of a fork, migration). In kernels with a change_pte callback that one is called
+    /// as well, inside the invalidation, where it finds nothing to change. Returns the frame.
+    ///
+    /// # Errors
+    /// [`VmError::BadHva`] outside every region, or for a writable page of a read-only one; [`VmError::HostFull`]; [`VmError::Closed`].
+    pub fn set_host_page(&self, task: &Task<P>, hva: u64, writable: bool) -> Result<u64, VmError> {
+        let _mmap_lock = self.lock_mmap(task);
+        self.open()?;
+        self.replace_page(task, hva, writable)
+    }
+
+    /// A write meets a page that the host maps read-only, in a region that may be written: it gets a copy. Nothing if somebody was faster.
+    pub(crate) fn break_cow(&self, task: &Task<P>, hva: u64) -> Result<(), VmError> {
+        let _mmap_lock = self.lock_mmap(task);
+        match self.side().primary.lookup(hva) {
+            Some(page) if page.writable => Ok(()),
+            _ => self.replace_page(task, hva, true).map(drop),
+        }
+    }
+
+    fn replace_page(&self, task: &Task<P>, hva: u64, writable: bool) -> Result<u64, VmError> {
+        let primary = &self.side().primary;
+        primary.may_map(hva, writable)?;
+        // A huge mapping is split for it, which is announced whole.
+        let announced = primary.announced(&(hva..hva + 1));
+        self.invalidate_around(task, &announced, true, || {
+            let pfn = primary.replace(hva, writable)?;
+            self.change_pte(task, hva, pfn, writable);
+            Ok(pfn)
+        })
+    }
+
+    /// clear_young of one or more host pages: [`Vm::notifier_age`].
+    ///
+    /// # Errors
+    /// As [`Vm::notifier_age`].
+    pub fn age_hva(&self, task: &Task<P>, hvas: Range<u64>) -> Result<bool, VmError> {
+        self.notifier_age(task, hvas)
+    }
+
+    /// test_young of one or more host pages: [`Vm::notifier_test_age`].
+    ///
+    /// # Errors
+    /// As [`Vm::notifier_age`].
+    pub fn test_age_hva(&self, task: &Task<P>, hvas: Range<u64>) -> Result<bool, VmError> {
+        self.notifier_test_age(task, hvas)
+    }
+
+    /// Ages what is behind a gfn range of address space 0; true: some of it was young.
+    ///
+    /// # Errors
+    /// [`VmError::BadRange`] when no memslot covers part of it; [`VmError::Closed`].
+    pub fn age_gfns(&self, task: &Task<P>, gfns: Range<u64>) -> Result<bool, VmError> {
+        let hvas = self.hvas_of(gfns)?;
+        hvas.into_iter().try_fold(false, |any, hvas| Ok(self.notifier_age(task, hvas)? | any))
+    }
+
+    /// Was a page behind a gfn range of address space 0 accessed since it was last aged? Changes nothing.
+    ///
+    /// # Errors
+    /// As [`Vm::age_gfns`].
+    pub fn test_age_gfns(&self, task: &Task<P>, gfns: Range<u64>) -> Result<bool, VmError> {
+        let hvas = self.hvas_of(gfns)?;
+        hvas.into_iter().try_fold(false, |any, hvas| Ok(self.notifier_test_age(task, hvas)? | any))
+    }
+
     /// The host virtual pages behind a gfn range of address space 0, slot by slot.
     fn hvas_of(&self, gfns: Range<u64>) -> Result<Vec<Range<u64>>, VmError> {
         let set = self.slots();

@@ -117,16 +117,21 @@ impl<P: Platform> Vm<P> {
         pfn: u64,
         writable: bool,
     ) -> Result<bool, VmError> {
-        let (mmu, range) = (self.mmu(), hva..hva.saturating_add(1));
-        if !mmu.profile().set_spte_gfn {
-            return Err(VmError::Unsupported { what: "change_pte", kernel: mmu.profile().name });
+        let profile = self.mmu().profile();
+        if !profile.set_spte_gfn {
+            return Err(VmError::Unsupported { what: "change_pte", kernel: profile.name });
         }
-        check(&range)?;
+        check(&(hva..hva.saturating_add(1)))?;
         let _mmap_lock = self.share_mmap(task);
         self.open()?;
-        let ranges = self.slots().gfns_of(&range);
-        if ranges.is_empty() {
-            return Ok(false);
+        Ok(self.change_pte(task, hva, pfn, writable))
+    }
+
+    pub(crate) fn change_pte(&self, task: &Task<P>, hva: u64, pfn: u64, writable: bool) -> bool {
+        let mmu = self.mmu();
+        let ranges = self.slots().gfns_of(&(hva..hva + 1));
+        if !mmu.profile().set_spte_gfn || ranges.is_empty() {
+            return false;
         }
         let mut guard = mmu.lock.write(task);
         let mut changed = false;
@@ -136,7 +141,7 @@ impl<P: Platform> Vm<P> {
         if changed {
             mmu.flush(task, None);
         }
-        Ok(changed)
+        changed
     }
 }
 

@@ -201,6 +201,11 @@ impl<P: Platform> Vm<P> {
                 level,
                 template: self.template(level, page.writable && !slot.flags.readonly, ad),
             };
+            let logged = slot.flags.log_dirty && map.template.raw() & mmu.format().write != 0;
+            if logged && side.rings.is_some() {
+                let rule = "no vCPU makes these pages writable, so no ring would tell: populate by faults while the slot logs";
+                return Err(VmError::BadRange { as_id, start: gfn, end: piece.end, rule });
+            }
             let mut guard = mmu.lock.read(task);
             if mmu.is_obsolete(root) {
                 return Err(VmError::Mmu("the root to populate was invalidated by a fast zap".into()));
@@ -213,7 +218,7 @@ impl<P: Platform> Vm<P> {
                 other => VmError::Mmu(other.to_string()),
             })?;
             drop(guard);
-            if slot.dirty.is_some() && map.template.raw() & mmu.format().write != 0 {
+            if logged {
                 for gfn in map.gfns.clone() {
                     side.slots.mark_dirty(as_id, gfn);
                 }

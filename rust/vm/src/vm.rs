@@ -478,6 +478,10 @@ impl<P: Platform> Vm<P> {
         let total_ns = P::ticks_to_ns(end - begin);
         let cpu_ns = P::thread_cpu_ns().saturating_sub(cpu);
         let meter = task.meter().take();
+        let mut violations = self.mmu.violations();
+        if self.side.lost_entries() != 0 {
+            violations.push(format!("{} dirty pages found no room in a ring", self.side.lost_entries()));
+        }
         let report = CloseReport {
             zap_all_ns,
             total_ns,
@@ -491,7 +495,7 @@ impl<P: Platform> Vm<P> {
             leftovers,
             tables_leaked: pool.taken,
             double_frees: pool.double_frees,
-            violations: self.mmu.violations(),
+            violations,
             frames: self.side.primary.frames().stats(),
         };
         *closed = Some(report.clone());
