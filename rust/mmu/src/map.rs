@@ -12,7 +12,10 @@ use std::sync::atomic::Ordering;
 
 use tdpmmu_platform::{Event, Guard, Platform, Shared, Site, Task};
 use tdpmmu_spte::geometry::{ENTRIES, index, round_down, span};
-use tdpmmu_spte::{Access, AdMode, MadeLeaf, MakeLeaf, ReplaceFlushSpan, Role, SplitInFault, Spte};
+use tdpmmu_spte::{
+    Access, AdMode, AtomicZapOrder, FormatKind, MadeLeaf, MakeLeaf, MarkDirty, ReplaceFlushSpan, Role,
+    SplitInFault, Spte,
+};
 use tdpmmu_table::{PoolError, TableCache};
 
 use crate::TdpMmu;
@@ -208,7 +211,7 @@ impl<P: Platform> TdpMmu<P> {
         let room = count.min(cells.len() as u64);
         let goal = goal(root, first, level);
         let empty = self.format().empty();
-        let template = self.leaf_for(first, level, pfn & !(unit - 1), writable, empty);
+        let template = self.leaf_for(first, goal, pfn & !(unit - 1), writable, empty);
         // One step a leaf, nothing else: the fast loop ends at the first entry that is not simply empty.
         let plain = self.observer().is_none() && !template.mark_dirty;
         let (mut new, mut done) = (0, 0);
@@ -278,21 +281,41 @@ impl<P: Platform> TdpMmu<P> {
         }
     }
 
-    /// The leaf that a fault wants at `level`, over `old`.
+    /// How Accessed and Dirty of leaves under `root` are kept: an L2's entries are write-protected for logging, since PML writes down the gfns of its own
+    /// address space, not L1's.
     #[inline]
-    fn leaf_for(&self, fault: &MapFault, level: u8, pfn: u64, writable: bool, old: Spte) -> MadeLeaf {
+    fn ad_mode(&self, root: u32) -> AdMode {
         let format = self.format();
-        format.make_leaf(&MakeLeaf {
+        match format.kind {
+            FormatKind::Npt => AdMode::Enabled,
+            FormatKind::Ept if !format.ad_bits => AdMode::Disabled,
+            FormatKind::Ept => {
+                let (role, layout) = (Role(self.pool().meta(root).role()), self.profile().role_layout);
+                if role.ad_disabled(layout) {
+                    AdMode::Disabled
+                } else if role.guest_mode(layout) {
+                    AdMode::WriteProtect
+                } else {
+                    AdMode::Enabled
+                }
+            }
+        }
+    }
+
+    /// The leaf that a fault wants at `at`, over `old`.
+    #[inline]
+    fn leaf_for(&self, fault: &MapFault, at: At, pfn: u64, writable: bool, old: Spte) -> MadeLeaf {
+        self.format().make_leaf(&MakeLeaf {
             pfn,
-            level,
+            level: at.level,
             access: Access::ALL,
             prefetch: fault.prefetch,
             host_writable: writable,
             write_protected: false,
             old,
             dirty_tracked: fault.dirty_tracked,
-            ad_mode: if format.ad_bits { AdMode::Enabled } else { AdMode::Disabled },
-            nx_mitigation: level > 1 && self.nx_huge_pages(),
+            ad_mode: self.ad_mode(at.root),
+            nx_mitigation: at.level > 1 && self.nx_huge_pages(),
             remake: self.profile().remake_dirty,
         })
     }
@@ -308,25 +331,33 @@ impl<P: Platform> TdpMmu<P> {
         fault: &MapFault,
     ) -> MapOutcome {
         let format = self.format();
+        // 6.14 on: what is there already is not made again, and nothing is made for a guest that has not asked.
+        if old.is_leaf(at.level)
+            && self.profile().spurious_if_allowed
+            && (fault.prefetch || format.allows(old, fault.write, fault.exec))
+        {
+            return MapOutcome::Spurious;
+        }
+        let mut marks = false;
         let (new, outcome) = match fault.frame {
             Frame::Mmio { generation } => {
                 (format.mmio(fault.gfn, Access::ALL, generation), MapOutcome::Emulate)
             }
             Frame::Page { pfn, writable } => {
-                if self.profile().spurious_if_allowed
-                    && old.is_leaf(at.level)
-                    && format.allows(old, fault.write, fault.exec)
-                {
-                    return MapOutcome::Spurious;
-                }
                 let pfn = pfn & !(span(at.level) - 1);
                 if old.is_leaf(at.level) && old.pfn() != pfn {
                     self.violation("a fault found another frame behind a present leaf (rule R5)");
                     return MapOutcome::Retry;
                 }
-                let made = self.leaf_for(fault, at.level, pfn, writable, old);
+                let made = self.leaf_for(fault, at, pfn, writable, old);
                 if made.mark_dirty {
-                    self.host().gfn_dirty(fault.as_id, fault.gfn);
+                    match self.profile().mark_dirty {
+                        // Once the entry is written, by its bookkeeping, and only if it gained W.
+                        MarkDirty::Always => marks = at.level == 1 && !format.is_writable(old),
+                        MarkDirty::ExclusiveOnly | MarkDirty::Never => {
+                            self.host().gfn_dirty(fault.as_id, fault.gfn);
+                        }
+                    }
                 }
                 let outcome = if made.write_protected && fault.write {
                     MapOutcome::WriteProtected
@@ -344,6 +375,9 @@ impl<P: Platform> TdpMmu<P> {
             return MapOutcome::Retry;
         }
         task.count(0, 1);
+        if marks {
+            self.host().gfn_dirty(fault.as_id, fault.gfn);
+        }
         if !old.is_present() && self.observer().is_none() {
             // The common case, without a ledger: a leaf where nothing was.
             if new.is_present() {
@@ -431,7 +465,8 @@ impl<P: Platform> TdpMmu<P> {
         Some(table)
     }
 
-    /// 5.19-6.1: a huge leaf in the way is frozen, flushed and emptied before a table is linked.
+    /// 5.19-6.1: a huge leaf in the way is frozen, flushed and emptied before a table is linked. The empty store is told by nobody, where the bookkeeping stands
+    /// before the flush (recorded in 6.1: leaf to frozen, then empty to table).
     fn zap_huge_leaf(
         &self,
         task: &Task<P>,
@@ -444,12 +479,21 @@ impl<P: Platform> TdpMmu<P> {
             task.meter().count_retries(1);
             return None;
         }
-        let mut ledger = Ledger::default();
-        change::changed::<P, Shared>(self, task, &mut ledger, at, old, frozen);
-        ledger.settle(self);
+        let book = |new: Spte| {
+            let mut ledger = Ledger::default();
+            change::changed::<P, Shared>(self, task, &mut ledger, at, old, new);
+            ledger.settle(self);
+        };
+        let before = self.profile().atomic_zap_order == AtomicZapOrder::BookkeepingBeforeFlush;
+        if before {
+            book(frozen);
+        }
         self.flush(task, Some(at.gfn..at.gfn + span(at.level)));
         P::store(cell, empty.raw(), Site::SpteZap);
         task.count(0, 2);
+        if !before {
+            book(empty);
+        }
         Some(empty)
     }
 }

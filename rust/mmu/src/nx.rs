@@ -25,6 +25,8 @@ use crate::walk::{Walk, Yield};
 /// The switch and the candidates.
 pub(crate) struct NxPages {
     enabled: AtomicBool,
+    /// It has been on at some time: there may be candidates.
+    used: AtomicBool,
     head: AtomicU32,
     tail: AtomicU32,
     splits: AtomicU64,
@@ -34,6 +36,7 @@ impl Default for NxPages {
     fn default() -> Self {
         Self {
             enabled: AtomicBool::new(false),
+            used: AtomicBool::new(false),
             head: AtomicU32::new(NIL),
             tail: AtomicU32::new(NIL),
             splits: AtomicU64::new(0),
@@ -45,13 +48,16 @@ impl<P: Platform> TdpMmu<P> {
     /// Is the mitigation on: are huge leaves made without X, and are tables that a fetch needs candidates for recovery?
     #[inline]
     pub fn nx_huge_pages(&self) -> bool {
-        self.nx.enabled.load(Ordering::Relaxed)
+        self.nx.enabled.load(Ordering::Acquire)
     }
 
     /// Turns the mitigation on or off for faults and splits from now on. What is mapped already stays as it is: the caller fast-zaps, as writing
     /// the module parameter does.
     pub fn set_nx_huge_pages(&self, on: bool) {
-        self.nx.enabled.store(on, Ordering::Relaxed);
+        if on {
+            self.nx.used.store(true, Ordering::Relaxed);
+        }
+        self.nx.enabled.store(on, Ordering::Release);
     }
 
     /// nx_lpage_splits: candidates for recovery now.
@@ -91,13 +97,15 @@ impl<P: Platform> TdpMmu<P> {
         let meta = self.pool().meta(table);
         let _turn = self.pages_lock();
         if !self.profile().nx_flag_before_publish {
+            // Both sides set their own flag and then look for the other's, in one word: at least one of them sees both.
+            meta.set(TableFlag::NxDisallowed);
             if meta.has(TableFlag::Unlinked) {
+                meta.clear(TableFlag::NxDisallowed);
                 self.violation(
                     "a table became an NX candidate after its teardown (bug-history 9, 26: nx-flag-before-publish=off)",
                 );
                 return;
             }
-            meta.set(TableFlag::NxDisallowed);
         }
         // Teardown may have been here between the link and our turn: then the flag is gone.
         if meta.has(TableFlag::NxDisallowed) {
@@ -137,19 +145,14 @@ impl<P: Platform> TdpMmu<P> {
     /// Teardown of `table` begins: it was unlinked from its parent. One load of a header that teardown reads anyway, where there is nothing to do.
     #[inline]
     pub(crate) fn nx_unlinked(&self, table: u32) {
-        let late = !self.profile().nx_flag_before_publish && self.nx_huge_pages();
-        if late || self.pool().meta(table).has(TableFlag::NxDisallowed) {
-            self.nx_unlink(table, late);
+        let meta = self.pool().meta(table);
+        if self.nx.used.load(Ordering::Relaxed) && !self.profile().nx_flag_before_publish {
+            meta.set(TableFlag::Unlinked);
         }
-    }
-
-    #[cold]
-    fn nx_unlink(&self, table: u32, late: bool) {
-        let _turn = self.pages_lock();
-        if late {
-            self.pool().meta(table).set(TableFlag::Unlinked);
+        if meta.has(TableFlag::NxDisallowed) {
+            let _turn = self.pages_lock();
+            self.nx_forget(table);
         }
-        self.nx_forget(table);
     }
 
     /// NX recovery: zaps the entries of at most `to_zap` candidates, the oldest first, so that the guest may have them huge again. `logged`: does the slot of a gfn log dirty

@@ -4,10 +4,10 @@
 use std::sync::Arc;
 
 use tdpmmu_mmu::{
-    DesignOptions, MapFault, MapOutcome, MmuConfig, MmuError, NoHost, QueueKind, TdpMmu, design,
+    DesignOptions, MapFault, MapOutcome, MmuConfig, MmuError, MmuHost, NoHost, QueueKind, TdpMmu, design,
 };
-use tdpmmu_platform::{Observer, Owner, Preempt, RcuConfig, Real, Role, Task, TaskConfig};
-use tdpmmu_spte::{FormatKind, KernelProfile, Passes};
+use tdpmmu_platform::{Observer, Owner, Platform, Preempt, RcuConfig, Real, Role, Task, TaskConfig};
+use tdpmmu_spte::{Format, FormatKind, KernelProfile, Passes};
 use tdpmmu_table::TableCache;
 
 pub type Mmu = TdpMmu<Real>;
@@ -24,6 +24,8 @@ pub struct Setup {
     pub queue: Option<QueueKind>,
     pub workers: usize,
     pub observer: Option<Arc<dyn Observer>>,
+    /// Another format than NPT.
+    pub format: Option<Format>,
 }
 
 impl Default for Setup {
@@ -40,6 +42,7 @@ impl Default for Setup {
             queue: None,
             workers: 1,
             observer: None,
+            format: None,
         }
     }
 }
@@ -54,12 +57,17 @@ impl Setup {
     }
 
     pub fn try_build(self) -> Result<Arc<Mmu>, MmuError> {
+        self.build_on(Arc::new(NoHost))
+    }
+
+    /// On any platform, with a host.
+    pub fn build_on<P: Platform>(self, host: Arc<dyn MmuHost<P>>) -> Result<Arc<TdpMmu<P>>, MmuError> {
         let profile = KernelProfile::named(self.profile).expect("a known profile");
         let info = design::info(self.design).expect("a known design");
         let asked = self.passes.map(|p| Passes::parse(p).expect("passes"));
         let config = MmuConfig {
             profile,
-            format: profile.format(FormatKind::Npt),
+            format: self.format.unwrap_or_else(|| profile.format(FormatKind::Npt)),
             root_level: self.root_level,
             maxphyaddr: 52,
             passes: design::effective_passes(asked, info, &profile),
@@ -77,23 +85,29 @@ impl Setup {
                 ..TaskConfig::default()
             },
         };
-        TdpMmu::new(config, Arc::new(NoHost))
+        TdpMmu::new(config, host)
     }
 }
 
 /// One vCPU: a task, a cache, a root.
-pub struct Cpu {
-    pub mmu: Arc<Mmu>,
-    pub task: Task<Real>,
+pub struct Cpu<P: Platform = Real> {
+    pub mmu: Arc<TdpMmu<P>>,
+    pub task: Task<P>,
     pub cache: TableCache,
     pub root: u32,
 }
 
-impl Cpu {
-    pub fn new(mmu: &Arc<Mmu>) -> Self {
+impl<P: Platform> Cpu<P> {
+    pub fn new(mmu: &Arc<TdpMmu<P>>) -> Self {
+        Self::of_space(mmu, 0)
+    }
+
+    /// In system management mode for address space 1.
+    pub fn of_space(mmu: &Arc<TdpMmu<P>>, as_id: u8) -> Self {
         let task = mmu.task("vcpu", Role::Vcpu);
         let mut cache = TableCache::default();
-        let root = mmu.load_root(&task, &mut cache, mmu.root_role(false)).expect("room for a root");
+        let role = mmu.root_role(as_id == 1);
+        let root = mmu.load_root(&task, &mut cache, role).expect("room for a root");
         Self { mmu: Arc::clone(mmu), task, cache, root }
     }
 
@@ -102,13 +116,18 @@ impl Cpu {
     }
 
     pub fn fault_as(&mut self, gfn: u64, level: u8, write: bool) -> MapOutcome {
+        let fault = MapFault { write, ..MapFault::page(gfn, 0x10_0000 + gfn, level) };
+        self.map(&fault)
+    }
+
+    /// One fault as it is given, through stages 2 and 7 to 9 of the pipeline.
+    pub fn map(&mut self, fault: &MapFault) -> MapOutcome {
         self.mmu.top_up(&self.task, &mut self.cache).expect("room for tables");
         let mut guard = self.mmu.lock.read(&self.task);
         if self.mmu.is_obsolete(self.root) {
             return MapOutcome::Retry;
         }
-        let fault = MapFault { write, ..MapFault::page(gfn, 0x10_0000 + gfn, level) };
-        self.mmu.map(&mut guard, &mut self.cache, self.root, &fault)
+        self.mmu.map(&mut guard, &mut self.cache, self.root, fault)
     }
 
     /// Drops the root (a vCPU that unloads).
@@ -116,14 +135,14 @@ impl Cpu {
         self.mmu.put_roots(&self.task, &[self.root]);
     }
 
-    pub fn close(mut self) -> Arc<Mmu> {
+    pub fn close(mut self) -> Arc<TdpMmu<P>> {
         self.cache.drain(self.mmu.pool());
         self.mmu
     }
 }
 
 /// A whole fast zap as rust/vm does it, without vCPUs to ask.
-pub fn fast_zap(mmu: &Mmu, task: &Task<Real>) {
+pub fn fast_zap<P: Platform>(mmu: &TdpMmu<P>, task: &Task<P>) {
     {
         let mut guard = mmu.lock.write(task);
         mmu.fast_zap_invalidate(&mut guard);
@@ -133,7 +152,7 @@ pub fn fast_zap(mmu: &Mmu, task: &Task<Real>) {
 }
 
 /// Ends the VM and demands that nothing is left.
-pub fn end(mmu: &Arc<Mmu>) {
+pub fn end<P: Platform>(mmu: &Arc<TdpMmu<P>>) {
     let task = mmu.task("end", Role::Caller);
     let left = mmu.uninit(&task);
     assert_eq!(left, tdpmmu_mmu::Leftovers::default());

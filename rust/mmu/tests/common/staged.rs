@@ -102,12 +102,15 @@ impl Platform for Staged {
         Real::load(cell, site)
     }
     fn store(cell: &AtomicU64, value: u64, site: Site) {
+        come_to(site);
         Real::store(cell, value, site);
     }
     fn cmpxchg(cell: &AtomicU64, old: u64, new: u64, site: Site) -> Result<u64, u64> {
+        come_to(site);
         Real::cmpxchg(cell, old, new, site)
     }
     fn fetch_and(cell: &AtomicU64, value: u64, site: Site) -> u64 {
+        come_to(site);
         Real::fetch_and(cell, value, site)
     }
     fn fetch_or(cell: &AtomicU64, value: u64, site: Site) -> u64 {
