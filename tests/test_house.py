@@ -66,7 +66,10 @@ def public() -> Iterator[tuple[str, object]]:
         for inner in inside:
             yield f"{name}.{inner}", getattr(value, inner)
         if inspect.isclass(value) and value.__module__.startswith("tdpmmu"):
-            for inner, member in vars(value).items():
+            # Methods of a base class, too: a big class is a file each part.
+            bases = [base for base in value.__mro__ if base.__module__.startswith("tdpmmu")]
+            members = {name: member for base in reversed(bases) for name, member in vars(base).items()}
+            for inner, member in members.items():
                 if not inner.startswith("_") and (inspect.isroutine(member) or isinstance(member, property)):
                     yield f"{name}.{inner}", getattr(value, inner)
 

@@ -15,6 +15,7 @@ from tdpmmu import _native
 from tdpmmu.errors import (
     Busy,
     Closed,
+    DirtyRingFull,
     ForkedError,
     InternalError,
     InvalidArgument,
@@ -32,7 +33,9 @@ if TYPE_CHECKING:
     from tdpmmu.comparison import Comparison, ComparisonRow, compare
     from tdpmmu.machine import (
         MAPPING_DTYPE,
+        RING_DTYPE,
         CloseReport,
+        DirtyLog,
         FaultOutcome,
         FaultResult,
         LeafMapping,
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
         VMStats,
         ZapReport,
     )
+    from tdpmmu.recorded import ConformCase, ConformReport, Replay, Timeline
     from tdpmmu.recorder import RecordHelp, record_help
     from tdpmmu.recording import replay
     from tdpmmu.results import (
@@ -50,7 +54,6 @@ if TYPE_CHECKING:
         MicroResult,
         MicroRow,
         Percentiles,
-        Replay,
         load,
         load_file,
     )
@@ -59,6 +62,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MAPPING_DTYPE",
+    "RING_DTYPE",
     "VM",
     "BenchResult",
     "BenchRun",
@@ -67,6 +71,10 @@ __all__ = [
     "Closed",
     "Comparison",
     "ComparisonRow",
+    "ConformCase",
+    "ConformReport",
+    "DirtyLog",
+    "DirtyRingFull",
     "FaultOutcome",
     "FaultResult",
     "ForkedError",
@@ -85,6 +93,7 @@ __all__ = [
     "RunReport",
     "StallError",
     "TdpMmuError",
+    "Timeline",
     "TraceError",
     "Unsupported",
     "VMConfig",
@@ -109,7 +118,9 @@ __all__ = [
 # Loaded at first use: the command line must answer `--help` before numpy could be imported.
 _LAZY = {
     "MAPPING_DTYPE": "machine",
+    "RING_DTYPE": "machine",
     "CloseReport": "machine",
+    "DirtyLog": "machine",
     "FaultOutcome": "machine",
     "FaultResult": "machine",
     "LeafMapping": "machine",
@@ -125,7 +136,10 @@ _LAZY = {
     "MicroResult": "results",
     "MicroRow": "results",
     "Percentiles": "results",
-    "Replay": "results",
+    "ConformCase": "recorded",
+    "ConformReport": "recorded",
+    "Replay": "recorded",
+    "Timeline": "recorded",
     "load": "results",
     "load_file": "results",
     "Comparison": "comparison",

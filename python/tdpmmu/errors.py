@@ -8,6 +8,7 @@ from __future__ import annotations
 __all__ = [
     "Busy",
     "Closed",
+    "DirtyRingFull",
     "ForkedError",
     "InternalError",
     "InvalidArgument",
@@ -48,6 +49,10 @@ class Closed(TdpMmuError, RuntimeError):
 
 class Busy(TdpMmuError, RuntimeError):
     """Somebody else uses it right now: a vCPU, for one, is one thread at a time."""
+
+
+class DirtyRingFull(TdpMmuError, RuntimeError):
+    """A vCPU's dirty ring has no room (KVM_EXIT_DIRTY_RING_FULL): harvest it, reset the rings, go on."""
 
 
 class ForkedError(TdpMmuError, RuntimeError):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, SupportsIndex
 
 import numpy as np
+import numpy.typing as npt
 
 from tdpmmu import _names, units
 from tdpmmu.bench import MAX_WORKERS, between, cpu_numbers
@@ -17,7 +18,9 @@ from tdpmmu.errors import InvalidArgument
 
 __all__ = [
     "MAPPING_DTYPE",
+    "RING_DTYPE",
     "CloseReport",
+    "DirtyLog",
     "FaultOutcome",
     "FaultResult",
     "LeafMapping",
@@ -30,9 +33,13 @@ __all__ = [
 
 Size = str | SupportsIndex
 CHECKS = ("off", "cheap")
+DIRTY_MODES = ("write-protect", "d-bits")
+ENTRY_FORMATS = ("npt", "ept")
 
 #: What `lookup_batch` and `mappings` give for each gfn; `level` 0 means not mapped.
 MAPPING_DTYPE = np.dtype([("gfn", "<u8"), ("spte", "<u8"), ("pfn", "<u8"), ("level", "<u8")])
+#: What `dirty_ring` gives for each page that a vCPU wrote: `offset` counts 4 KiB pages from the slot's first.
+RING_DTYPE = np.dtype([("slot", "<u8"), ("as_id", "<u8"), ("offset", "<u8")])
 
 
 class FaultOutcome(enum.IntEnum):
@@ -89,6 +96,35 @@ class Memslot:
 
 
 @dataclass(frozen=True, slots=True)
+class DirtyLog:
+    """What one KVM_GET_DIRTY_LOG returned: gfns in 4 KiB pages.
+
+    Attributes:
+        slot: the memslot's id.
+        as_id: its address space.
+        base_gfn: its first gfn.
+        npages: its pages.
+        dirty: one bool a page of the slot, in order: an array of `npages`.
+    """
+
+    slot: int
+    as_id: int
+    base_gfn: int
+    npages: int
+    dirty: npt.NDArray[np.bool_] = field(repr=False)
+
+    @property
+    def gfns(self) -> npt.NDArray[np.uint64]:
+        """The dirty gfns, ascending."""
+        return np.flatnonzero(self.dirty).astype(np.uint64) + np.uint64(self.base_gfn)
+
+    @property
+    def count(self) -> int:
+        """Dirty pages of 4 KiB, a count."""
+        return int(np.count_nonzero(self.dirty))
+
+
+@dataclass(frozen=True, slots=True)
 class PopulateStats:
     """What populating did: leaf SPTEs made, page-table pages in use after it, wall-clock time in ns."""
 
@@ -119,7 +155,7 @@ class ZapReport:
 
 @dataclass(frozen=True, slots=True)
 class VMStats:
-    """Counts at one moment. Page sizes count leafs; tables are 4 KiB pages.
+    """Counts at one moment, as KVM counts them. Page sizes count leafs; tables are 4 KiB pages.
 
     Attributes:
         pages_4k: leaf SPTEs of 4 KiB.
@@ -127,6 +163,15 @@ class VMStats:
         pages_1g: leaf SPTEs of 1 GiB.
         table_pages: page-table pages in use, those that wait for a grace period included.
         roots: roots on the list, invalid ones included.
+        pf_taken: guest faults that were handled.
+        pf_fixed: faults that made the access possible, fast ones included.
+        pf_fast: faults settled without mmu_lock.
+        pf_spurious: faults that found the access allowed.
+        pf_emulate: accesses that had to be emulated.
+        pf_mmio_spte_created: MMIO entries installed.
+        nx_lpage_splits: tables that stand where the NX mitigation forbids a huge leaf.
+        remote_tlb_flush: remote flushes that kicked a vCPU.
+        remote_tlb_flush_requests: remote flushes.
         raw: everything the native side reported, by name.
     """
 
@@ -135,7 +180,21 @@ class VMStats:
     pages_1g: int
     table_pages: int
     roots: int
+    pf_taken: int
+    pf_fixed: int
+    pf_fast: int
+    pf_spurious: int
+    pf_emulate: int
+    pf_mmio_spte_created: int
+    nx_lpage_splits: int
+    remote_tlb_flush: int
+    remote_tlb_flush_requests: int
     raw: Mapping[str, Any] = field(repr=False)
+
+    @classmethod
+    def from_raw(cls, raw: Mapping[str, Any]) -> VMStats:
+        """Return the typed view of what the native side reported. Counts."""
+        return cls(**{name: raw[name] for name in cls.__slots__ if name != "raw"}, raw=raw)
 
     @property
     def sptes(self) -> int:
@@ -163,6 +222,14 @@ class VMConfig:
 
     `page` is the largest page that the host backs guest memory with. Sizes in bytes, `tick_ns` in ns;
     None leaves the choice to the design, then the profile.
+
+    Attributes:
+        eager_page_split: huge leafs are split when dirty logging starts, not when they are written.
+        dirty_mode: how dirty pages are told: `write-protect`, or `d-bits` with a log of hardware (PML).
+        dirty_ring: entries of each vCPU's dirty ring; None is a bitmap a slot.
+        nx_huge_pages: the NX mitigation is on from the start.
+        memslot_generation: what address space 0 begins with, even; for tests of the wrap of MMIO generations.
+        format: entries as AMD has them (`npt`) or Intel (`ept`).
     """
 
     levels: int
@@ -181,6 +248,12 @@ class VMConfig:
     workers: int = 1
     worker_cpus: tuple[int, ...] = ()
     worker_queue: str | None = None
+    eager_page_split: bool = True
+    dirty_mode: str = "write-protect"
+    dirty_ring: int | None = None
+    nx_huge_pages: bool = False
+    memslot_generation: int = 0
+    format: str = "npt"
 
     @classmethod
     def make(
@@ -202,10 +275,17 @@ class VMConfig:
         workers: int = 1,
         worker_cpus: Iterable[int] = (),
         worker_queue: str | None = None,
+        eager_page_split: bool = True,
+        dirty_mode: str = "write-protect",
+        dirty_ring: int | None = None,
+        nx_huge_pages: bool = False,
+        memslot_generation: int = 0,
+        format: str = "npt",
     ) -> VMConfig:
         """Check the arguments of `VM` and return them as a configuration. Sizes in bytes, times in ns.
 
         `workers`, `worker_cpus` and `worker_queue` (`per-vm` or `system`) are for designs that have workers.
+        The rest is in the class's text.
 
         Raises:
             InvalidArgument: a value breaks a rule; the message names the parameter, the value and the rule.
@@ -250,6 +330,12 @@ class VMConfig:
             worker_queue=None
             if worker_queue is None
             else _names.one_of(worker_queue, _names.QUEUES, "worker_queue"),
+            eager_page_split=bool(eager_page_split),
+            dirty_mode=_names.one_of(dirty_mode, DIRTY_MODES, "dirty_mode"),
+            dirty_ring=None if dirty_ring is None else between(dirty_ring, 1, 1 << 31, "dirty_ring"),
+            nx_huge_pages=bool(nx_huge_pages),
+            memslot_generation=between(memslot_generation, 0, (1 << 60) - 1, "memslot_generation"),
+            format=_names.one_of(format, ENTRY_FORMATS, "format"),
         )
 
     @property

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from tdpmmu import _names, _native
 from tdpmmu.bench import between, check_timeout
-from tdpmmu.results import Replay
+from tdpmmu.recorded import Replay
 
 __all__ = ["replay"]
 
@@ -20,10 +20,12 @@ def replay(
     check: bool = False,
     strict: bool = False,
     vm_of: int | None = None,
+    what_if: str | None = None,
+    perfetto: str | os.PathLike[str] | None = None,
     progress: Callable[[str, float], object] | None = None,
     timeout: float | None = None,
 ) -> Replay:
-    """Rebuild the page tables of a recording (ftrace, trace-cmd or perf text, plain or gzip).
+    """Rebuild the page tables of a recording (trace.dat; ftrace, trace-cmd or perf text, plain or gzip).
 
     Args:
         path: the recording; `-` is standard input.
@@ -31,6 +33,9 @@ def replay(
         check: verify every old value. A malformed line is then an error.
         strict: a malformed line is an error.
         vm_of: only the VM of this process id.
+        what_if: a zap design, by name: the recorded zaps run through it for real, on trees of the recorded
+            shape, and the report tells whom they blocked. Its ns are measured on this machine.
+        perfetto: write a Perfetto trace of the recording to this file.
         progress: called as `progress(phase, fraction)` on the calling thread.
         timeout: seconds; None is for ever.
 
@@ -38,21 +43,25 @@ def replay(
         The report; `ok` is False where an old value does not chain. That is not an exception.
 
     Raises:
-        OSError: the file cannot be opened or read.
+        OSError: the file cannot be opened or read, or `perfetto` cannot be written.
         TraceError: it is not a recording, or (strict) has a malformed line.
-        InvalidArgument: an unknown profile, or one that cannot be inferred.
+        InvalidArgument: an unknown profile or design, or a profile that cannot be inferred.
         StallError: not finished within `timeout` seconds.
     """
     if profile is not None:
         _names.profile(profile)
     if vm_of is not None:
         vm_of = between(vm_of, 0, (1 << 32) - 1, "vm_of")
+    if what_if is not None:
+        _names.design(what_if, "what_if")
     text = _native.replay(
         os.fspath(path),
         profile=profile,
         check=check,
         strict=strict or check,
         vm_of=vm_of,
+        what_if=what_if,
+        perfetto=None if perfetto is None else os.fspath(perfetto),
         progress=progress,
         timeout=check_timeout(timeout),
     )

@@ -21,8 +21,17 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from tdpmmu.comparison import Comparison
+    from tdpmmu.recorded import ConformReport, Replay
 
-__all__ = ["BenchResult", "BenchRun", "MicroResult", "MicroRow", "Percentiles", "Replay", "load", "load_file"]
+__all__ = [
+    "BenchResult",
+    "BenchRun",
+    "MicroResult",
+    "MicroRow",
+    "Percentiles",
+    "load",
+    "load_file",
+]
 
 Raw = Mapping[str, Any]
 
@@ -313,64 +322,6 @@ class MicroResult(_Document):
         return [row.raw for row in self.rows]
 
 
-@dataclass(frozen=True, slots=True)
-class Replay(_Document):
-    """What a recording of real KVM holds, and whether its old values chain.
-
-    Attributes:
-        file: the recording.
-        kernel: the kernel profile it was read under.
-        events: events read.
-        transitions: SPTE changes read.
-        checked: transitions by verdict: same, hw_ad, fast_pf, silent_unfreeze, split_child, reordered,
-            unknown, mismatch.
-        mismatches: the unexplained ones, with line, gfn, level, expected and got.
-        roots: roots seen, or None where the recording does not name them.
-        tables_peak: most page-table pages alive at once, in pages.
-        zaps: the zaps with cause, start and duration in ns, and entries by level.
-        raw: the whole JSON object.
-    """
-
-    _ROWS: ClassVar[str] = "zaps"
-
-    schema: str
-    file: str
-    kernel: str
-    events: int
-    transitions: int
-    checked: Raw
-    mismatches: tuple[Raw, ...]
-    roots: Any
-    tables_peak: int | None
-    zaps: tuple[Raw, ...]
-    raw: Raw = field(repr=False)
-
-    @classmethod
-    def from_raw(cls, raw: Raw) -> Replay:
-        """Return the typed view of a report object."""
-        return cls(
-            schema=str(raw.get("schema", "")),
-            file=str(raw.get("file", "")),
-            kernel=str(raw.get("kernel", "")),
-            events=int(raw.get("events", 0)),
-            transitions=int(raw.get("transitions", 0)),
-            checked=raw.get("checked") or {},
-            mismatches=tuple(raw.get("mismatches", ())),
-            roots=raw.get("roots"),
-            tables_peak=raw.get("tables_peak"),
-            zaps=tuple(raw.get("zaps", ())),
-            raw=raw,
-        )
-
-    @property
-    def ok(self) -> bool:
-        """True where no check failed."""
-        return not self.checked.get("mismatch") and not self.mismatches
-
-    def _rows(self) -> list[Raw]:
-        return list(self.zaps)
-
-
 def flatten(raw: Raw, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the leaves of nested objects as (dotted name, value); lists become JSON text, series go."""
     for name, value in raw.items():
@@ -382,7 +333,7 @@ def flatten(raw: Raw, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + name, json.dumps(value) if isinstance(value, (list, tuple)) else value
 
 
-Document: TypeAlias = "BenchResult | MicroResult | Replay | Comparison"
+Document: TypeAlias = "BenchResult | MicroResult | Replay | ConformReport | Comparison"
 
 
 def load(text: str | bytes, source: str = "the text") -> Document:
@@ -441,7 +392,13 @@ def _by_schema(schema: str, raw: Raw, source: str) -> Document:
     if schema.startswith("tdpmmu.micro/"):
         return MicroResult.from_raw(raw)
     if schema.startswith("tdpmmu.replay/"):
+        from tdpmmu.recorded import Replay
+
         return Replay.from_raw(raw)
+    if schema.startswith("tdpmmu.conform/"):
+        from tdpmmu.recorded import ConformReport
+
+        return ConformReport.from_raw(raw)
     if schema.startswith("tdpmmu.compare/"):
         from tdpmmu.comparison import Comparison
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tdpmmu.comparison import Comparison
-from tdpmmu.results import BenchResult, BenchRun, MicroResult, Percentiles, Replay
+from tdpmmu.results import BenchResult, BenchRun, MicroResult, Percentiles
 from tdpmmu.units import format_count, format_ns, format_size
 
-__all__ = ["WIDTH", "render", "render_bench", "render_comparison", "render_micro", "render_replay"]
+__all__ = ["WIDTH", "render", "render_bench", "render_comparison", "render_micro"]
 
 Cell = Callable[[BenchRun], Any]
 
@@ -392,49 +392,3 @@ def render_micro(result: MicroResult) -> str:
         for row in result.rows
     ]
     return render(["operation", "ns", "ratio", "of", "goal"], rows) if rows else "no rows\n"
-
-
-def render_replay(result: Replay) -> str:
-    """Return the verdict, the roots and the zaps of a recording. Times scaled, counts in full."""
-    lines = [
-        f"{result.file}: kernel {result.kernel}, {format_count(result.events)} events, "
-        f"{format_count(result.transitions)} SPTE transitions"
-    ]
-    if result.checked:
-        parts = ", ".join(f"{name} {format_count(count)}" for name, count in result.checked.items())
-        lines.append(f"old values: {parts}")
-    if result.tables_peak is not None:
-        lines.append(f"page-table pages at most: {format_count(result.tables_peak)}")
-    for mismatch in result.mismatches[:10]:
-        lines.append("mismatch: " + ", ".join(f"{name} {value}" for name, value in mismatch.items()))
-    if len(result.mismatches) > 10:
-        lines.append(f"... and {len(result.mismatches) - 10} more mismatches")
-    if result.zaps:
-        causes: dict[str, list[Any]] = {}
-        for zap in result.zaps:
-            causes.setdefault(str(zap.get("cause", "?")), []).append(zap)
-        rows = []
-        for cause, zaps in causes.items():
-            times = sorted(int(zap.get("duration_ns") or 0) for zap in zaps)
-            rows.append(
-                [
-                    cause,
-                    format_count(len(zaps)),
-                    format_ns(statistics.median(times)),
-                    format_ns(times[-1]),
-                    format_count(sum(_entries(zap) for zap in zaps)),
-                    format_count(sum(int(zap.get("tables") or 0) for zap in zaps)),
-                ]
-            )
-        lines += [
-            "",
-            render(["zaps by cause", "count", "median", "longest", "entries", "tables"], rows).rstrip(),
-        ]
-    return "\n".join(lines) + "\n"
-
-
-def _entries(zap: Any) -> int:
-    entries = zap.get("entries") or 0
-    if isinstance(entries, dict):
-        return sum(int(count) for count in entries.values())
-    return sum(entries) if isinstance(entries, list) else int(entries)

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tdpmmu import _names, _native, units
+from tdpmmu._checked import zap_report
 from tdpmmu.bench import between, check_timeout
 from tdpmmu.errors import InvalidArgument, OutOfTableMemory
 from tdpmmu.machine import (
@@ -24,25 +25,24 @@ from tdpmmu.machine import (
     FaultOutcome,
     FaultResult,
     LeafMapping,
-    Memslot,
     PopulateStats,
     VMConfig,
     VMStats,
     ZapReport,
 )
+from tdpmmu.slots import SlotOperations
+from tdpmmu.upkeep import UpkeepOperations
 from tdpmmu.workload import RunReport, drive
 
 __all__ = ["VM"]
 
 Progress = Callable[[str, float], object]
 Size = str | SupportsIndex
-GfnArray = npt.NDArray[np.uint64]
 
-MAX_SLOT = 32_763  # KVM_USER_MEM_SLOTS - 1 on x86
 MODES = ("bulk", "fault")
 
 
-class VM:
+class VM(SlotOperations, UpkeepOperations):
     """A machine with page tables of its own: a context manager, thread-safe, not picklable (see `VMConfig`).
 
     With `memory` it has that much from gfn 0 on, in memslots as large as KVM allows. All other
@@ -57,7 +57,7 @@ class VM:
     262144
     """
 
-    __slots__ = ("__weakref__", "_config", "_native")
+    __slots__ = ("__weakref__",)
 
     def __init__(self, memory: Size | None = None, *, config: VMConfig | None = None, **options: Any) -> None:
         if config is not None and (options or memory is not None):
@@ -97,56 +97,6 @@ class VM:
         raise TypeError(
             "VM handles cannot be pickled or copied; pass a VMConfig and make the VM where it is used"
         )
-
-    def add_memslot(
-        self,
-        base_gfn: int,
-        npages: int,
-        *,
-        slot: int | None = None,
-        as_id: int = 0,
-        readonly: bool = False,
-        dirty_log: bool = False,
-    ) -> Memslot:
-        """Add guest memory at `base_gfn`, `npages` pages of 4 KiB long. None takes the first free slot id.
-
-        Raises:
-            InvalidArgument: an id in use, an overlap (both ranges are named), no pages, beyond the last gfn.
-            Closed, ForkedError: see `close`.
-        """
-        first = self._gfn(base_gfn, "base_gfn")
-        count = between(npages, 1, self._config.max_gfn, "npages")
-        if first + count > self._config.max_gfn:
-            raise InvalidArgument(
-                f"base_gfn={first:#x}, npages={count:#x}: ends beyond gfn {self._config.max_gfn:#x}, "
-                f"the limit of {self._config.levels} levels"
-            )
-        space = between(as_id, 0, 1, "as_id")
-        if slot is None:
-            used = {known.slot for known in self.memslots() if known.as_id == space}
-            slot = next(number for number in range(MAX_SLOT + 1) if number not in used)
-        made = Memslot(
-            between(slot, 0, MAX_SLOT, "slot"), space, first, count, bool(readonly), bool(dirty_log)
-        )
-        self._native.add_memslot((made.slot, space, first, count, made.readonly, made.dirty_log))
-        return made
-
-    def delete_memslot(
-        self, slot: Memslot | int, *, as_id: int = 0, timeout: float | None = None
-    ) -> ZapReport:
-        """Delete a memslot, with the fast zap that this is in KVM. `timeout` in seconds, times in ns.
-
-        Raises:
-            InvalidArgument: no such memslot.
-            Closed, ForkedError, StallError: see `close` and `populate`.
-        """
-        number = between(slot.slot if isinstance(slot, Memslot) else slot, 0, MAX_SLOT, "slot")
-        space = between(slot.as_id if isinstance(slot, Memslot) else as_id, 0, 1, "as_id")
-        return _zap_report(self._native.delete_memslot(space, number, timeout=check_timeout(timeout)))
-
-    def memslots(self) -> tuple[Memslot, ...]:
-        """Return the memslots, by address space and first gfn. Lengths in 4 KiB pages."""
-        return tuple(Memslot(*row) for row in self._native.memslots())
 
     def populate(
         self,
@@ -206,6 +156,7 @@ class VM:
         Raises:
             InvalidArgument: a gfn beyond the limit, or no such vCPU.
             Busy: another thread uses the vCPU.
+            DirtyRingFull: the vCPU's dirty ring is full.
             OutOfTableMemory: no page-table page is left.
             Closed, ForkedError: see `close`.
         """
@@ -236,17 +187,17 @@ class VM:
         )
         return np.frombuffer(answer, dtype=np.uint8)
 
-    def lookup(self, gfn: SupportsIndex) -> LeafMapping | None:
+    def lookup(self, gfn: SupportsIndex, *, as_id: int = 0) -> LeafMapping | None:
         """Return the leaf that maps a gfn, by a lockless walk, or None. Units: 4 KiB pages.
 
         Raises:
             InvalidArgument: a gfn beyond the limit.
             Closed, ForkedError: see `close`.
         """
-        row = self.lookup_batch(np.array([self._gfn(gfn)], dtype=np.uint64))[0]
+        row = self.lookup_batch(np.array([self._gfn(gfn)], dtype=np.uint64), as_id=as_id)[0]
         return _mapping(row) if row["level"] else None
 
-    def lookup_batch(self, gfns: npt.ArrayLike) -> npt.NDArray[np.void]:
+    def lookup_batch(self, gfns: npt.ArrayLike, *, as_id: int = 0) -> npt.NDArray[np.void]:
         """Return the leafs that map many gfns, by lockless walks: a structured array, see `MAPPING_DTYPE`.
 
         `gfn` and `pfn` are those of the gfn asked for, in 4 KiB pages; `level` is 0 where nothing is mapped.
@@ -255,9 +206,10 @@ class VM:
             InvalidArgument: not a one-dimensional array of gfns below the limit.
             Closed, ForkedError: see `close`.
         """
-        return np.frombuffer(self._native.lookup_batch(self._gfns(gfns)), dtype=MAPPING_DTYPE)
+        found = self._native.lookup_batch(self._gfns(gfns), self._space(as_id))
+        return np.frombuffer(found, dtype=MAPPING_DTYPE)
 
-    def mappings(self, gfns: range | None = None) -> npt.NDArray[np.void]:
+    def mappings(self, gfns: range | None = None, *, as_id: int = 0) -> npt.NDArray[np.void]:
         """Return every present leaf in a range of gfns, or in all: a structured array, see `MAPPING_DTYPE`.
 
         Raises:
@@ -265,7 +217,8 @@ class VM:
             Closed, ForkedError: see `close`.
         """
         whole = range(self._config.max_gfn) if gfns is None else self._range(gfns)
-        return np.frombuffer(self._native.mappings(whole.start, whole.stop), dtype=MAPPING_DTYPE)
+        found = self._native.mappings(whole.start, whole.stop, self._space(as_id))
+        return np.frombuffer(found, dtype=MAPPING_DTYPE)
 
     def unmap(self, gfns: range, *, timeout: float | None = None) -> ZapReport:
         """Take host memory away from a range of gfns, as an mmu notifier does. `timeout` in s, times in ns.
@@ -275,7 +228,7 @@ class VM:
             StallError, Closed, ForkedError: see `populate` and `close`.
         """
         span = self._range(gfns)
-        return _zap_report(self._native.unmap(span.start, span.stop, timeout=check_timeout(timeout)))
+        return zap_report(self._native.unmap(span.start, span.stop, timeout=check_timeout(timeout)))
 
     def zap(self, target: Literal["all"] | range = "all", *, timeout: float | None = None) -> ZapReport:
         """Zap everything by the VM's design, as a memslot update does, or unmap a range. Times in ns.
@@ -295,7 +248,7 @@ class VM:
         Raises:
             StallError, Closed, ForkedError: see `populate` and `close`.
         """
-        return _zap_report(self._native.fast_zap(timeout=check_timeout(timeout)))
+        return zap_report(self._native.fast_zap(timeout=check_timeout(timeout)))
 
     def drop_root(self, vcpu: int = 0, *, timeout: float | None = None) -> ZapReport:
         """Let a vCPU drop its root: what the last reference's put does is the design's choice. Times in ns.
@@ -305,7 +258,7 @@ class VM:
             Busy: another thread uses the vCPU.
             StallError, Closed, ForkedError: see `populate` and `close`.
         """
-        return _zap_report(self._native.drop_root(self._vcpu(vcpu), timeout=check_timeout(timeout)))
+        return zap_report(self._native.drop_root(self._vcpu(vcpu), timeout=check_timeout(timeout)))
 
     def run(
         self,
@@ -360,14 +313,12 @@ class VM:
         )
 
     def stats(self) -> VMStats:
-        """Return counts of leafs by size, table pages and roots, in one moment.
+        """Return counts of leafs by size, table pages, roots, and KVM's own statistics, in one moment.
 
         Raises:
             Closed, ForkedError: see `close`.
         """
-        raw = json.loads(self._native.stats())
-        leafs = (raw["pages_4k"], raw["pages_2m"], raw["pages_1g"])
-        return VMStats(*leafs, raw["table_pages"], raw["roots"], raw)
+        return VMStats.from_raw(json.loads(self._native.stats()))
 
     def verify(self, *, timeout: float | None = None) -> tuple[str, ...]:
         """Compare the tables with the books: counters, memslots, frames. Return violations as text.
@@ -397,30 +348,6 @@ class VM:
         raw = json.loads(text)
         return CloseReport(raw["wall_ns"], raw["table_pages_leaked"], tuple(raw["violations"]))
 
-    def _gfn(self, value: object, name: str = "gfn") -> int:
-        number = units.as_int(value, name, "a gfn as a whole number")
-        if not 0 <= number < self._config.max_gfn:
-            shown = hex(number) if abs(number) < 1 << 80 else "a number"
-            raise InvalidArgument(
-                f"{name}={shown}: must be at least 0 and below {self._config.max_gfn:#x}, the limit of "
-                f"{self._config.levels} levels"
-            )
-        return number
-
-    def _vcpu(self, value: object) -> int:
-        return between(value, 0, self._config.vcpus - 1, "vcpu")
-
-    def _range(self, gfns: object, name: str = "gfns") -> range:
-        if not isinstance(gfns, range):
-            raise TypeError(f"{name}={gfns!r}: expected a range, not {type(gfns).__name__}")
-        if len(gfns) == 0:
-            return range(0)
-        if gfns.step != 1:
-            raise InvalidArgument(f"{name}={gfns!r}: the step must be 1")
-        self._gfn(gfns.start, name)
-        self._gfn(gfns.stop - 1, name)
-        return gfns
-
     def _fits(self, span: range | None, page: str) -> None:
         """Refuse a populate that cannot end well, before anything is allocated."""
         sizes = [slot.npages for slot in self.memslots()] if span is None else [len(span)]
@@ -436,24 +363,6 @@ class VM:
                 available_bytes=have,
             )
 
-    def _gfns(self, gfns: npt.ArrayLike) -> GfnArray:
-        given = np.asarray(gfns)
-        if given.ndim != 1 or given.dtype.kind not in "iu":
-            if given.size == 0 and given.ndim == 1:
-                return np.empty(0, dtype=np.uint64)
-            raise InvalidArgument(
-                f"gfns: expected one dimension of whole numbers, not {given.ndim} of {given.dtype}"
-            )
-        if given.size and (given.min() < 0 or given.max() >= self._config.max_gfn):
-            worst = int(given.min() if given.min() < 0 else given.max())
-            self._gfn(worst, "gfns")
-        return np.ascontiguousarray(given, dtype=np.uint64)
-
 
 def _mapping(row: np.void) -> LeafMapping:
     return LeafMapping(int(row["gfn"]), int(row["pfn"]), int(row["level"]), int(row["spte"]))
-
-
-def _zap_report(text: str) -> ZapReport:
-    raw = json.loads(text)
-    return ZapReport(raw["wall_ns"], raw["sptes"], raw["table_pages_before"], raw["table_pages_after"], raw)

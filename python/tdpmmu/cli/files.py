@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from tdpmmu import errors, units
 from tdpmmu.cli.common import BadInput, common, load_input
-from tdpmmu.cli.output import Output, check_free, progress, say, write_file
+from tdpmmu.cli.output import Output, check_free, place_file, progress, say, write_file
 from tdpmmu.comparison import FACTOR, THRESHOLD
+
+if TYPE_CHECKING:
+    from tdpmmu.recorded import Replay
 
 __all__ = ["compare", "plot", "replay"]
 
@@ -22,6 +28,24 @@ __all__ = ["compare", "plot", "replay"]
     "--profile", metavar="NAME[,SWITCH=VALUE]", help="Kernel profile; default: folder's name, or inferred."
 )
 @click.option("--vm-of", type=int, metavar="PID", help="Only the VM of this process.")
+@click.option(
+    "--what-if",
+    metavar="DESIGN",
+    help="Run the recorded zaps through this design, here, and tell whom they would have blocked.",
+)
+@click.option(
+    "--plot",
+    "picture",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Draw what was mapped when, the zaps and their causes: .svg .png .pdf",
+)
+@click.option(
+    "--perfetto",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write a Perfetto trace: opens in ui.perfetto.dev.",
+)
 @common()
 def replay(
     out: Output,
@@ -30,33 +54,102 @@ def replay(
     strict: bool,
     profile: str | None,
     vm_of: int | None,
+    what_if: str | None,
+    picture: Path | None,
+    perfetto: Path | None,
     timeout: float | None,
 ) -> int:
-    """Rebuild the tables of a recording of real KVM (ftrace, trace-cmd or perf text; - is stdin)."""
-    from tdpmmu import recording, table
+    """Rebuild the tables of a recording of real KVM (trace.dat, or text; - is stdin).
+
+    Shows what was mapped when, who zapped and for how long, storms of zaps, faults by kind, the longest
+    operations; --check holds every old value against the rebuilt tables. `tdpmmu record-help` tells how to
+    record.
+    """
+    from tdpmmu import recorded_table
+
+    _own_places(out, plot=picture, perfetto=perfetto)
+    if picture is not None:
+        _picture_format(picture, "--plot")
+    draft = None if perfetto is None else perfetto.with_name(f".{perfetto.name}.{os.getpid()}")
+    with contextlib.ExitStack() as stack:
+        if draft is not None:
+            stack.callback(draft.unlink, missing_ok=True)
+        result = _replay(out, file, profile, check, strict, vm_of, what_if, draft, timeout)
+        if check and not result.events:
+            raise BadInput(f"{file}: no kvmmmu events, so there is nothing that --check could verify")
+        if draft is not None and perfetto is not None:
+            place_file(draft, perfetto, out.force)
+            _wrote(out, perfetto)
+    if picture is not None:
+        from tdpmmu import plot as drawing
+
+        write_file(picture, drawing.draw(result, picture.suffix.lower()[1:]), out.force)
+        _wrote(out, picture)
+    out.emit(result, recorded_table.render_replay)
+    if result.ok:
+        return 0
+    say(f"check failed: {units.format_count(int(result.checked.get('mismatch', 0)))} old values do not chain")
+    return 1
+
+
+def _replay(
+    out: Output,
+    file: str,
+    profile: str | None,
+    check: bool,
+    strict: bool,
+    vm_of: int | None,
+    what_if: str | None,
+    perfetto: Path | None,
+    timeout: float | None,
+) -> Replay:
+    from tdpmmu import recording
 
     with progress(out.quiet) as report:
         try:
-            result = recording.replay(
+            return recording.replay(
                 file,
                 profile=profile,
                 check=check,
                 strict=strict,
                 vm_of=vm_of,
+                what_if=what_if,
+                perfetto=perfetto,
                 progress=report,
                 timeout=timeout,
             )
         except errors.TdpMmuError:
             raise
         except OSError as error:
+            # The output is no input: a full disk under it is no bad recording.
+            if perfetto is not None and str(error.filename) == str(perfetto):
+                raise
             raise BadInput(f"{file}: {error.strerror or error}") from error
-    if check and not result.events:
-        raise BadInput(f"{file}: no kvmmmu events, so there is nothing that --check could verify")
-    out.emit(result, table.render_replay)
-    if result.ok:
-        return 0
-    say(f"check failed: {units.format_count(int(result.checked.get('mismatch', 0)))} old values do not chain")
-    return 1
+
+
+def _own_places(out: Output, **places: Path | None) -> None:
+    """Refuse files that exist, and one name for two outputs."""
+    named = [path for path in (out.path, *places.values()) if path is not None]
+    if len({path.resolve() for path in named}) < len(named):
+        raise click.UsageError(f"-o, --{' and --'.join(places)} write a file each: give each its own name")
+    for path in places.values():
+        if path is not None:
+            check_free(path, out.force)
+
+
+def _picture_format(path: Path, option: str) -> str:
+    from tdpmmu import plot as drawing
+
+    suffix = path.suffix.lower().lstrip(".")
+    if suffix not in drawing.FORMATS:
+        known = ", ".join("." + f for f in drawing.FORMATS)
+        raise click.UsageError(f"{option} {path}: expected a suffix of {known}")
+    return suffix
+
+
+def _wrote(out: Output, path: Path) -> None:
+    if not out.quiet:
+        say(f"wrote {path}")
 
 
 @click.command()
@@ -66,10 +159,10 @@ def replay(
 )
 @click.option(
     "--kind",
-    default="bars",
-    show_default=True,
     metavar="KIND",
-    help="bars, percentiles, timeline, scaling, attribution or backlog.",
+    help="bars, percentiles, timeline, scaling, attribution or backlog; of a replay recording, pages, "
+    "causes or "
+    "storms [the first].",
 )
 @click.option("--field", metavar="NAME", help="percentiles: which distribution [the experiment's own].")
 @click.option("--scene", metavar="NAME", help="Only the runs of this scene [the first that can be drawn].")
@@ -80,7 +173,7 @@ def replay(
 def plot(
     result: Path,
     output: Path,
-    kind: str,
+    kind: str | None,
     field: str | None,
     scene: str | None,
     design: str | None,
@@ -88,7 +181,7 @@ def plot(
     quiet: bool,
     debug: bool,
 ) -> int:
-    """Draw a chart of what `bench -o RESULT.json` (or .parquet) wrote.
+    """Draw a chart of what `bench -o RESULT.json` (or .parquet) or `replay -o RESULT.json` wrote.
 
     \b
     bars          what a KVM engineer compares, a group a design
@@ -97,15 +190,16 @@ def plot(
     scaling       zap-64t: the sizes that were built, the line, the extrapolated point
     attribution   where each thread's time went, and who paid
     backlog       table pages that wait for a grace period, over time
+    \b
+    recording     a replay: the next three on a page
+    pages         what was mapped when, by leaf size, and the memory of the tables
+    causes        who zapped, how often and for how long
+    storms        each zap at its time and length, storms shaded
     """
     del debug
     from tdpmmu import plot as drawing
 
-    suffix = output.suffix.lower().lstrip(".")
-    if suffix not in drawing.FORMATS:
-        raise click.UsageError(
-            f"-o {output}: expected a suffix of {', '.join('.' + f for f in drawing.FORMATS)}"
-        )
+    suffix = _picture_format(output, "-o")
     check_free(output, force)
     designs = None if design is None else [part.strip() for part in design.split(",")]
     picture = drawing.draw(load_input(result), suffix, kind=kind, field=field, scene=scene, designs=designs)

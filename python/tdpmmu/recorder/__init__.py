@@ -204,15 +204,14 @@ def _notes(version: Version, tool: str, size: int, pages: int) -> list[str]:
         "Begin before the VM is made. What was there before the recording is unknown to replay until it "
         "changes.",
         "Record the whole host or all threads of the VMM: zaps run also in kworker, kvm-nx-lpage-re, ksmd, "
-        "khugepaged and kdamond. With several VMs replay goes by process: ftrace prints it (record-tgid), and "
-        "perf does (pid).",
+        "khugepaged and kdamond. With several VMs replay goes by process: ftrace prints it (record-tgid), "
+        "perf, too (pid).",
         "Name what you do, and replay lists it by time: echo 'OP 1 begin memslot_delete {\"vm\":1}' > "
         "/sys/kernel/tracing/trace_marker, and 'OP 1 end memslot_delete {}' when it is done.",
-        "Kernels of distributions backport: 6.1.y zaps as 6.6 does. replay infers the profile; --profile "
-        "sets it.",
+        "Kernels of distributions backport: 6.1.y zaps as 6.6 does. replay infers the profile; "
+        "--profile sets it.",
         "kprobes slow the path they sit on: times are an order, not a cost. For times, leave out hcs, "
-        "iter_start and "
-        "put_root, or all probes.",
+        "iter_start and put_root, or all probes.",
     ]
     if version < (5, 11):
         notes.insert(

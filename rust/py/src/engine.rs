@@ -20,6 +20,10 @@ pub struct ReplayRequest {
     pub check: bool,
     pub strict: bool,
     pub vm_of: Option<u32>,
+    /// The design to run the recorded zaps through.
+    pub what_if: Option<String>,
+    /// Where the Perfetto trace goes.
+    pub perfetto: Option<PathBuf>,
 }
 
 fn build() -> Value {
@@ -111,6 +115,9 @@ pub fn replay(request: &ReplayRequest, control: &Control) -> Result<String, Faul
         );
         !control.cancelled()
     };
+    if request.what_if.is_some() {
+        return Err(Fault::Unsupported("what_if: not in this build yet".into()));
+    }
     let options = ReplayOptions {
         profile,
         check: request.check,
@@ -121,6 +128,12 @@ pub fn replay(request: &ReplayRequest, control: &Control) -> Result<String, Faul
     };
     let input = if stdin { Input::Stdin } else { Input::File(request.path.clone()) };
     let report = tdpmmu_trace::replay(input, &options).map_err(|error| unreadable(error, &request.path))?;
+    if let Some(path) = &request.perfetto {
+        let wrong = |error| Fault::Os { error, path: path.display().to_string() };
+        let mut file = std::io::BufWriter::new(std::fs::File::create(path).map_err(wrong)?);
+        tdpmmu_trace::perfetto_of(&report, &mut file).map_err(wrong)?;
+        file.into_inner().map_err(|e| wrong(e.into_error()))?.sync_all().map_err(wrong)?;
+    }
     serde_json::to_string(&report).map_err(|e| Fault::Internal(e.to_string()))
 }
 

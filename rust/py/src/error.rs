@@ -28,6 +28,8 @@ pub enum Fault {
     Forked(String),
     /// Somebody else uses it.
     Busy(String),
+    /// A vCPU's dirty ring is full.
+    RingFull(String),
     /// Did not finish in the time given.
     Stall(String),
     /// Not in this build or not on this host.
@@ -69,6 +71,7 @@ impl Fault {
             Fault::Closed(message) => raise(py, "Closed", &message, |_| Ok(())),
             Fault::Forked(message) => raise(py, "ForkedError", &message, |_| Ok(())),
             Fault::Busy(message) => raise(py, "Busy", &message, |_| Ok(())),
+            Fault::RingFull(message) => raise(py, "DirtyRingFull", &message, |_| Ok(())),
             Fault::Stall(message) => raise(py, "StallError", &message, |_| Ok(())),
             Fault::Unsupported(message) => raise(py, "Unsupported", &message, |_| Ok(())),
             Fault::Cancelled => PyKeyboardInterrupt::new_err(()),

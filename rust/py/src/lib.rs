@@ -19,6 +19,7 @@ mod error;
 mod gate;
 mod job;
 mod machine;
+mod ops;
 mod vm;
 
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -85,9 +86,11 @@ fn bench(
 /// Replays a recording of real KVM and returns the report as JSON text.
 ///
 /// `path` `-` is standard input. `progress(phase, fraction)` is called on the calling thread, with a fraction of
-/// NaN where the size of the input is not known. `timeout` is in seconds.
+/// NaN where the size of the input is not known. `timeout` is in seconds. `perfetto` names a file to write.
 #[pyfunction]
-#[pyo3(signature = (path, *, profile=None, check=false, strict=false, vm_of=None, progress=None, timeout=None))]
+#[pyo3(signature = (path, *, profile=None, check=false, strict=false, vm_of=None, what_if=None,
+                    perfetto=None, progress=None, timeout=None))]
+#[allow(clippy::too_many_arguments)]
 fn replay(
     py: Python<'_>,
     path: std::path::PathBuf,
@@ -95,12 +98,14 @@ fn replay(
     check: bool,
     strict: bool,
     vm_of: Option<u32>,
+    what_if: Option<String>,
+    perfetto: Option<std::path::PathBuf>,
     progress: Option<Py<PyAny>>,
     timeout: Option<f64>,
 ) -> PyResult<String> {
     // A reader of standard input may be blocked in the read for ever: it holds nothing, so it is left behind.
     let limits = job::Limits { timeout, patience: (path.as_os_str() == "-").then_some(ABANDON) };
-    let request = engine::ReplayRequest { path, profile, check, strict, vm_of };
+    let request = engine::ReplayRequest { path, profile, check, strict, vm_of, what_if, perfetto };
     job::run(py, limits, progress, move |control| engine::replay(&request, control))
 }
 

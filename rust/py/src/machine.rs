@@ -12,10 +12,9 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use tdpmmu_mmu::QueueKind;
 use tdpmmu_platform::{Preempt, Real, Role, Task, TaskConfig};
-use tdpmmu_spte::{KernelProfile, Ownership, Passes, Spte};
+use tdpmmu_spte::{FormatKind, KernelProfile, Ownership, Passes, Spte};
 use tdpmmu_vm::{
-    AccessOutcome, BulkOptions, FastZapTimes, GuestAccess, Progress, Region, SlotFlags, Vcpu, Vm, VmConfig,
-    VmError,
+    AccessOutcome, BulkOptions, DirtyMode, FastZapTimes, GuestAccess, Progress, Vcpu, Vm, VmConfig, VmError,
 };
 
 use crate::error::Fault;
@@ -43,6 +42,12 @@ struct Request {
     workers: usize,
     worker_cpus: Vec<usize>,
     worker_queue: Option<String>,
+    eager_page_split: bool,
+    dirty_mode: String,
+    dirty_ring: Option<u32>,
+    nx_huge_pages: bool,
+    memslot_generation: u64,
+    format: String,
 }
 
 /// A leaf as it crosses to numpy: gfn, SPTE, frame, level.
@@ -63,24 +68,31 @@ pub struct Populate {
 }
 
 pub struct Machine {
-    vm: Vm<Real>,
+    pub(crate) vm: Vm<Real>,
     gate: Gate,
-    level: u8,
+    /// Of the host's pages, where a slot does not say.
+    pub(crate) level: u8,
 }
 
-fn wrong(error: VmError) -> Fault {
+pub(crate) fn wrong(error: VmError) -> Fault {
     match error {
         VmError::BadSlot { .. }
         | VmError::SlotOverlap { .. }
         | VmError::NoSlot { .. }
         | VmError::BadRange { .. }
         | VmError::BadHva { .. }
+        | VmError::BadAnswer { .. }
+        | VmError::DirtyLog { .. }
+        | VmError::NotLogging { .. }
+        | VmError::OtherLog { .. }
         | VmError::Config { .. }
         | VmError::NoVcpu { .. } => Fault::Invalid(error.to_string()),
         VmError::Pool(_) | VmError::HostFull { .. } | VmError::Host { .. } => {
             Fault::Memory { message: error.to_string(), needed_bytes: 0, available_bytes: 0 }
         }
         VmError::Busy { .. } => Fault::Busy(error.to_string()),
+        VmError::RingFull { .. } => Fault::RingFull(error.to_string()),
+        VmError::Unsupported { .. } => Fault::Unsupported(error.to_string()),
         VmError::Closed => Fault::Closed(error.to_string()),
         VmError::Cancelled => Fault::Cancelled,
         other => Fault::Internal(other.to_string()),
@@ -117,6 +129,20 @@ impl Machine {
         let passes = request.passes.as_deref().map(Passes::parse).transpose().map_err(|e| invalid(&e))?;
         let worker_queue = request.worker_queue.as_deref().map(QueueKind::parse).transpose();
         let worker_queue = worker_queue.map_err(|e| invalid(&e))?;
+        let dirty_mode = match request.dirty_mode.as_str() {
+            "write-protect" => DirtyMode::WriteProtect,
+            "d-bits" => DirtyMode::DBits,
+            other => {
+                return Err(Fault::Invalid(format!(
+                    "dirty_mode={other:?}: expected write-protect or d-bits"
+                )));
+            }
+        };
+        let format = match request.format.as_str() {
+            "npt" => FormatKind::Npt,
+            "ept" => FormatKind::Ept,
+            other => return Err(Fault::Invalid(format!("format={other:?}: expected npt or ept"))),
+        };
         // Address space only: pages are taken from the host as they are used. 64 GiB of tables is 32 TiB of 4K.
         let max_tables = request.max_table_bytes.map_or(1 << 24, |bytes| bytes / 4096);
         let config = VmConfig {
@@ -132,6 +158,12 @@ impl Machine {
             worker_cpus: request.worker_cpus,
             worker_queue,
             check_frames: request.check == "cheap",
+            format: profile.format(format),
+            eager_page_split: request.eager_page_split,
+            dirty_mode,
+            dirty_ring: request.dirty_ring,
+            nx_huge_pages: request.nx_huge_pages,
+            memslot_generation: request.memslot_generation,
             task: TaskConfig { preempt, tick_ns: request.tick_ns, ..TaskConfig::default() },
             ..VmConfig::new(profile)
         };
@@ -148,43 +180,12 @@ impl Machine {
         &self.gate
     }
 
-    fn task(&self, name: &str) -> Task<Real> {
+    pub(crate) fn task(&self, name: &str) -> Task<Real> {
         self.vm.task(name, Role::Caller)
     }
 
-    fn enter(&self, name: &'static str) -> Result<Pass<'_>, Fault> {
+    pub(crate) fn enter(&self, name: &'static str) -> Result<Pass<'_>, Fault> {
         self.gate.enter(name)
-    }
-
-    pub fn add_memslot(&self, slot: Slot) -> Result<(), Fault> {
-        let _inside = self.enter("add_memslot")?;
-        let (id, as_id, base, pages, readonly, log_dirty) = slot;
-        let hva = self.vm.side().primary.region(pages, base, self.level, true).map_err(wrong)?;
-        let region = Region { id, as_id, base, pages, hva, flags: SlotFlags { log_dirty, readonly } };
-        let made = if self.vm.slots().by_id(as_id, id).is_some() {
-            // KVM would change or move the slot; adding one means that it is not there.
-            Err(Fault::Invalid(format!(
-                "slot={id}: address space {as_id} has a memslot with this id already"
-            )))
-        } else {
-            self.vm.set_memslot(&self.task("add_memslot"), &region).map(drop).map_err(wrong)
-        };
-        if made.is_err() {
-            self.vm.side().primary.unregion(hva).map_err(wrong)?;
-        }
-        made
-    }
-
-    pub fn delete_memslot(&self, as_id: u8, id: u16) -> Result<String, Fault> {
-        let _inside = self.enter("delete_memslot")?;
-        self.zapping(|task| {
-            let hva = self.vm.slots().by_id(as_id, id).map(|slot| slot.hva);
-            let times = self.vm.delete_memslot(task, as_id, id).map_err(wrong)?;
-            if let Some(hva) = hva {
-                self.vm.side().primary.unregion(hva).map_err(wrong)?;
-            }
-            Ok(times_json(&times))
-        })
     }
 
     pub fn memslots(&self) -> Result<Vec<Slot>, Fault> {
@@ -328,8 +329,8 @@ impl Machine {
         Ok(outcomes)
     }
 
-    /// The leaf of each gfn under the valid root of address space 0; level 0 where there is none.
-    pub fn lookup_batch(&self, gfns: &[u64]) -> Result<Vec<Row>, Fault> {
+    /// The leaf of each gfn under the valid root of an address space; level 0 where there is none.
+    pub fn lookup_batch(&self, as_id: u8, gfns: &[u64]) -> Result<Vec<Row>, Fault> {
         let _inside = self.enter("lookup_batch")?;
         let task = self.task("lookup");
         let mmu = self.vm.mmu();
@@ -337,7 +338,7 @@ impl Machine {
         for chunk in gfns.chunks(512) {
             // A root found in this section is not freed before it ends.
             let section = task.rcu_read();
-            let root = self.valid_root();
+            let root = self.valid_root(as_id);
             let found = |gfn| root.and_then(|root| mmu.lookup_within(&section, root, gfn));
             rows.extend(chunk.iter().map(|&gfn| match found(gfn) {
                 Some((spte, level)) => [gfn, spte.raw(), frame(spte, level, gfn), u64::from(level)],
@@ -347,13 +348,13 @@ impl Machine {
         Ok(rows)
     }
 
-    /// Every present leaf of `gfns` under the valid root of address space 0, ascending.
-    pub fn mappings(&self, gfns: Range<u64>) -> Result<Vec<Row>, Fault> {
+    /// Every present leaf of `gfns` under the valid root of an address space, ascending.
+    pub fn mappings(&self, as_id: u8, gfns: Range<u64>) -> Result<Vec<Row>, Fault> {
         let _inside = self.enter("mappings")?;
         let task = self.task("mappings");
         let mut rows = Vec::new();
         let _rcu = task.rcu_read();
-        if let Some(root) = self.valid_root() {
+        if let Some(root) = self.valid_root(as_id) {
             let mut keep =
                 |gfn: u64, level: u8, spte: Spte| rows.push([gfn, spte.raw(), spte.pfn(), u64::from(level)]);
             self.vm.mmu().leaves(&task, root, gfns, &mut keep);
@@ -361,9 +362,9 @@ impl Machine {
         Ok(rows)
     }
 
-    fn valid_root(&self) -> Option<u32> {
+    fn valid_root(&self, as_id: u8) -> Option<u32> {
         let mmu = self.vm.mmu();
-        mmu.listed_roots().find(|&root| !mmu.is_obsolete(root) && mmu.as_id(root) == 0)
+        mmu.listed_roots().find(|&root| !mmu.is_obsolete(root) && mmu.as_id(root) == as_id)
     }
 
     pub fn unmap(&self, gfns: Range<u64>) -> Result<String, Fault> {
@@ -395,7 +396,10 @@ impl Machine {
     }
 
     /// What `work` unmapped and took, with what it says itself.
-    fn zapping(&self, work: impl FnOnce(&Task<Real>) -> Result<Value, Fault>) -> Result<String, Fault> {
+    pub(crate) fn zapping(
+        &self,
+        work: impl FnOnce(&Task<Real>) -> Result<Value, Fault>,
+    ) -> Result<String, Fault> {
         let mmu = self.vm.mmu();
         let task = self.task("zap");
         let leaves = || mmu.leaf_pages().iter().sum::<i64>();
@@ -412,7 +416,7 @@ impl Machine {
         let _inside = self.enter("stats")?;
         let mmu = self.vm.mmu();
         let task = self.task("stats");
-        let [pages_4k, pages_2m, pages_1g] = mmu.leaf_pages();
+        let kvm = self.vm.stats();
         let (roots, invalid) = {
             let _rcu = task.rcu_read();
             let roots: Vec<u32> = mmu.listed_roots().collect();
@@ -420,7 +424,12 @@ impl Machine {
         };
         let (pool, frames) = (mmu.pool().stats(), self.vm.side().primary.frames().stats());
         Ok(json!({
-            "pages_4k": pages_4k, "pages_2m": pages_2m, "pages_1g": pages_1g,
+            "pages_4k": kvm.pages_4k, "pages_2m": kvm.pages_2m, "pages_1g": kvm.pages_1g,
+            "pf_taken": kvm.pf_taken, "pf_fixed": kvm.pf_fixed, "pf_emulate": kvm.pf_emulate,
+            "pf_spurious": kvm.pf_spurious, "pf_fast": kvm.pf_fast,
+            "pf_mmio_spte_created": kvm.pf_mmio_spte_created, "nx_lpage_splits": kvm.nx_lpage_splits,
+            "remote_tlb_flush": kvm.remote_tlb_flush,
+            "remote_tlb_flush_requests": kvm.remote_tlb_flush_requests,
             "table_pages": mmu.linked_tables() + roots as i64, "roots": roots, "roots_invalid": invalid,
             "pool_pages": pool.taken, "pool_peak_pages": pool.peak, "pool_allocs": pool.allocs,
             "pool_frees": pool.frees, "pool_cap_hits": pool.cap_hits, "flushes": mmu.flushes(),
@@ -499,7 +508,7 @@ fn frame(spte: Spte, level: u8, gfn: u64) -> u64 {
     spte.pfn() + (gfn & (tdpmmu_spte::geometry::span(level) - 1))
 }
 
-fn times_json(times: &FastZapTimes) -> Value {
+pub(crate) fn times_json(times: &FastZapTimes) -> Value {
     json!({
         "lock_wait_ns": times.lock_wait_ns,
         "exclusive_hold_ns": times.exclusive_hold_ns,

@@ -16,6 +16,7 @@ use tdpmmu_vm::GuestAccess;
 use crate::error::Fault;
 use crate::job::{self, Control, Limits};
 use crate::machine::{self, Access, Machine, Populate, Row, Slot};
+use crate::ops::Backing;
 
 /// Batches up to this size are done on the calling thread: starting another would cost more than they do.
 const SMALL_BATCH: usize = 4096;
@@ -91,15 +92,60 @@ impl Vm {
         self.machine().gate().forked()
     }
 
-    /// Adds a memslot: id, address space, first gfn, pages, read-only, dirty log.
-    fn add_memslot(&self, py: Python<'_>, slot: Slot) -> PyResult<()> {
-        self.now(py, |machine| machine.add_memslot(slot))
+    /// Adds a memslot: id, address space, first gfn, pages, read-only, dirty log. `level` is that of the host's pages (`None`: the machine's), `share` the
+    /// slot (address space, id) whose host memory it shares.
+    #[pyo3(signature = (slot, *, level=None, writable=true, share=None))]
+    fn add_memslot(
+        &self,
+        py: Python<'_>,
+        slot: Slot,
+        level: Option<u8>,
+        writable: bool,
+        share: Option<(u8, u16)>,
+    ) -> PyResult<()> {
+        self.now(py, |machine| machine.add_memslot(slot, Backing { level, writable, share }))
     }
 
     /// Deletes a memslot; JSON text of times in ns.
     #[pyo3(signature = (as_id, slot, *, timeout=None))]
     fn delete_memslot(&self, py: Python<'_>, as_id: u8, slot: u16, timeout: Option<f64>) -> PyResult<String> {
         self.zap(py, timeout, move |machine| machine.delete_memslot(as_id, slot))
+    }
+
+    /// Moves a memslot or changes its flags; what is `None` stays. JSON text: `update` and times in ns.
+    #[pyo3(signature = (as_id, slot, *, base=None, log_dirty=None, readonly=None, timeout=None))]
+    #[allow(clippy::too_many_arguments)]
+    fn update_memslot(
+        &self,
+        py: Python<'_>,
+        as_id: u8,
+        slot: u16,
+        base: Option<u64>,
+        log_dirty: Option<bool>,
+        readonly: Option<bool>,
+        timeout: Option<f64>,
+    ) -> PyResult<String> {
+        self.zap(py, timeout, move |machine| machine.update_memslot((as_id, slot), base, log_dirty, readonly))
+    }
+
+    /// Gives address space 1 the memslots of address space 0; the ids of the new ones.
+    fn share_memory_with_smm(&self, py: Python<'_>) -> PyResult<Vec<u16>> {
+        self.now(py, Machine::share_memory_with_smm)
+    }
+
+    /// The memslot generation of an address space.
+    fn generation(&self, py: Python<'_>, as_id: u8) -> PyResult<u64> {
+        self.now(py, |machine| machine.generation(as_id))
+    }
+
+    /// Puts a vCPU into system management mode, or back.
+    fn set_smm(&self, py: Python<'_>, vcpu: usize, on: bool) -> PyResult<()> {
+        self.now(py, |machine| machine.set_smm(vcpu, on))
+    }
+
+    /// Is a vCPU in system management mode?
+    fn in_smm(&self, py: Python<'_>, vcpu: usize) -> PyResult<bool> {
+        self.now(py, |machine| machine.in_smm(vcpu))
     }
 
     /// The memslots, in the form `add_memslot` takes.
@@ -160,16 +206,27 @@ impl Vm {
     }
 
     /// The leaf of each gfn of an array of u64: rows of gfn, SPTE, frame, level.
-    fn lookup_batch<'py>(&self, py: Python<'py>, gfns: PyBuffer<u64>) -> PyResult<Bound<'py, PyByteArray>> {
+    fn lookup_batch<'py>(
+        &self,
+        py: Python<'py>,
+        gfns: PyBuffer<u64>,
+        as_id: u8,
+    ) -> PyResult<Bound<'py, PyByteArray>> {
         let gfns = gfns.to_vec(py)?;
-        let rows = self.now(py, |machine| machine.lookup_batch(&gfns))?;
+        let rows = self.now(py, |machine| machine.lookup_batch(as_id, &gfns))?;
         rows_out(py, &rows)
     }
 
     /// Every present leaf of gfns `start..stop`: rows of gfn, SPTE, frame, level.
-    fn mappings<'py>(&self, py: Python<'py>, start: u64, stop: u64) -> PyResult<Bound<'py, PyByteArray>> {
+    fn mappings<'py>(
+        &self,
+        py: Python<'py>,
+        start: u64,
+        stop: u64,
+        as_id: u8,
+    ) -> PyResult<Bound<'py, PyByteArray>> {
         let limits = Limits { timeout: None, patience: Some(ZAP_PATIENCE) };
-        let rows = self.long(py, limits, None, move |machine, _| machine.mappings(start..stop))?;
+        let rows = self.long(py, limits, None, move |machine, _| machine.mappings(as_id, start..stop))?;
         rows_out(py, &rows)
     }
 
@@ -177,6 +234,139 @@ impl Vm {
     #[pyo3(signature = (start, stop, *, timeout=None))]
     fn unmap(&self, py: Python<'_>, start: u64, stop: u64, timeout: Option<f64>) -> PyResult<String> {
         self.zap(py, timeout, move |machine| machine.unmap(start..stop))
+    }
+
+    /// The host maps gfns `start..stop` by pages of `level` from now on, where it can; how many pages it does.
+    fn promote(&self, py: Python<'_>, start: u64, stop: u64, level: u8) -> PyResult<u64> {
+        let limits = Limits { timeout: None, patience: Some(ZAP_PATIENCE) };
+        self.long(py, limits, None, move |machine, _| machine.promote(start..stop, level))
+    }
+
+    /// Takes Accessed away from gfns `start..stop`; whether some leaf had it.
+    fn age(&self, py: Python<'_>, start: u64, stop: u64, as_id: u8, flush: bool) -> PyResult<bool> {
+        self.now(py, |machine| machine.age(as_id, start..stop, flush))
+    }
+
+    /// Has a leaf of gfns `start..stop` the Accessed bit?
+    fn test_age(&self, py: Python<'_>, start: u64, stop: u64, as_id: u8) -> PyResult<bool> {
+        self.now(py, |machine| machine.test_age(as_id, start..stop))
+    }
+
+    /// `age` (or `test_age`) of each gfn of an array of u64; a byte each.
+    fn age_batch<'py>(
+        &self,
+        py: Python<'py>,
+        gfns: PyBuffer<u64>,
+        as_id: u8,
+        clear: bool,
+    ) -> PyResult<Bound<'py, PyByteArray>> {
+        let gfns = gfns.to_vec(py)?;
+        let young = self.now(py, |machine| machine.age_batch(as_id, &gfns, clear))?;
+        Ok(PyByteArray::new(py, &young))
+    }
+
+    /// change_pte of one gfn; whether a leaf changed.
+    fn change_pte(&self, py: Python<'_>, gfn: u64, writable: bool) -> PyResult<bool> {
+        self.now(py, |machine| machine.change_pte(gfn, writable))
+    }
+
+    /// KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.
+    fn enable_dirty_log_protect(&self, py: Python<'_>, manual: bool, initially_set: bool) -> PyResult<()> {
+        self.now(py, |machine| machine.enable_dirty_log_protect(manual, initially_set))
+    }
+
+    /// The module parameter eager_page_split.
+    fn set_eager_page_split(&self, py: Python<'_>, on: bool) -> PyResult<()> {
+        self.now(py, |machine| machine.set_eager_page_split(on))
+    }
+
+    /// KVM_GET_DIRTY_LOG: first gfn, pages, and the bitmap as bytes, the first page in the lowest bit of the first.
+    fn get_dirty_log<'py>(
+        &self,
+        py: Python<'py>,
+        as_id: u8,
+        slot: u16,
+    ) -> PyResult<(u64, u64, Bound<'py, PyByteArray>)> {
+        let limits = Limits { timeout: None, patience: Some(ZAP_PATIENCE) };
+        let (base, pages, words) =
+            self.long(py, limits, None, move |machine, _| machine.get_dirty_log(as_id, slot))?;
+        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        Ok((base, pages, PyByteArray::new(py, &bytes)))
+    }
+
+    /// KVM_CLEAR_DIRTY_LOG: `words` is an array of u64; how many pages were taken for clean.
+    fn clear_dirty_log(
+        &self,
+        py: Python<'_>,
+        as_id: u8,
+        slot: u16,
+        first: u64,
+        pages: u64,
+        words: PyBuffer<u64>,
+    ) -> PyResult<u64> {
+        let words = words.to_vec(py)?;
+        let limits = Limits { timeout: None, patience: Some(ZAP_PATIENCE) };
+        self.long(py, limits, None, move |machine, _| {
+            machine.clear_dirty_log((as_id, slot), first, pages, &words)
+        })
+    }
+
+    /// What a vCPU's dirty ring has: rows of slot, address space, offset, as bytes of u64.
+    fn dirty_ring<'py>(&self, py: Python<'py>, vcpu: usize) -> PyResult<Bound<'py, PyByteArray>> {
+        let rows = self.now(py, |machine| machine.dirty_ring(vcpu))?;
+        let bytes: Vec<u8> = rows.iter().flatten().flat_map(|word| word.to_le_bytes()).collect();
+        Ok(PyByteArray::new(py, &bytes))
+    }
+
+    /// KVM_RESET_DIRTY_RINGS; how many entries there were.
+    fn reset_dirty_rings(&self, py: Python<'_>) -> PyResult<u64> {
+        self.now(py, Machine::reset_dirty_rings)
+    }
+
+    /// The module parameter nx_huge_pages; JSON text: `changed` and times in ns.
+    #[pyo3(signature = (on, *, timeout=None))]
+    fn set_nx_huge_pages(&self, py: Python<'_>, on: bool, timeout: Option<f64>) -> PyResult<String> {
+        self.zap(py, timeout, move |machine| machine.set_nx_huge_pages(on))
+    }
+
+    /// Is it on?
+    fn nx_huge_pages(&self, py: Python<'_>) -> PyResult<bool> {
+        self.now(py, Machine::nx_huge_pages)
+    }
+
+    /// One period of NX recovery: one candidate in `ratio`; how many tables went.
+    fn recover_nx(&self, py: Python<'_>, ratio: u32) -> PyResult<u64> {
+        self.now(py, |machine| machine.recover_nx(ratio))
+    }
+
+    /// KVM_X86_QUIRK_SLOT_ZAP_ALL.
+    fn set_slot_zap_all(&self, py: Python<'_>, on: bool) -> PyResult<()> {
+        self.now(py, |machine| machine.set_slot_zap_all(on))
+    }
+
+    /// kvm_zap_gfn_range of gfns `start..stop`, both address spaces; JSON text of times in ns.
+    #[pyo3(signature = (start, stop, *, timeout=None))]
+    fn zap_gfn_range(&self, py: Python<'_>, start: u64, stop: u64, timeout: Option<f64>) -> PyResult<String> {
+        self.zap(py, timeout, move |machine| machine.zap_gfn_range(start..stop))
+    }
+
+    /// Takes write permission from the leaf of a gfn; whether some leaf could be written.
+    fn write_protect_gfn(&self, py: Python<'_>, gfn: u64, as_id: u8) -> PyResult<bool> {
+        self.now(py, |machine| machine.write_protect_gfn(as_id, gfn))
+    }
+
+    /// KVM_PRE_FAULT_MEMORY of gfns `start..stop`; the pages left undone.
+    #[pyo3(signature = (start, stop, vcpu, *, timeout=None))]
+    fn pre_fault(
+        &self,
+        py: Python<'_>,
+        start: u64,
+        stop: u64,
+        vcpu: usize,
+        timeout: Option<f64>,
+    ) -> PyResult<u64> {
+        let limits = Limits { timeout, patience: Some(ZAP_PATIENCE) };
+        self.long(py, limits, None, move |machine, _| machine.pre_fault(vcpu, start..stop))
     }
 
     /// Zaps every root by the design; JSON text of times in ns.
