@@ -16,6 +16,7 @@
 //! | `experiment/`, `attribution.rs` | outcomes become results; where each thread's time went |
 //! | `timeline.rs`, `export.rs` | what each thread did when; Perfetto traces and HdrHistogram logs |
 //! | `micro/` | populate, fault, walk, rcu, dirty: one operation against its limit |
+//! | `conform/` | the engine against recordings of real KVM, transition by transition |
 //! | `limits/` | the host's physical limits |
 //! | `fit.rs` | a line through measurements, and its errors |
 //! | `result.rs` | the schema |
@@ -25,6 +26,7 @@
 pub mod attribution;
 pub mod bench;
 pub mod config;
+pub mod conform;
 mod control;
 mod error;
 pub mod experiment;

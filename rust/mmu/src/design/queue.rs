@@ -24,7 +24,7 @@ use std::sync::{Arc, Mutex as StdMutex, OnceLock, PoisonError, Weak};
 use std::thread;
 
 use tdpmmu_platform::queue::Serve;
-use tdpmmu_platform::{Histogram, Mutex, MutexGuard, Owner, Platform, Role, Task, WorkQueue};
+use tdpmmu_platform::{Event, Histogram, Mutex, MutexGuard, Owner, Platform, Role, Task, WorkQueue};
 
 use super::{DesignOptions, Held, QueueKind, WorkerReport, check_worker_cpus};
 use crate::TdpMmu;
@@ -495,9 +495,17 @@ impl<P: Platform> Worker<P> {
         let _duty = Duty { mmu, user: item.user };
         let Some(at) = self.desk_of(&item.client) else { return };
         let desk = &self.desks.borrow()[at];
+        let waited_ns = P::ticks_to_ns(P::ticks().saturating_sub(item.queued));
+        let tell = |event: Event| {
+            if let Some(observer) = mmu.observer() {
+                observer.event(desk.task.id(), &event);
+            }
+        };
+        tell(Event::WorkBegin { root: item.what, waited_ns });
         let begin = P::thread_cpu_ns();
         (item.client.work)(mmu, &desk.task, item.what);
         desk.cpu_ns.set(desk.cpu_ns.get() + P::thread_cpu_ns().saturating_sub(begin));
+        tell(Event::WorkEnd { root: item.what });
     }
 }
 

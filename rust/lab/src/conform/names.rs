@@ -1,0 +1,141 @@
+//! Names for what differs from run to run: tables, roots, frames.
+//!
+//! **Guarantee.** Two histories that do the same at the same places get the same names, whatever pages they happened to use. A table is named when an entry begins to point to
+//! it, and by its frame from then on; a root when it is made.
+
+use std::collections::HashMap;
+
+/// A root whose name is not known.
+pub const NO_ROOT: u32 = u32::MAX;
+/// A table whose name is not known.
+pub const NO_TABLE: u64 = (1 << 40) - 1;
+
+const PRESENT: u64 = 1 << 11;
+const LARGE: u64 = 1 << 7;
+const PFN: u64 = ((1 << 52) - 1) & !0xfff;
+
+/// Name of the `n`-th root of an address space.
+pub fn root_name(as_id: u8, n: u32) -> u32 {
+    u32::from(as_id) << 24 | n
+}
+
+/// A root's name for people.
+pub fn root_text(name: u32) -> String {
+    match name {
+        NO_ROOT => "root ?".to_owned(),
+        name => format!("root {}.{}", name >> 24, name & 0xff_ffff),
+    }
+}
+
+/// One SPTE transition with names in the place of table frames.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Change {
+    /// Name of the root.
+    pub root: u32,
+    /// Address space.
+    pub as_id: u8,
+    /// Level of the entry.
+    pub level: u8,
+    /// First gfn of the entry.
+    pub gfn: u64,
+    /// Value before.
+    pub old: u64,
+    /// Value after.
+    pub new: u64,
+}
+
+/// Does `value` point to a table?
+pub fn is_table(value: u64, level: u8) -> bool {
+    value & PRESENT != 0 && level > 1 && value & LARGE == 0
+}
+
+/// Is `value` a present leaf?
+pub fn is_leaf(value: u64, level: u8) -> bool {
+    value & PRESENT != 0 && (level == 1 || value & LARGE != 0)
+}
+
+/// The table's number in a named value.
+pub fn table_of(value: u64) -> u64 {
+    (value & PFN) >> 12
+}
+
+/// The bits of a named value that are no frame.
+pub fn bits_of(value: u64) -> u64 {
+    value & !PFN
+}
+
+/// Gives names, in the order of events.
+#[derive(Default)]
+pub struct Names {
+    tables: HashMap<u64, u64>,
+    installed: HashMap<(u8, u8, u64), u64>,
+}
+
+impl Names {
+    /// The change `old -> new`, named.
+    pub fn change(&mut self, root: u32, as_id: u8, gfn: u64, level: u8, old: u64, new: u64) -> Change {
+        let old = if is_table(old, level) {
+            let name = self.tables.get(&(old & PFN)).copied().unwrap_or(NO_TABLE);
+            bits_of(old) | name << 12
+        } else {
+            old
+        };
+        let new = if is_table(new, level) {
+            let count = self.installed.entry((as_id, level, gfn)).or_default();
+            let name = *count;
+            *count += 1;
+            self.tables.insert(new & PFN, name);
+            bits_of(new) | name << 12
+        } else {
+            new
+        };
+        Change { root, as_id, level, gfn, old, new }
+    }
+}
+
+/// Gives the frames of leaves names by their first appearance: for recordings that do not tell them.
+pub fn rename_frames<'a>(changes: impl Iterator<Item = &'a mut Change>) {
+    let mut frames = HashMap::new();
+    for change in changes {
+        for value in [&mut change.old, &mut change.new] {
+            if is_leaf(*value, change.level) {
+                let next = frames.len() as u64;
+                *value = bits_of(*value) | *frames.entry(*value & PFN).or_insert(next) << 12;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_same_places_get_the_same_names_whatever_the_pages() {
+        let run = |pages: [u64; 2]| {
+            let mut names = Names::default();
+            [
+                names.change(0, 0, 0x200, 2, 0, pages[0] << 12 | 0x827),
+                names.change(0, 0, 0x200, 2, pages[0] << 12 | 0x827, 0),
+                names.change(0, 0, 0x200, 2, 0, pages[1] << 12 | 0x827),
+            ]
+        };
+        assert_eq!(run([7, 9]), run([100, 3]));
+        assert_eq!(table_of(run([7, 9])[2].new), 1, "the second table at its place");
+        assert_eq!(run([5, 5])[1].old, 0x827, "the first");
+    }
+
+    #[test]
+    fn frames_of_leaves_are_kept_unless_they_were_invented() {
+        let mut names = Names::default();
+        let mut changes = [
+            names.change(0, 0, 1, 1, 0, 0x1234e67),
+            names.change(0, 0, 2, 1, 0, 0x9999e67),
+            names.change(0, 0, 1, 1, 0x1234e67, 0x5a0),
+        ];
+        assert_eq!(changes[0].new, 0x1234e67);
+        rename_frames(changes.iter_mut());
+        assert_eq!((changes[0].new, changes[1].new), (0xe67, 0x1e67));
+        assert_eq!((changes[2].old, changes[2].new), (0xe67, 0x5a0));
+    }
+}

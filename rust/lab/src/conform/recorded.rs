@@ -1,0 +1,157 @@
+//! What KVM was recorded to do: the comparator's half of a recording.
+//!
+//! Values are named, not raw: a table by how many were installed at its place before it ([`super::names`]), a root by how many of its address space there were before it.
+
+use std::collections::HashMap;
+
+use tdpmmu_trace::{Event, Head, Mark, Probe, RootArg};
+
+use super::inputs::NO_OP;
+use super::names::{Change, Names, NO_ROOT};
+
+/// An SPTE transition, and who made it.
+#[derive(Clone, Copy, Debug)]
+pub struct Transition {
+    /// Line of the trace.
+    pub line: u64,
+    /// Thread, an index.
+    pub thread: u32,
+    /// Operation open in it.
+    pub op: u32,
+    /// The change.
+    pub change: Change,
+}
+
+/// A table came, or went.
+#[derive(Clone, Copy, Debug)]
+pub struct Life {
+    /// Line of the trace.
+    pub line: u64,
+    /// Thread, an index.
+    pub thread: u32,
+    /// Operation open in it.
+    pub op: u32,
+    /// It came; else it was torn down.
+    pub birth: bool,
+    /// Level of its entries.
+    pub level: u8,
+    /// First gfn.
+    pub gfn: u64,
+}
+
+/// KVM's statistics after an operation.
+#[derive(Clone, Debug)]
+pub struct Stat {
+    /// Line of the trace.
+    pub line: u64,
+    /// The operation.
+    pub number: u64,
+    /// JSON as it was printed.
+    pub json: Vec<u8>,
+    /// Workers were zapping, or other operations were open: the numbers were moving.
+    pub moving: bool,
+}
+
+/// See the module text.
+#[derive(Default)]
+pub struct Recorded {
+    /// Every transition, in the order of the lines.
+    pub transitions: Vec<Transition>,
+    /// Births and deaths of tables.
+    pub lives: Vec<Life>,
+    /// Statistics.
+    pub stats: Vec<Stat>,
+    /// Spans of operations: begin line, end line, thread.
+    pub spans: Vec<(u64, u64, u32)>,
+    /// Threads that serve the zap queue.
+    pub workers: Vec<u32>,
+    /// Announced losses.
+    pub lost: u64,
+    /// Tables' births are recorded.
+    pub has_births: bool,
+    /// Tables' deaths are recorded.
+    pub has_deaths: bool,
+    /// Roots' births are recorded.
+    has_roots: bool,
+    names: Names,
+    roots: HashMap<u64, u32>,
+    root_counts: [u32; 2],
+    current: HashMap<u32, u32>,
+    open: HashMap<u64, (u64, u32)>,
+    works: u32,
+}
+
+impl Recorded {
+    pub(crate) fn take(&mut self, thread: u32, op: u32, head: &Head<'_>, event: &Event<'_>) {
+        let line = head.line;
+        match *event {
+            Event::SpteChanged { as_id, gfn, level, old, new } => {
+                let root = self.current.get(&thread).copied().unwrap_or(NO_ROOT);
+                let change = self.names.change(root, as_id, gfn, level, old, new);
+                self.transitions.push(Transition { line, thread, op, change });
+            }
+            Event::GetPage { page, created: true } => {
+                self.has_births = true;
+                self.lives.push(Life { line, thread, op, birth: true, level: page.level, gfn: page.gfn });
+            }
+            Event::PrepareZapPage(page) => {
+                self.has_deaths = true;
+                self.lives.push(Life { line, thread, op, birth: false, level: page.level, gfn: page.gfn });
+            }
+            Event::InitSp { sp, sptep: 0, role, .. } => {
+                self.has_roots = true;
+                let name = self.new_root(role);
+                self.roots.insert(sp, name);
+            }
+            Event::IterStart { root, .. }
+            | Event::ZapRootPass { root, .. }
+            | Event::ZapLeafs { root, .. }
+            | Event::SplitRoot { root, .. } => self.on_root(thread, root),
+            Event::ZapSp { .. } => {
+                // Works on one entry, through no walk: it says nothing of the root.
+                self.current.insert(thread, NO_ROOT);
+            }
+            Event::Probe(Probe::ZapRootWork) => {
+                if !self.workers.contains(&thread) {
+                    self.workers.push(thread);
+                }
+                self.works += 1;
+            }
+            Event::Probe(Probe::ZapRootWorkRet) => self.works = self.works.saturating_sub(1),
+            Event::Mark(Mark::Begin { number, .. }) => {
+                self.open.insert(number, (line, thread));
+            }
+            Event::Mark(Mark::End { number, .. }) => {
+                if let Some((begin, thread)) = self.open.remove(&number) {
+                    self.spans.push((begin, line, thread));
+                }
+            }
+            Event::Mark(Mark::Stat { number, json }) => {
+                let moving = self.works > 0 || !self.open.is_empty();
+                self.stats.push(Stat { line, number, json: json.to_vec(), moving });
+            }
+            _ => {}
+        }
+    }
+
+    fn new_root(&mut self, role: u32) -> u32 {
+        let as_id = usize::from(role >> 24 != 0);
+        let n = self.root_counts[as_id];
+        self.root_counts[as_id] += 1;
+        super::names::root_name(as_id as u8, n)
+    }
+
+    fn on_root(&mut self, thread: u32, root: RootArg) {
+        let name = match self.roots.get(&root.root) {
+            Some(&name) => name,
+            // Without births of roots an address may stand for several.
+            None => NO_ROOT,
+        };
+        self.current.insert(thread, name);
+    }
+
+    /// Which operation a line of `thread` belongs to is known to it alone.
+    pub fn operation_name(op: u32) -> Option<u32> {
+        (op != NO_OP).then_some(op)
+    }
+}
