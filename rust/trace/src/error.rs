@@ -38,6 +38,16 @@ pub enum TraceError {
         /// The decoder's words.
         reason: String,
     },
+    /// A trace.dat that is damaged, cut short, or of a kind that can't be read.
+    #[error("{path}: damaged trace.dat at byte {offset}: {rule}")]
+    Dat {
+        /// The recording.
+        path: PathBuf,
+        /// Byte offset in the file; in a compressed part, where the part begins.
+        offset: u64,
+        /// What must be there.
+        rule: String,
+    },
     /// A line that breaks the format. In lenient mode these are counted instead.
     #[error("{path}:{line}: {rule}, got {text:?} (byte {offset})")]
     Malformed {

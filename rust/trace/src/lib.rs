@@ -1,6 +1,6 @@
 //! Recordings of real KVM: a streaming reader and a replay that verifies them.
 //!
-//! * [`TraceReader`] reads the text of ftrace, trace-cmd and perf, plain or gzip, in constant memory.
+//! * [`TraceReader`] reads the text of ftrace, trace-cmd and perf, plain or gzip, and trace-cmd's trace.dat, in constant memory.
 //! * [`replay()`] rebuilds the page tables that a recording tells of, verifies every old value and every table's birth and
 //!   death, and lists the zaps.
 //!
@@ -12,6 +12,7 @@
 #![deny(missing_docs)]
 
 mod bytes;
+mod dat;
 mod error;
 mod event;
 pub mod hlog;

@@ -485,6 +485,11 @@ fn handle_mmio(text: &[u8]) -> Option<Event<'_>> {
     Some(Event::HandleMmio { address, gfn, access: c.hex_any()? })
 }
 
+/// The text of a mark.
+pub(crate) fn parse_mark(text: &[u8]) -> Option<Mark<'_>> {
+    mark(text)
+}
+
 fn mark(text: &[u8]) -> Option<Mark<'_>> {
     let mut c = Cursor::new(text);
     if c.eat(b"OP ") {

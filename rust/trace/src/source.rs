@@ -3,10 +3,11 @@
 //! A line is at most [`MAX_LINE`] bytes; nothing is ever allocated by a length found in the input. Gzip is recognised
 //! by its magic, never by the file's name. What is neither text nor gzip is refused with the reader that fits.
 
+use crate::dat::MAGIC;
 use crate::error::TraceError;
 use flate2::bufread::MultiGzDecoder;
 use std::fs::File;
-use std::io::{BufReader, Read};
+use std::io::{BufReader, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 /// Longest line that is accepted, in bytes. ftrace itself stops at one page.
@@ -21,6 +22,13 @@ pub enum Input {
     File(PathBuf),
     /// Standard input, plain or gzip.
     Stdin,
+    /// An open file that can be read from any place, with a name for messages; the file's position does not matter.
+    Open {
+        /// The name in messages and in the result's `file`.
+        name: String,
+        /// The file.
+        file: File,
+    },
     /// Any reader, with a name for messages.
     Reader {
         /// The name in messages and in the result's `file`.
@@ -42,7 +50,7 @@ impl Input {
         match self {
             Input::File(path) => path.clone(),
             Input::Stdin => PathBuf::from("-"),
-            Input::Reader { name, .. } => PathBuf::from(name),
+            Input::Open { name, .. } | Input::Reader { name, .. } => PathBuf::from(name),
         }
     }
 }
@@ -70,16 +78,33 @@ pub(crate) struct Span {
     pub(crate) overlong: bool,
 }
 
+/// What an input turned out to be.
+pub(crate) enum Opened {
+    Text(Lines),
+    /// It begins as a trace.dat.
+    Dat(PathBuf, File),
+}
+
 impl Lines {
-    pub(crate) fn open(input: Input) -> Result<Self, TraceError> {
+    pub(crate) fn open(input: Input) -> Result<Opened, TraceError> {
         let path = input.path();
         let io = |source| TraceError::Io { path: path.clone(), source };
+        let mut seekable = None;
         let mut raw: Box<dyn Read + Send> = match input {
             Input::File(ref p) => {
                 let file = File::open(p).map_err(io)?;
-                if file.metadata().map_err(io)?.is_dir() {
+                let kind = file.metadata().map_err(io)?;
+                if kind.is_dir() {
                     return Err(io(std::io::Error::from(std::io::ErrorKind::IsADirectory)));
                 }
+                if kind.is_file() {
+                    seekable = Some(file.try_clone().map_err(io)?);
+                }
+                Box::new(file)
+            }
+            Input::Open { file, .. } => {
+                (&file).seek(SeekFrom::Start(0)).map_err(io)?;
+                seekable = Some(file.try_clone().map_err(io)?);
                 Box::new(file)
             }
             Input::Stdin => Box::new(std::io::stdin()),
@@ -87,6 +112,13 @@ impl Lines {
         };
         let mut head = [0u8; 16];
         let n = read_full(&mut raw, &mut head).map_err(io)?;
+        if head[..n].starts_with(MAGIC) {
+            let file = match seekable {
+                Some(file) => file,
+                None => spool(&mut head[..n].chain(raw)).map_err(io)?,
+            };
+            return Ok(Opened::Dat(path, file));
+        }
         refuse_binary(&path, &head[..n])?;
         let gzip = head[..n].starts_with(&[0x1f, 0x8b]);
         let whole = std::io::Cursor::new(head[..n].to_vec()).chain(raw);
@@ -109,9 +141,32 @@ impl Lines {
         };
         if gzip {
             lines.fill()?;
+            if lines.buf[..lines.end].starts_with(MAGIC) {
+                return lines.unpack_dat();
+            }
             refuse_binary(&lines.path, &lines.buf[..lines.end.min(16)])?;
         }
-        Ok(lines)
+        Ok(Opened::Text(lines))
+    }
+
+    /// A trace.dat inside gzip: out into a file that can be read from any place.
+    fn unpack_dat(mut self) -> Result<Opened, TraceError> {
+        let head = self.buf[self.start..self.end].to_vec();
+        let offset = head.len() as u64;
+        match spool(&mut head.as_slice().chain(&mut self.source)) {
+            Ok(file) => Ok(Opened::Dat(self.path, file)),
+            Err(e)
+                if matches!(
+                    e.kind(),
+                    std::io::ErrorKind::UnexpectedEof
+                        | std::io::ErrorKind::InvalidData
+                        | std::io::ErrorKind::InvalidInput
+                ) =>
+            {
+                Err(TraceError::Gzip { path: self.path, line: 0, offset, reason: e.to_string() })
+            }
+            Err(source) => Err(TraceError::Io { path: self.path, source }),
+        }
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -224,6 +279,24 @@ impl Lines {
     }
 }
 
+/// Reads the first bytes into `head`; are they those of a trace.dat?
+pub(crate) fn begins_a_dat(source: &mut dyn Read, head: &mut Vec<u8>) -> std::io::Result<bool> {
+    source.take(MAGIC.len() as u64).read_to_end(head)?;
+    Ok(head.as_slice() == MAGIC)
+}
+
+/// A pipe's bytes in a file without a name, which the host deletes when it is closed.
+pub(crate) fn spool(source: &mut dyn Read) -> std::io::Result<File> {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    let name = format!("tdpmmu-{}-{}.dat", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+    let path = std::env::temp_dir().join(name);
+    let mut file = File::options().read(true).write(true).create_new(true).open(&path)?;
+    std::fs::remove_file(&path)?;
+    std::io::copy(source, &mut file)?;
+    Ok(file)
+}
+
 fn read_full(source: &mut dyn Read, buf: &mut [u8]) -> std::io::Result<usize> {
     let mut n = 0;
     while n < buf.len() {
@@ -238,8 +311,7 @@ fn read_full(source: &mut dyn Read, buf: &mut [u8]) -> std::io::Result<usize> {
 }
 
 fn refuse_binary(path: &Path, head: &[u8]) -> Result<(), TraceError> {
-    let known: [(&[u8], &str, &str); 7] = [
-        (b"\x17\x08\x44tracing", "a binary trace.dat", "run `trace-cmd report FILE` and give its output"),
+    let known: [(&[u8], &str, &str); 6] = [
         (
             b"PERFILE2",
             "a binary perf.data",

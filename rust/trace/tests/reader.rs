@@ -283,7 +283,7 @@ fn an_overlong_line_is_refused_and_the_next_one_read() {
 #[test]
 fn binary_input_is_refused_with_the_reader_that_fits() {
     for (bytes, hint) in [
-        (&b"\x17\x08\x44tracing6\0"[..], "trace-cmd report"),
+        (&b"\x17\x08\x44tracing5\0"[..], "versions 6 and 7"),
         (b"PERFILE2\0\0\0", "perf script"),
         (b"\xff\xfea\0b\0", "iconv"),
         (b"\x28\xb5\x2f\xfd....", "zstd"),

@@ -521,7 +521,7 @@ impl Engine {
             let leaf = old.is_leaf(c.level);
             self.threads[c.thread].zap_entry(c.level, c.ns, replaced, leaf, root);
         }
-        self.drop_stale_child(t, i, c.level, old, new);
+        self.drop_stale_child(t, i, c.level, old);
         if !self.forest.holds(t) {
             return;
         }

@@ -40,6 +40,11 @@ pub(crate) fn choose(
     }
     let (scan, input) = match input {
         Input::File(p) => (Input::File(p.clone()), Input::File(p)),
+        Input::Open { name, file } => {
+            let io = |source| crate::error::TraceError::Io { path: path.clone(), source };
+            let again = file.try_clone().map_err(io)?;
+            (Input::Open { name: name.clone(), file: again }, Input::Open { name, file })
+        }
         other => {
             let (name, mut reader): (String, Box<dyn Read + Send>) = match other {
                 Input::Reader { name, reader } => (name, reader),
@@ -47,12 +52,30 @@ pub(crate) fn choose(
             };
             let mut head = Vec::new();
             let io = |source| crate::error::TraceError::Io { path: path.clone(), source };
+            if crate::source::begins_a_dat(&mut reader, &mut head).map_err(io)? {
+                let file = crate::source::spool(&mut Cursor::new(head).chain(reader)).map_err(io)?;
+                let again = file.try_clone().map_err(io)?;
+                return settle(
+                    Input::Open { name: name.clone(), file: again },
+                    Input::Open { name, file },
+                    path,
+                );
+            }
             reader.by_ref().take(PEEK as u64).read_to_end(&mut head).map_err(io)?;
             let copy = head.clone();
             let scan = Input::Reader { name: name.clone(), reader: Box::new(Cursor::new(copy)) };
             (scan, Input::Reader { name, reader: Box::new(Cursor::new(head).chain(reader)) })
         }
     };
+    settle(scan, input, path)
+}
+
+/// What the recording itself shows.
+fn settle(
+    scan: Input,
+    input: Input,
+    path: std::path::PathBuf,
+) -> Result<(KernelProfile, Source, Input), ReplayError> {
     let evidence = Evidence::collect(scan)?;
     match evidence.verdict() {
         Some(profile) => Ok((profile, "inferred", input)),

@@ -318,8 +318,8 @@ impl<'a> Run<'a> {
             Event::Mark(mark) => {
                 e.end_removals(&c);
                 e.threads[t].shared = None;
-                self.marks.take(e, mark, &c);
                 self.close(t, None);
+                self.marks.take(&mut self.engine, mark, &c);
             }
             Event::Probe(probe) => self.probe(probe, c),
             _ => {}

@@ -1,6 +1,8 @@
 //! Shared by the tests: recordings, edited copies of them, a small deterministic generator.
 #![allow(dead_code)] // each test binary uses its own part
 
+pub mod dat;
+
 use std::io::{Cursor, Read};
 use std::path::{Path, PathBuf};
 use tdpmmu_trace::{Input, Replay, ReplayError, ReplayOptions, profile_named, replay};

@@ -168,14 +168,14 @@ impl Engine {
     }
 
     /// What hangs here is not the table that the event speaks of: it went when events were lost.
-    pub(super) fn drop_stale_child(&mut self, t: TableId, i: usize, level: u8, old: Spte, new: Spte) {
+    pub(super) fn drop_stale_child(&mut self, t: TableId, i: usize, level: u8, old: Spte) {
         let child = self.forest.table(t).child(i);
         if child == NONE {
             return;
         }
         let pa = self.forest.table(child).pa;
-        let same = old.is_table(level) && (pa == 0 || pa == old.pfn() << 12);
-        if !same && !(new.is_table(level) && pa != 0 && pa == new.pfn() << 12) {
+        let the_old = old.is_table(level) && (pa == 0 || pa == old.pfn() << 12);
+        if !the_old {
             self.discard(child);
         }
     }

@@ -67,8 +67,10 @@ pub(crate) struct Known<'a> {
 /// The refined cause.
 pub(crate) fn refine(cause: &'static str, known: Known<'_>) -> &'static str {
     match (cause, known.operation, known.own_process) {
-        ("fast_zap" | "slot_leafs", Some("set_memslot:delete"), _) => "memslot_delete",
-        ("fast_zap" | "slot_leafs", Some("set_memslot:move"), _) => "memslot_move",
+        ("fast_zap" | "slot_leafs" | "root_drop" | "other", Some("set_memslot:delete"), _) => {
+            "memslot_delete"
+        }
+        ("fast_zap" | "slot_leafs" | "root_drop" | "other", Some("set_memslot:move"), _) => "memslot_move",
         ("fast_zap", Some("write_file"), _) => "nx_toggle",
         ("fast_zap", None, Some(true)) => "memslot_update",
         ("fast_zap", None, Some(false)) => "nx_toggle",
