@@ -127,13 +127,14 @@ impl<'a, P: Platform, M: Mode> Guard<'a, P, M> {
             add(&meter.handoffs, 1);
         }
         self.unlock();
-        self.task.unlocked();
-        if self.task.need_resched() {
-            self.task.give_cpu_away();
+        let task = self.task;
+        let _relock = Relock(self, Phase::Yield);
+        task.unlocked();
+        if task.need_resched() {
+            task.give_cpu_away();
         } else {
             P::relax(Site::LockYield);
         }
-        self.lock(Phase::Yield);
     }
 
     /// Releases the lock for `body`, which may sleep, and takes it back in the same mode: an allocation in the middle of a walk. What the
@@ -142,7 +143,7 @@ impl<'a, P: Platform, M: Mode> Guard<'a, P, M> {
         debug_assert!(!self.task.in_rcu(), "{} drops mmu_lock inside an RCU read section", self.task.name());
         let task = self.task;
         self.unlock();
-        let _relock = Relock(self);
+        let _relock = Relock(self, Phase::LockWait);
         let done = body(task);
         task.unlocked();
         done
@@ -224,12 +225,12 @@ impl<'a, P: Platform, M: Mode> Guard<'a, P, M> {
     }
 }
 
-/// Takes the lock of a guard back, also when unwinding: the guard's own drop unlocks it.
-struct Relock<'g, 'a, P: Platform, M: Mode>(&'g mut Guard<'a, P, M>);
+/// Takes the lock of a guard back, also when unwinding: the guard's own drop unlocks it. The wait is booked to the phase.
+struct Relock<'g, 'a, P: Platform, M: Mode>(&'g mut Guard<'a, P, M>, Phase);
 
 impl<P: Platform, M: Mode> Drop for Relock<'_, '_, P, M> {
     fn drop(&mut self) {
-        self.0.lock(Phase::LockWait);
+        self.0.lock(self.1);
     }
 }
 
