@@ -74,14 +74,16 @@ impl<P: Platform> TdpMmu<P> {
     ) -> u64 {
         let task = guard.task();
         let _rcu = task.rcu_read();
-        // The lock is not given up, so nobody needs a reference.
-        let roots = self.listed_roots().filter(|&root| {
-            let visited = self.profile().clear_dirty_roots == RootSet::All || !self.is_obsolete(root);
-            visited && self.as_id(root) == as_id
-        });
-        roots
+        self.roots_of_gfn(as_id)
             .map(|root| self.clear_masked_in(task, root, as_id, base, mask, self.log_bit(root, wrprot)))
             .sum()
+    }
+
+    /// The roots of one address space that an operation on single gfns visits (`clear-dirty-roots`), newest first. Under the exclusive lock, which is not
+    /// given up meanwhile, and inside an RCU section: nobody needs a reference.
+    pub(crate) fn roots_of_gfn(&self, as_id: u8) -> impl Iterator<Item = u32> + '_ {
+        let all = self.profile().clear_dirty_roots == RootSet::All;
+        self.listed_roots().filter(move |&root| self.as_id(root) == as_id && (all || !self.is_obsolete(root)))
     }
 
     /// [`TdpMmu::clear_dirty_masked`] by write protection.

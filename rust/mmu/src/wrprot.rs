@@ -12,7 +12,7 @@
 use std::ops::Range;
 
 use tdpmmu_platform::{Exclusive, Guard, Platform, Site, Task};
-use tdpmmu_spte::{RootSet, Spte};
+use tdpmmu_spte::Spte;
 
 use crate::TdpMmu;
 use crate::dirty::{Checks, LogBit};
@@ -45,14 +45,9 @@ impl<P: Platform> TdpMmu<P> {
     ) -> bool {
         let task = guard.task();
         let gone = self.format().write | self.format().mmu_writable;
-        let all = self.profile().clear_dirty_roots == RootSet::All;
         let _rcu = task.rcu_read();
         let mut changed = false;
-        // The lock is not given up, so nobody needs a reference.
-        for root in self.listed_roots() {
-            if self.as_id(root) != as_id || !(all || !self.is_obsolete(root)) {
-                continue;
-            }
+        for root in self.roots_of_gfn(as_id) {
             let mut walk = Walk::new(self, guard, root, min_level, gfn..gfn.saturating_add(1), Yield::Never);
             while let Some(mut entry) = walk.next_entry() {
                 let old = entry.old();

@@ -44,7 +44,7 @@ impl Even {
 impl Pace for Even {
     fn wants_yield(&self, task: u32, at: YieldPoint) -> bool {
         self.asked.lock().unwrap().push((task, at));
-        at.gfn % 2 == 0
+        at.gfn.is_multiple_of(2)
     }
 
     fn unlocked(&self, task: u32) {
