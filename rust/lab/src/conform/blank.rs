@@ -76,10 +76,7 @@ pub fn see<'a>(head: &Head<'a>, event: &Event<'a>) -> Seen<'a> {
         Event::PageFault { vcpu, address, error_code, .. } => Seen::Fault {
             vcpu,
             gfn: address >> 12,
-            access: AccessKind {
-                write: error_code & PFERR_WRITE != 0,
-                exec: error_code & PFERR_FETCH != 0,
-            },
+            access: AccessKind { write: error_code & PFERR_WRITE != 0, exec: error_code & PFERR_FETCH != 0 },
             present: error_code & PFERR_PRESENT != 0,
             reserved: error_code & PFERR_RSVD != 0,
         },
@@ -217,9 +214,9 @@ fn blank_line(line: &[u8]) -> Vec<u8> {
     let Some((event, body)) = rest.split_once(": ") else { return line.to_vec() };
     let head = &text[..stamp + 2];
     let rewritten = match event {
-        "kvm_tdp_mmu_spte_changed" => body
-            .find(" old_spte ")
-            .map(|at| format!("{event}: {} old_spte 0 new_spte 0", &body[..at])),
+        "kvm_tdp_mmu_spte_changed" => {
+            body.find(" old_spte ").map(|at| format!("{event}: {} old_spte 0 new_spte 0", &body[..at]))
+        }
         "kvm_mmu_set_spte" => {
             let spte = body.split_ascii_whitespace().skip_while(|word| *word != "spte").nth(1);
             let spte = spte.and_then(|hex| u64::from_str_radix(hex, 16).ok()).unwrap_or(0);
@@ -236,7 +233,9 @@ fn blank_line(line: &[u8]) -> Vec<u8> {
             let head: Vec<&str> = body.split_ascii_whitespace().take(4).collect();
             Some(format!("{event}: {} {{}}", head.join(" ")))
         }
-        "iter_start" | "zap_leafs" | "zap_root_pass" | "split_root" | "zap_sp" => Some(zero_keys(event, body)),
+        "iter_start" | "zap_leafs" | "zap_root_pass" | "split_root" | "zap_sp" => {
+            Some(zero_keys(event, body))
+        }
         _ if OUTCOMES.contains(&event) => Some("blanked: ".to_owned()),
         _ => None,
     };
@@ -283,7 +282,9 @@ mod tests {
         assert_eq!(blanked("tracing_mark_write: STAT 3 {\"pages_4k\":4}"), "tracing_mark_write: STAT 3 {}");
         assert_eq!(blanked("hcs: (f+0x0/0x1) as=0 gfn=0x0 level=4 shared=1"), "blanked:");
         assert_eq!(
-            blanked("iter_start: (f+0x0/0x50 [kvm]) root=0xffff spt=0x12 role=0x3784 refs=2 min_level=1 gfn=0x2"),
+            blanked(
+                "iter_start: (f+0x0/0x50 [kvm]) root=0xffff spt=0x12 role=0x3784 refs=2 min_level=1 gfn=0x2"
+            ),
             "iter_start: (f+0x0/0x50 [kvm]) root=0x0 spt=0x0 role=0x0 refs=0 min_level=1 gfn=0x2"
         );
         let kept = "kvm_mmu_spte_requested: gfn 2 pfn 103d21 level 1";

@@ -8,7 +8,6 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
 
 use tdpmmu_mmu::TdpMmu;
 use tdpmmu_platform::{Platform, Real, Role, Task};
@@ -219,10 +218,8 @@ impl<'a> Actor<'a> {
     fn with_task<R>(&mut self, machine: &Machine, body: impl FnOnce(&Vm<Real>, &Task<Real>) -> R) -> R {
         let name = &self.case.threads[self.thread as usize];
         let config = self.world.task_config();
-        let task = self
-            .tasks
-            .entry(machine.id)
-            .or_insert_with(|| machine.vm.task_with(name, Role::Caller, config));
+        let task =
+            self.tasks.entry(machine.id).or_insert_with(|| machine.vm.task_with(name, Role::Caller, config));
         body(&machine.vm, task)
     }
 
@@ -255,12 +252,15 @@ impl<'a> Actor<'a> {
                 let Some(machine) = self.world.machine(self.vm_of(input)) else { return Ok(()) };
                 self.smm(&machine, vcpu, entering)
             }
-            What::NxZap => self.recovery_zaps(),
+            What::NxZap => self.recovery_zaps(at as u32),
             What::Work => {
                 self.world.scribe.run_a_work(PATIENCE);
                 Ok(())
             }
-            What::Release => self.release(input),
+            What::Release => match self.world.machine(self.vm_of(input)) {
+                Some(machine) => self.release(&machine, input.op),
+                None => Ok(()),
+            },
             What::Stat => {
                 let vm = self.vm_of(input);
                 if let (Some(machine), Some(op)) = (self.world.machine(vm), self.operation(input.op)) {
@@ -271,17 +271,14 @@ impl<'a> Actor<'a> {
             }
             What::Leave | What::Restart { .. } => Ok(()),
             What::Enter | What::Fault { .. } | What::Map { .. } | What::Walk { .. } => {
-                let _ = at;
                 Err(format!("line {}: a guest runs in no VM that is known", input.line))
             }
         }
     }
 
     fn smm(&mut self, machine: &Machine, vcpu: u32, entering: bool) -> Result<(), String> {
-        let mut vcpu = machine
-            .vm
-            .vcpu_with(vcpu as usize, self.world.task_config())
-            .map_err(|e| e.to_string())?;
+        let mut vcpu =
+            machine.vm.vcpu_with(vcpu as usize, self.world.task_config()).map_err(|e| e.to_string())?;
         if entering {
             vcpu.enter_smm();
         } else {
@@ -291,16 +288,19 @@ impl<'a> Actor<'a> {
     }
 
     /// The recovery thread was seen to zap a table: unless an earlier run accounts for it, it ran.
-    fn recovery_zaps(&mut self) -> Result<(), String> {
-        {
+    fn recovery_zaps(&mut self, at: u32) -> Result<(), String> {
+        let earlier = {
             let mut machines = self.world.machines();
-            if machines.recovered > 0 {
-                machines.recovered -= 1;
-                return Ok(());
-            }
+            let (left, by) = machines.recovered;
+            machines.recovered.0 = left.saturating_sub(1);
+            (left > 0).then_some(by)
+        };
+        if let Some(by) = earlier {
+            self.world.scribe.book().covered.insert(at, by);
+            return Ok(());
         }
         let zapped = self.recover()?;
-        self.world.machines().recovered = zapped.saturating_sub(1);
+        self.world.machines().recovered = (zapped.saturating_sub(1), at);
         Ok(())
     }
 
@@ -316,14 +316,14 @@ impl<'a> Actor<'a> {
         Ok(zapped)
     }
 
-    fn release(&mut self, input: &Input) -> Result<(), String> {
-        let Some(machine) = self.world.machine(self.vm_of(input)) else { return Ok(()) };
+    /// The VM's end: its memory goes, then its vCPUs, then its tables.
+    fn release(&mut self, machine: &Machine, op: u32) -> Result<(), String> {
         self.world.machines().live.remove(&machine.id);
         self.tasks.remove(&machine.id);
-        let stats = machine.vm.stats();
-        if input.op != NO_OP {
+        if op != NO_OP {
+            let stats = machine.vm.stats();
             let pages = Some([stats.pages_4k, stats.pages_2m, stats.pages_1g]);
-            self.world.scribe.book().outcomes.insert(input.op, Outcome { pages, ..Outcome::default() });
+            self.world.scribe.book().outcomes.insert(op, Outcome { pages, ..Outcome::default() });
         }
         self.world.scribe.free_works(true);
         let closed = machine.vm.close();
@@ -357,23 +357,35 @@ impl<'a> Actor<'a> {
         };
         if op.kind == "create_vm" {
             let vcpus = op.number_of("nvcpus").unwrap_or(1);
-            return self.world.create(need("vm")?, vcpus as usize, op.number_of("dirty_ring_bytes").unwrap_or(0));
+            return self.world.create(
+                need("vm")?,
+                vcpus as usize,
+                op.number_of("dirty_ring_bytes").unwrap_or(0),
+            );
         }
         match op.kind.as_str() {
             "write_file" => return self.write_file(op),
             "nx_recovery" => return self.nx_recovery(),
             // Their effects on the VM arrive as notifications and as the answers to faults.
-            "madvise" | "munmap" | "mprotect" | "mmap_fixed" | "mremap_away" | "ftruncate"
-            | "fallocate_punch_hole" | "host_write" | "fork" | "child_exit" | "ksm_wait" | "note" | "touch"
+            "madvise"
+            | "munmap"
+            | "mprotect"
+            | "mmap_fixed"
+            | "mremap_away"
+            | "ftruncate"
+            | "fallocate_punch_hole"
+            | "host_write"
+            | "fork"
+            | "child_exit"
+            | "ksm_wait"
+            | "note"
+            | "touch"
             | "pre_fault_memory" => return Ok(()),
             _ => {}
         }
         let machine = self.world.machine(op.vm()).ok_or("it names no VM that lives")?;
         match op.kind.as_str() {
-            "destroy_vm" => {
-                let input = Input { line: 0, thread: self.thread, op: NO_OP, what: What::Release };
-                self.release_of(&machine, &input)
-            }
+            "destroy_vm" => self.release(&machine, NO_OP),
             "set_memslot" => self.set_memslot(&machine, op),
             "enable_cap" => {
                 let (cap, arg) = (need("cap")?, op.number_of("arg0").unwrap_or(0));
@@ -394,10 +406,10 @@ impl<'a> Actor<'a> {
                 let log = self
                     .with_task(&machine, |vm, task| vm.get_dirty_log(task, as_id, id))
                     .map_err(|e| e.to_string())?;
-                let relative = |gfn: Option<u64>| gfn.map_or(-1, |gfn| (gfn - log.base) as i64);
+                let relative = |gfn: Option<u64>| gfn.map(|gfn| (gfn - log.base) as i64);
                 outcome.dirty_pages = Some(log.count());
-                outcome.first = Some(relative(log.gfns().next()));
-                outcome.last = Some(relative(log.gfns().last()));
+                outcome.first = relative(log.gfns().next());
+                outcome.last = relative(log.gfns().last());
                 self.world.machines().bitmaps.insert((machine.id, as_id, id), log.words);
                 Ok(())
             }
@@ -405,11 +417,9 @@ impl<'a> Actor<'a> {
                 let (as_id, id) = slot_of(need("slot")?);
                 let (first, pages) = (need("first_page")?, need("num_pages")?);
                 let words = self.words_to_clear(&machine, as_id, id, first, pages);
-                self.with_task(&machine, |vm, task| {
-                    vm.clear_dirty_log(task, as_id, id, first, pages, &words)
-                })
-                .map(|_| ())
-                .map_err(|e| e.to_string())
+                self.with_task(&machine, |vm, task| vm.clear_dirty_log(task, as_id, id, first, pages, &words))
+                    .map(|_| ())
+                    .map_err(|e| e.to_string())
             }
             "reset_dirty_rings" => {
                 let mut collected = 0;
@@ -424,15 +434,6 @@ impl<'a> Actor<'a> {
             "set_smm" => self.smm(&machine, need("vcpu")? as u32, need("smm")? != 0),
             other => Err(format!("operations of kind {other} are not known")),
         }
-    }
-
-    fn release_of(&mut self, machine: &Machine, _input: &Input) -> Result<(), String> {
-        self.world.machines().live.remove(&machine.id);
-        self.tasks.remove(&machine.id);
-        self.world.scribe.free_works(true);
-        let closed = machine.vm.close();
-        self.world.scribe.free_works(false);
-        closed.map(|_| ()).map_err(|e| e.to_string())
     }
 
     /// The bits of the last GET, restricted to the range.
@@ -496,7 +497,7 @@ impl<'a> Actor<'a> {
     /// The end of an operation that let the recovery thread run: a run of it that zapped nothing left no trace, and may have dropped candidates.
     fn nx_recovery(&mut self) -> Result<(), String> {
         let ran = std::mem::take(&mut self.world.machines().recovery_ran);
-        self.world.machines().recovered = 0;
+        self.world.machines().recovered.0 = 0;
         if ran {
             return Ok(());
         }
@@ -569,6 +570,3 @@ fn access_all(vm: &Vm<Real>, hvas: std::ops::Range<u64>, scribe: &super::predict
     }
     scribe.force(forced.into_iter());
 }
-
-/// How long a work of the zap queue may take.
-pub const WORK: Duration = PATIENCE;

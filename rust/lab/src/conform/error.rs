@@ -14,7 +14,9 @@ pub enum ConformError {
     #[error(transparent)]
     Trace(#[from] TraceError),
     /// A recording without a script cannot be predicted: nothing says what was done to the VM (exit code 3).
-    #[error("{path}: {missing} is missing; a recording without its script of operations cannot be predicted (`replay --check` verifies it)")]
+    #[error(
+        "{path}: {missing} is missing; a recording without its script of operations cannot be predicted (`replay --check` verifies it)"
+    )]
     NoScript {
         /// The recording's folder.
         path: PathBuf,

@@ -126,6 +126,7 @@ pub fn load(dir: &Path, cancelled: &dyn Fn() -> bool) -> Result<Case, ConformErr
         recorded.take(thread, loader.op_of(thread), &head, &event);
     }
     reader.finish()?;
+    recorded.close();
     let skipped = loader.never_began();
     let (has_faults, has_entries) = (loader.has_faults, loader.has_entries);
     if has_faults {
@@ -304,7 +305,12 @@ impl Loader {
     fn locks(&self, op: u32) -> bool {
         matches!(
             self.kind(op),
-            "set_memslot" | "get_dirty_log" | "clear_dirty_log" | "reset_dirty_rings" | "write_file" | "enable_cap"
+            "set_memslot"
+                | "get_dirty_log"
+                | "clear_dirty_log"
+                | "reset_dirty_rings"
+                | "write_file"
+                | "enable_cap"
         )
     }
 

@@ -27,10 +27,8 @@ pub struct Machines {
     pub params: Params,
     /// Per (VM, address space, slot): the words that the last GET returned.
     pub bitmaps: HashMap<(u64, u8, u16), Vec<u64>>,
-    /// vCPUs in KVM_RUN: (thread) -> (VM, vCPU).
-    pub running: HashMap<u32, (u64, u32)>,
-    /// Zaps of tables that the last recovery has already done.
-    pub recovered: u64,
+    /// Zaps of tables that the last recovery has already done, and its input.
+    pub recovered: (u64, u32),
     /// A recovery has run in the operation that asked for one.
     pub recovery_ran: bool,
 }
@@ -56,8 +54,7 @@ impl World {
                 live: BTreeMap::new(),
                 params,
                 bitmaps: HashMap::new(),
-                running: HashMap::new(),
-                recovered: 0,
+                recovered: (0, 0),
                 recovery_ran: false,
             }),
             host: Arc::default(),
@@ -121,9 +118,8 @@ impl World {
         config.observer = Some(self.scribe.clone());
         config.eager_page_split = params.eager_page_split;
         config.nx_huge_pages = params.nx_huge_pages;
-        config.host_level = Some(Arc::new(move |page| {
-            host.lock().unwrap_or_else(PoisonError::into_inner).level(page)
-        }));
+        config.host_level =
+            Some(Arc::new(move |page| host.lock().unwrap_or_else(PoisonError::into_inner).level(page)));
         // Entries of sixteen bytes.
         config.dirty_ring = (ring_bytes != 0).then_some(u32::try_from(ring_bytes / 16).unwrap_or(u32::MAX));
         let vm = Vm::new(config).map_err(|e| e.to_string())?;

@@ -77,6 +77,8 @@ pub struct Book {
     pub stats: Vec<(u64, u64, VmStats)>,
     /// What operations came to, by index.
     pub outcomes: HashMap<u32, Outcome>,
+    /// Inputs that an earlier one has carried out already, and that one.
+    pub covered: HashMap<u32, u32>,
     /// Notes of the driver: inputs it could not carry out.
     pub notes: Vec<(u32, String)>,
     names: Names,

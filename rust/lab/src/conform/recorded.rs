@@ -6,8 +6,7 @@ use std::collections::HashMap;
 
 use tdpmmu_trace::{Event, Head, Mark, Probe, RootArg};
 
-use super::inputs::NO_OP;
-use super::names::{Change, Names, NO_ROOT};
+use super::names::{Change, NO_ROOT, Names};
 
 /// An SPTE transition, and who made it.
 #[derive(Clone, Copy, Debug)]
@@ -52,6 +51,19 @@ pub struct Stat {
     pub moving: bool,
 }
 
+/// The lines of one operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Span {
+    /// First line.
+    pub begin: u64,
+    /// Last line.
+    pub end: u64,
+    /// Thread, an index.
+    pub thread: u32,
+    /// A vCPU runs in it.
+    pub runs: bool,
+}
+
 /// See the module text.
 #[derive(Default)]
 pub struct Recorded {
@@ -61,8 +73,8 @@ pub struct Recorded {
     pub lives: Vec<Life>,
     /// Statistics.
     pub stats: Vec<Stat>,
-    /// Spans of operations: begin line, end line, thread.
-    pub spans: Vec<(u64, u64, u32)>,
+    /// Spans of operations.
+    pub spans: Vec<Span>,
     /// Threads that serve the zap queue.
     pub workers: Vec<u32>,
     /// Announced losses.
@@ -71,17 +83,20 @@ pub struct Recorded {
     pub has_births: bool,
     /// Tables' deaths are recorded.
     pub has_deaths: bool,
-    /// Roots' births are recorded.
-    has_roots: bool,
     names: Names,
     roots: HashMap<u64, u32>,
     root_counts: [u32; 2],
     current: HashMap<u32, u32>,
-    open: HashMap<u64, (u64, u32)>,
+    open: HashMap<u64, Span>,
     works: u32,
 }
 
 impl Recorded {
+    /// Operations that never ended are over with the trace.
+    pub(crate) fn close(&mut self) {
+        self.spans.extend(std::mem::take(&mut self.open).into_values());
+    }
+
     pub(crate) fn take(&mut self, thread: u32, op: u32, head: &Head<'_>, event: &Event<'_>) {
         let line = head.line;
         match *event {
@@ -99,7 +114,6 @@ impl Recorded {
                 self.lives.push(Life { line, thread, op, birth: false, level: page.level, gfn: page.gfn });
             }
             Event::InitSp { sp, sptep: 0, role, .. } => {
-                self.has_roots = true;
                 let name = self.new_root(role);
                 self.roots.insert(sp, name);
             }
@@ -118,12 +132,13 @@ impl Recorded {
                 self.works += 1;
             }
             Event::Probe(Probe::ZapRootWorkRet) => self.works = self.works.saturating_sub(1),
-            Event::Mark(Mark::Begin { number, .. }) => {
-                self.open.insert(number, (line, thread));
+            Event::Mark(Mark::Begin { number, kind, .. }) => {
+                let runs = matches!(kind, b"touch" | b"pre_fault_memory");
+                self.open.insert(number, Span { begin: line, end: u64::MAX, thread, runs });
             }
             Event::Mark(Mark::End { number, .. }) => {
-                if let Some((begin, thread)) = self.open.remove(&number) {
-                    self.spans.push((begin, line, thread));
+                if let Some(span) = self.open.remove(&number) {
+                    self.spans.push(Span { end: line, ..span });
                 }
             }
             Event::Mark(Mark::Stat { number, json }) => {
@@ -142,16 +157,15 @@ impl Recorded {
     }
 
     fn on_root(&mut self, thread: u32, root: RootArg) {
+        // A walk below a table (7.2 looks for the first leaf of one): the root is the one of the walk around it.
+        if (1..=3).contains(&(root.role & 0xf)) {
+            return;
+        }
         let name = match self.roots.get(&root.root) {
             Some(&name) => name,
             // Without births of roots an address may stand for several.
             None => NO_ROOT,
         };
         self.current.insert(thread, name);
-    }
-
-    /// Which operation a line of `thread` belongs to is known to it alone.
-    pub fn operation_name(op: u32) -> Option<u32> {
-        (op != NO_OP).then_some(op)
     }
 }

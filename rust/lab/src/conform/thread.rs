@@ -70,11 +70,6 @@ impl Stage {
         }
     }
 
-    /// The inputs.
-    pub fn inputs(&self) -> &[Input] {
-        &self.inputs
-    }
-
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -144,11 +139,6 @@ impl Stage {
     /// Why it failed.
     pub fn failure(&self) -> Option<String> {
         self.state().failure.clone()
-    }
-
-    /// Inputs taken so far.
-    pub fn progress(&self) -> usize {
-        self.state().next
     }
 
     /// Is the next input of the calling thread a restart, and where?

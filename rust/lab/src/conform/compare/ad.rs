@@ -49,7 +49,10 @@ mod tests {
         assert!(agrees(&change(0x5e67, 0), &change(0x5e27, 0)), "D was set by hardware");
         assert!(!agrees(&change(0x5e27, 0), &change(0x5e67, 0)), "nobody clears D silently");
         assert!(agrees(&change(0x5e67, 0x5e65), &change(0x5e27, 0x5e25)), "and is carried along");
-        assert!(!agrees(&change(0x5e27, 0x5e65), &change(0x5e27, 0x5e25)), "D in the new value alone is KVM's");
+        assert!(
+            !agrees(&change(0x5e27, 0x5e65), &change(0x5e27, 0x5e25)),
+            "D in the new value alone is KVM's"
+        );
         assert!(!agrees(&change(0, 0x5e27), &change(0, 0x5e67)), "surprise 2");
         assert!(!agrees(&change(0x5e65, 0), &change(0x5e67, 0)), "W is KVM's");
     }

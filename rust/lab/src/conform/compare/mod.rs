@@ -77,7 +77,9 @@ pub fn compare(case: &mut Case, profile: String, mut book: Book) -> CaseReport {
     life::compare_statistics(case, &book, &mut report);
     life::compare_outcomes(case, &book, &mut report);
     for (op, why) in &case.skipped {
-        report.skipped.push(Skipped { operation: case.script.operations[*op as usize].number, why: why.clone() });
+        report
+            .skipped
+            .push(Skipped { operation: case.script.operations[*op as usize].number, why: why.clone() });
     }
     for (input, why) in &book.notes {
         let input = case.inputs[*input as usize];

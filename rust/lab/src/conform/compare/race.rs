@@ -18,7 +18,11 @@ pub fn judge(recorded: &[Entry], predicted: &[Entry]) -> Verdict {
         let Some(here) = at.get_mut(&place(&recorded[r])) else { return false };
         let found = here.iter().position(|&p| {
             let (ours, theirs) = (&predicted[p].change, &recorded[r].change);
-            if exact { (ours.old, ours.new) == (theirs.old, theirs.new) && agrees(theirs, ours) } else { agrees(theirs, ours) }
+            if exact {
+                (ours.old, ours.new) == (theirs.old, theirs.new) && agrees(theirs, ours)
+            } else {
+                agrees(theirs, ours)
+            }
         });
         found.map(|n| here.remove(n)).is_some()
     };
@@ -43,7 +47,10 @@ pub fn judge(recorded: &[Entry], predicted: &[Entry]) -> Verdict {
     if verdict.missing + verdict.extra > 0 {
         let r = first_missing.unwrap_or(recorded.len());
         // The left-over at the same place, if there is one, tells more than the first.
-        let near = left.iter().copied().filter(|&p| recorded.get(r).is_some_and(|e| place(e) == place(&predicted[p])));
+        let near = left
+            .iter()
+            .copied()
+            .filter(|&p| recorded.get(r).is_some_and(|e| place(e) == place(&predicted[p])));
         let p = near.min().or_else(|| left.iter().copied().min()).unwrap_or(predicted.len());
         verdict.first = Some((r, p));
     }

@@ -14,9 +14,7 @@ pub fn judge(recorded: &[Entry], predicted: &[Entry], aging: bool) -> Verdict {
     if head == recorded.len() && head == predicted.len() {
         return Verdict { matched: head as u64, ..Verdict::default() };
     }
-    let tail = (1..=shorter - head)
-        .take_while(|&i| same(recorded.len() - i, predicted.len() - i))
-        .count();
+    let tail = (1..=shorter - head).take_while(|&i| same(recorded.len() - i, predicted.len() - i)).count();
     Verdict {
         matched: (head + tail) as u64,
         missing: (recorded.len() - head - tail) as u64,
