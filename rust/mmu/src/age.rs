@@ -84,22 +84,21 @@ impl<P: Platform> TdpMmu<P> {
         let aged = |spte: Spte| {
             if hardware { Spte(spte.raw() & !format.accessed) } else { format.access_track(spte) }
         };
-        let (was, now) =
-            if !locked && (!hardware || self.profile().aging_write == AgingWrite::CompareExchange) {
-                let Some(was) = self.age_by_exchange(cell, at.level, old, hardware, &aged) else { return };
-                (was, aged(was))
-            } else if hardware && self.profile().aging_write != AgingWrite::SetPath {
-                let was = if !locked || format.is_volatile(old) {
-                    Spte(P::fetch_and(cell, !format.accessed, Site::SpteAd))
-                } else {
-                    P::store(cell, aged(old).raw(), Site::SpteAd);
-                    old
-                };
-                (was, aged(was))
+        let (was, now) = if !locked && (!hardware || self.profile().aging_write != AgingWrite::And) {
+            let Some(was) = self.age_by_exchange(cell, at.level, old, hardware, &aged) else { return };
+            (was, aged(was))
+        } else if hardware && self.profile().aging_write != AgingWrite::SetPath {
+            let was = if !locked || format.is_volatile(old) {
+                Spte(P::fetch_and(cell, !format.accessed, Site::SpteAd))
             } else {
-                // From the snapshot: what hardware added meanwhile is in the old value, and goes to the host with it.
-                (change::exchange::<P>(self, cell, old, aged(old), at.level), aged(old))
+                P::store(cell, aged(old).raw(), Site::SpteAd);
+                old
             };
+            (was, aged(was))
+        } else {
+            // From the snapshot: what hardware added meanwhile is in the old value, and goes to the host with it.
+            (change::exchange::<P>(self, cell, old, aged(old), at.level), aged(old))
+        };
         task.count(0, 1);
         if locked {
             change::aged::<P, Exclusive>(self, task, ledger, at, was, now);

@@ -375,10 +375,7 @@ impl<P: Platform> TdpMmu<P> {
             return MapOutcome::Retry;
         }
         task.count(0, 1);
-        if marks {
-            self.host().gfn_dirty(fault.as_id, fault.gfn);
-        }
-        if !old.is_present() && self.observer().is_none() {
+        if !old.is_present() && !marks && self.observer().is_none() {
             // The common case, without a ledger: a leaf where nothing was.
             if new.is_present() {
                 self.leaves_made(cache, at.level, 1);
@@ -388,6 +385,9 @@ impl<P: Platform> TdpMmu<P> {
         let mut ledger = Ledger::default();
         change::changed::<P, Shared>(self, task, &mut ledger, at, old, new);
         ledger.settle(self);
+        if marks {
+            self.host().gfn_dirty(fault.as_id, fault.gfn);
+        }
         if old.is_table(at.level) {
             // Small translations with other permissions may be cached.
             let level = match self.profile().replace_flush_span {

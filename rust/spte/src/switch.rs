@@ -114,7 +114,7 @@ choice! {
 choice! {
     /// How aging takes the Accessed bit of a leaf.
     AgingWrite {
-        /// A value computed from the snapshot, through the exclusive set path (under the exclusive lock only).
+        /// A value computed from the snapshot, through the exclusive set path (without the lock: as `cmpxchg`).
         SetPath = "set-path",
         /// An atomic AND; under the exclusive lock a plain store if the leaf is not volatile. Without the lock it must be certain that no
         /// other entry has the bit, the frozen value included.
