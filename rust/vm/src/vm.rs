@@ -406,17 +406,19 @@ impl<P: Platform> Vm<P> {
         let after = task.meter().phase_ticks(done);
         // Summed by the lock itself: a design that zaps under the exclusive lock breaks it, and holds it again.
         let holds = task.meter().exclusive_holds();
+        let (hold_ns, total_ns) = (P::ticks_to_ns(holds.first_ticks), ns(t0, done));
         FastZapTimes {
             t0,
-            lock_wait_ns: ns(t0, taken),
-            exclusive_hold_ns: P::ticks_to_ns(holds.first_ticks),
+            // A thread that is preempted between getting the lock and looking at the clock holds it, and does not wait.
+            lock_wait_ns: ns(t0, taken).min(total_ns.saturating_sub(hold_ns)),
+            exclusive_hold_ns: hold_ns,
             exclusive_total_ns: P::ticks_to_ns(holds.total_ticks),
             exclusive_longest_ns: P::ticks_to_ns(holds.longest_ticks),
             exclusive_holds: holds.count,
             kick_wait_ns: kicks.wait_ns,
             kicked: kicks.kicked,
             zap_ns: ns(released, done),
-            total_ns: ns(t0, done),
+            total_ns,
             phase_ticks: std::array::from_fn(|phase| after[phase] - before[phase]),
         }
     }
