@@ -10,26 +10,31 @@
 //! # How sure
 //!
 //! *Recorded* kernels are 6.1.176, 6.12.95 and 7.2.13: where a recording shows a switch, it is right. `6.1-async` is
-//! that 6.1 rebuilt with 6.1.0's workqueue. 5.10, 5.15 and 5.18 are read from sources, or from a changelog where a
+//! that 6.1 rebuilt with 6.1.0's workqueue. 5.10, 5.15, 5.18 and 6.6 are read from sources, or from a changelog where a
 //! switch says so; 7.2's locking is read from trees around 6.17, and what no recording of it decides is marked
 //! "assumed". Note that 6.1.y is not mainline 6.1: it took the synchronous zap and the MMU-owned reference.
+//! 6.9 and 6.18 are put together: 6.9 is 6.6 with the changes that are known to have come with 6.8 and 6.9 (passes, root
+//! locks, valid roots only, ranges of gfns), of which the lock of the root free is from memory. 6.18 is 6.12 with what
+//! 6.13 to 6.18 changed (creation-time write-back, recovery in place, lockless aging, NX recovery under the shared lock); that
+//! its frozen value and its role word are still 6.12's, and that a removed table is told before its children, is assumed:
+//! 7.2 is the first kernel recorded otherwise.
 //! One encoding is shared by all: bit 11 means present and 0x5a0 is frozen also under 5.10, which had neither; nothing
 //! that 5.10 does can tell.
 //!
 //! # What obeys
 //!
-//! The engine reads these switches today: nonpresent, frozen, role, passes, ownership, atomic-zap, split-in-fault,
-//! write-back, remake-dirty, spurious-if-allowed, fast-page-fault, stale-root-check, root-load-lock, root-free-lock,
-//! unmap-invalid-roots, invalid-root-owes-flush, notifier-unit, replace-flush, children-first, page-stats, eager-split,
-//! clear-dirty-roots, clear-dirty-write, dirty-or-write, collapse, zap-range-roots, zap-range-by-space, and the name of the design.
+//! The engine and the VM read these switches today. Encoding: nonpresent, frozen, role. Roots and zaps: passes, ownership, the name of
+//! the design, root-load-lock, root-free-lock, unmap-invalid-roots, invalid-root-owes-flush, children-first, page-stats.
+//! Faults: atomic-zap, split-in-fault, replace-flush, remake-dirty, spurious-if-allowed, mark-dirty, fast-page-fault,
+//! stale-root-check, write-back. NX: nx-recovery-lock, nx-zap, nx-skips-dirty-slots, nx-adjust-flag-test, nx-flag-before-publish.
+//! Notifiers: notifier-unit, notifier-range-all, zap-range-roots, zap-range-by-space, aging, aging-write, aging-roots,
+//! set-spte-gfn. Dirty logging: eager-split, clear-split-inclusive, init-set-protects-huge, clear-dirty-roots, clear-dirty-write,
+//! dirty-or-write, collapse. Memslots: slot-zap-quirk.
 //!
-//! The others are recorded for what is not built yet, and changing them changes nothing:
-//! dirty logging (clear-split-inclusive, mark-dirty), aging (aging), NX recovery (nx-recovery-lock, nx-skips-dirty-slots,
-//! nx-adjust-flag-test, nx-flag-before-publish), single-leaf notifiers and range zaps (set-spte-gfn,
-//! notifier-range-all, unmap-frees-tables), slot deletion without fast zap (slot-zap-quirk), the results of a fault
-//! that no guest here can tell apart (level-mismatch-retries, write-protected-result), and how the engine itself does
-//! it in one way for all: shared faults (fault-lock), RCU (grace), the `yielded` flag (yield), an exchange for
-//! volatile leaves (exclusive-write), destruction (uninit-lock).
+//! The others are on record only, and changing them changes nothing. Nobody here could tell: level-mismatch-retries (a descent of this
+//! engine ends at its goal or retries), write-protected-result (no shadow MMU refuses a write), uninit-lock (what it tears down is
+//! empty by then). Done in one way for all: shared faults (fault-lock), RCU (grace), the `yielded` flag (yield), an
+//! exchange for volatile leaves (exclusive-write), leafs only (unmap-frees-tables).
 //!
 //! So 5.10 and 5.15 run here without their plain stores under the exclusive lock, which lose Dirty and Accessed bits,
 //! and without their unmap of whole tables; 5.10's spinlock, immediate frees and own design (in-place) are not built either. What 5.15

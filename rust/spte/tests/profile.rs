@@ -3,7 +3,8 @@
 use proptest::prelude::*;
 use tdpmmu_spte::profile::DESIGNS;
 use tdpmmu_spte::{
-    Collapse, FormatKind, KernelProfile, LockMode, Ownership, Passes, ProfileError, RoleLayout, WriteBack,
+    Collapse, FormatKind, KernelProfile, LockMode, Ownership, Passes, ProfileError, RoleLayout, RootSet,
+    WriteBack,
 };
 
 fn named(text: &str) -> KernelProfile {
@@ -36,6 +37,50 @@ fn the_recorded_kernels_differ_as_recorded() {
     assert_eq!((v12.write_back, v72.write_back), (WriteBack::AtZap, WriteBack::AtCreation));
     assert!(v72.children_before_parent_events && !v12.children_before_parent_events);
     assert!(stable.set_spte_gfn && !v72.set_spte_gfn);
+}
+
+#[test]
+fn the_kernels_between_the_recorded_ones_change_what_they_are_known_to_have_changed() {
+    let changed = |from: &str, to: &str| -> Vec<&'static str> {
+        let pairs = named(from).switches().into_iter().zip(named(to).switches());
+        pairs.filter(|(a, b)| a != b).map(|(a, _)| a.0).collect()
+    };
+    assert_eq!(named("6.6").passes, Passes::ROOT_1G);
+    assert_eq!(
+        changed("6.1", "6.6"),
+        [
+            "split-in-fault",
+            "mark-dirty",
+            "level-mismatch-retries",
+            "aging-write",
+            "nx-skips-dirty-slots",
+            "nx-adjust-flag-test",
+            "nx-flag-before-publish",
+            "clear-dirty-write",
+            "zap-range-by-space",
+            "replace-flush",
+        ]
+    );
+    assert_eq!(
+        changed("6.9", "6.12"),
+        [
+            "nonpresent",
+            "frozen",
+            "atomic-zap",
+            "eager-split",
+            "clear-split-inclusive",
+            "write-protected-result",
+            "set-spte-gfn",
+            "slot-zap-quirk",
+        ]
+    );
+    assert_eq!(changed("6.18", "7.2"), ["frozen", "role", "children-first"]);
+    // 6.6 to 6.9 and 6.12 to 6.18 never go back to what an older kernel did.
+    for profile in ["6.9", "6.12", "6.18", "7.2"] {
+        let p = named(profile);
+        assert_eq!((p.root_load_lock, p.zap_range_roots), (LockMode::Shared, RootSet::Valid), "{profile}");
+        assert!(p.nx_adjust_flag_test && p.nx_flag_before_publish && !p.invalid_root_owes_flush, "{profile}");
+    }
 }
 
 #[test]
