@@ -70,7 +70,7 @@ pub const DESIGNS: &[&str] = &[
 
 /// The struct, and its switches by name.
 macro_rules! profile {
-    ($($(#[$doc:meta])* $field:ident: $ty:ty = $text:literal),+ $(,)?) => {
+    ($($(#[doc = $doc:literal])+ $field:ident: $ty:ty = $text:literal),+ $(,)?) => {
         /// The switches in which kernels differ. Each names its source.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub struct KernelProfile {
@@ -78,12 +78,19 @@ macro_rules! profile {
             pub name: &'static str,
             /// The zap design that the kernel has.
             pub design: &'static str,
-            $($(#[$doc])* pub $field: $ty),+
+            $($(#[doc = $doc])+ pub $field: $ty),+
         }
 
         impl KernelProfile {
             /// Every switch that `NAME,switch=value` can set.
             pub const SWITCHES: &'static [&'static str] = &["design", $($text),+];
+
+            /// Each switch with what it decides, which kernels have which value, and where that is known from; in the order
+            /// of [`KernelProfile::SWITCHES`].
+            pub const EXPLAINED: &'static [(&'static str, &'static str)] = &[
+                ("design", "Who zaps a dead root, and when: the strategy that the kernel has (see the zap designs)."),
+                $(($text, concat!($($doc),+).trim_ascii())),+
+            ];
 
             /// Set the switch `name` from the spelling of its value.
             ///

@@ -112,6 +112,16 @@ fn every_value_of_every_switch_survives_printing() {
 }
 
 #[test]
+fn every_switch_is_explained_in_order_and_names_a_kernel_or_a_source() {
+    let names: Vec<_> = KernelProfile::EXPLAINED.iter().map(|(switch, _)| *switch).collect();
+    assert_eq!(names, KernelProfile::SWITCHES);
+    for (switch, text) in &KernelProfile::EXPLAINED[1..] {
+        let sourced = text.contains(|c: char| c.is_ascii_digit());
+        assert!(sourced && text.ends_with('.') && !text.contains("  "), "{switch}: {text:?}");
+    }
+}
+
+#[test]
 fn switches_have_one_name_each() {
     let mut names = KernelProfile::SWITCHES.to_vec();
     names.sort_unstable();
