@@ -130,8 +130,16 @@ fn the_end_of_logging_is_as_each_kernel_has_it() {
         "protected as their first pages were"
     );
     for rows in [zapped, recovered] {
-        assert_eq!(phase(&rows, "disable")["count"], PAGES, "small leaves that went");
+        assert_eq!(phase(&rows, "disable")["count"], PAGES, "entries of the tables that went");
     }
+}
+
+#[test]
+fn the_end_of_logging_swaps_out_empty_entries_too() {
+    let sparse = json!({"page": "2M", "eager": "off", "protocols": "get", "densities": [512], "kernel_profile": "6.1"});
+    let rows = rows(sparse);
+    assert_eq!(mapped(&rows, "rewrite"), (PAGES / 512, 0), "6.1 zaps the huge leaf, and maps one page of it");
+    assert_eq!(phase(&rows, "disable")["count"], PAGES, "but its table has 512 entries");
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! The least that a phase can cost, from the host's own limits.
 
-use tdpmmu_spte::LEVEL_4K;
 use tdpmmu_spte::geometry::span;
+use tdpmmu_spte::{Collapse, LEVEL_4K};
 
 use super::Setting;
 use crate::config::Protocol;
@@ -71,7 +71,32 @@ pub(super) fn clear(l: &EntryLimits, setting: Setting) -> Option<Limit> {
     }
 }
 
-/// The end of logging: a leaf of a table that goes.
-pub(super) fn disable(l: &EntryLimits, level: u8) -> Option<Limit> {
-    if level > LEVEL_4K { limit("swap_ns", l.swap_ns, Some(1.5)) } else { None }
+/// What the end of logging took away.
+#[derive(Clone, Copy)]
+pub(super) struct Gone {
+    /// Entries of the tables that went, empty ones too.
+    pub(super) entries: u64,
+    /// 4 KiB leaves that there were.
+    pub(super) leaves: u64,
+}
+
+/// The end of logging in a guest of `pages` mapped at `level` at first: how many operations, and the limit of one.
+pub(super) fn disable(
+    l: &EntryLimits,
+    collapse: Collapse,
+    level: u8,
+    pages: u64,
+    gone: Gone,
+) -> (u64, Option<Limit>) {
+    if level == LEVEL_4K {
+        return (pages, None);
+    }
+    match collapse {
+        // Frozen, flushed, emptied, one by one; the tables stay.
+        Collapse::ZapLeaf => (gone.leaves, limit("cmpxchg_ns + write_ns", l.cmpxchg_ns + l.write_ns, None)),
+        // A removed table's entries are all swapped out: a fault may be about to fill an empty one.
+        Collapse::ZapFreeze | Collapse::RecoverInPlace => {
+            (gone.entries, limit("swap_ns", l.swap_ns, Some(1.5)))
+        }
+    }
 }

@@ -16,7 +16,7 @@
 //! | `collect`, `reset` | a ring is read; its pages are protected again | an entry | `2 read_ns` (16 bytes); as `clear` |
 //! | `harvest` | all of that; or GET alone, which protects what it finds | a page found | as `clear` |
 //! | `rewrite` | the same pages are written again | a page | as `write`; nothing is left to split |
-//! | `disable` | logging ends: tables that could be huge leaves go | a small leaf in such a table | `swap_ns`: each is swapped out once |
+//! | `disable` | logging ends: tables that could be huge leaves go | an entry of such a table | `swap_ns`: each is swapped out once, empty or not; where leaves are zapped and tables stay (up to 5.18), a leaf, `cmpxchg_ns + write_ns` |
 //! | `refault` | the guest writes once per huge page | a huge page | none |
 //! | `total` | up to and with `write`: what a migration costs before its first pass | a page written | none |
 

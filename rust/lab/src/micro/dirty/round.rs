@@ -8,7 +8,7 @@ use tdpmmu_vm::{
     AccessOutcome, AdMix, BulkOptions, GuestAccess, Progress, Region, SlotFlags, Vcpu, Vm, VmError,
 };
 
-use super::floor::{self, Limit};
+use super::floor::{self, Gone, Limit};
 use super::{Bench, Lap, Outcomes, P, Setting, fail};
 use crate::config::Protocol;
 use crate::limits::EntryLimits;
@@ -66,10 +66,15 @@ impl<'r> Round<'r> {
         self.write_and_harvest(&mut vcpu, "write", true)?;
         self.write_and_harvest(&mut vcpu, "rewrite", false)?;
 
-        let small = self.mapped().map_or(0, |mapped| mapped[0] as u64);
+        let (before, tables) = (self.mapped(), self.vm.mmu().linked_tables());
         let ns = timed(|| self.log(false))?.0;
-        let count = if self.level > LEVEL_4K { small } else { self.pages };
-        self.lap("disable", ns, count, floor::disable(self.limits, self.level));
+        let gone = Gone {
+            entries: 512 * u64::try_from(tables - self.vm.mmu().linked_tables()).unwrap_or(0),
+            leaves: before.map_or(0, |mapped| mapped[0] as u64),
+        };
+        let (count, of) =
+            floor::disable(self.limits, self.vm.mmu().profile().collapse, self.level, self.pages, gone);
+        self.lap("disable", ns, count, of);
 
         let (level, pages) = (self.level, self.pages);
         let gfns = (0..pages).step_by(span(level) as usize);
