@@ -17,6 +17,7 @@
 //! | `timeline.rs`, `export.rs` | what each thread did when; Perfetto traces and HdrHistogram logs |
 //! | `micro/` | populate, fault, walk, rcu, dirty: one operation against its limit |
 //! | `conform/` | the engine against recordings of real KVM, transition by transition |
+//! | `what_if/` | the zaps of a recording through another design |
 //! | `limits/` | the host's physical limits |
 //! | `fit.rs` | a line through measurements, and its errors |
 //! | `result.rs` | the schema |
@@ -44,6 +45,7 @@ pub mod scenario;
 pub mod scene;
 pub mod timeline;
 mod units;
+pub mod what_if;
 
 pub use control::Control;
 pub use error::LabError;
