@@ -19,6 +19,7 @@
 //! | a huge or writable translation, before the flush | part of the time before the log began |
 //! | an SPTE that the walk has yet to protect | the same: the call has not returned |
 //! | an SPTE that was protected, by a fault | marked after W was set; the mark may be early in the next log, never missing |
+//! | an SPTE that another vCPU's fast fault has made writable and has yet to mark | in this log, or in the next: the mark comes in any case |
 //!
 //! Harvesting takes the bits first and protects second: a write in between sets its bit again and is reported twice, never lost. GET does both at
 //! once, for the slot, under one exclusive hold; with *manual protection* GET only reads, and CLEAR takes the bits that the caller names and that are set, 64
