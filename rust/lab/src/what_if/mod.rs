@@ -37,9 +37,9 @@ pub struct WhatIfOptions {
 }
 
 impl WhatIfOptions {
-    /// This design, under the recording's kernel, each zap once.
+    /// This design, under the recording's kernel, each zap three times.
     pub fn new(design: &str) -> Self {
-        Self { design: design.to_owned(), profile: None, reps: 1 }
+        Self { design: design.to_owned(), profile: None, reps: 3 }
     }
 }
 

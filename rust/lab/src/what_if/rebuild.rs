@@ -163,9 +163,17 @@ fn place_bare(vm: &Vm<Real>, vcpu: &mut Vcpu<'_, Real>, root: &RootShape) -> Res
     Ok(())
 }
 
+/// By the notifier alone: were the host's own mapping to go as well, huge pages would be split there for good.
 fn take_bare(vm: &Vm<Real>, task: &Task<Real>, shape: &Shape) -> Result<(), LabError> {
-    for &(gfn, level) in shape.roots.iter().flat_map(|r| &r.bare).filter(|b| b.1 <= 3) {
-        vm.unmap_gfns(task, gfn..gfn + span(level), true).map_err(fail("a notifier"))?;
+    let slots = vm.slots();
+    for root in &shape.roots {
+        for &(gfn, level) in root.bare.iter().filter(|b| b.1 <= 3) {
+            let slot = slots.find(root.as_id, gfn).ok_or_else(|| {
+                LabError::Internal(format!("what if: no memslot was made for the table at gfn {gfn:#x}"))
+            })?;
+            let hva = slot.hva_of(gfn);
+            vm.notifier_unmap(task, hva..hva + span(level)).map_err(fail("a notifier"))?;
+        }
     }
     Ok(())
 }
