@@ -88,6 +88,7 @@ impl<P: Platform> Vm<P> {
             prefetch: ad == AdMix::Untouched,
             host_writable: writable,
             ad_mode: if format.ad_bits { AdMode::Enabled } else { AdMode::Disabled },
+            nx_mitigation: self.mmu().nx_huge_pages(),
             remake: self.mmu().profile().remake_dirty,
             ..MakeLeaf::default()
         });
