@@ -103,6 +103,22 @@ impl<P: Platform> TdpMmu<P> {
         exec: bool,
         slot_tracked: bool,
     ) -> FastOutcome {
+        let mark = |gfn| self.host().gfn_dirty(as_id, gfn);
+        self.fast_page_fault_marking(task, root, gfn, write, exec, slot_tracked, mark)
+    }
+
+    /// As [`TdpMmu::fast_page_fault`], for who has the memslot at hand: `mark` is told the gfn that became writable, after the change.
+    #[inline]
+    pub fn fast_page_fault_marking(
+        &self,
+        task: &Task<P>,
+        root: u32,
+        gfn: u64,
+        write: bool,
+        exec: bool,
+        slot_tracked: bool,
+        mark: impl FnOnce(u64),
+    ) -> FastOutcome {
         let format = self.format();
         // As many attempts as the kernel makes before it takes the slow path.
         const ATTEMPTS: usize = 5;
@@ -124,7 +140,7 @@ impl<P: Platform> TdpMmu<P> {
             if P::cmpxchg(cell, old.raw(), new.raw(), Site::SpteFast).is_ok() {
                 task.count(0, 1);
                 if format.is_writable(new) && !format.is_writable(old) {
-                    self.host().gfn_dirty(as_id, round_down(gfn, level));
+                    mark(round_down(gfn, level));
                 }
                 return FastOutcome::Fixed(new);
             }

@@ -19,7 +19,7 @@
 //! [`Vcpu::fault`] is all of it. [`Vcpu::fast_fault`] is stage 1, [`Vcpu::map_page`] and [`Vcpu::map_mmio`] are the others with the host's answer given by the
 //! caller: for who replays a real host.
 
-use tdpmmu_mmu::{FastOutcome, Frame, MapFault, MapOutcome};
+use tdpmmu_mmu::{FastOutcome, Frame, MapFault, MapOutcome, MmuHost};
 use tdpmmu_platform::{Platform, Task};
 use tdpmmu_spte::mmio::GENERATION_MASK;
 use tdpmmu_spte::{LEVEL_4K, Spte};
@@ -210,8 +210,15 @@ impl<'v, P: Platform> Vcpu<'v, P> {
         // A ring without room is the slow path's to tell.
         let Ok(_running) = self.run_ring() else { return None };
         let slots = self.core.slots.enter();
-        let tracked = slots.find(as_id, gfn).is_some_and(|slot| slot.flags.log_dirty);
-        match mmu.fast_page_fault(&self.task, root, as_id, gfn, write, exec, tracked) {
+        let slot = slots.find(as_id, gfn);
+        let tracked = slot.is_some_and(|slot| slot.flags.log_dirty);
+        // The memslot stays as long as our read section, its bitmap with it: no lock that vCPUs share.
+        let mark = |gfn| match slot.and_then(|slot| slot.dirty.as_ref()) {
+            Some(dirty) => dirty.mark(gfn),
+            None if tracked => MmuHost::<P>::gfn_dirty(self.vm.side(), as_id, gfn),
+            None => {}
+        };
+        match mmu.fast_page_fault_marking(&self.task, root, gfn, write, exec, tracked, mark) {
             FastOutcome::Fixed(spte) => Some(FaultOutcome::Fast(spte)),
             FastOutcome::Spurious => {
                 self.counts().fast_spurious();

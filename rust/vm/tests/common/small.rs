@@ -1,4 +1,5 @@
 //! A small VM whose every SPTE change is heard.
+#![allow(dead_code, reason = "not every test uses all of it")]
 
 use std::sync::{Arc, Mutex};
 
