@@ -154,6 +154,16 @@ def test_no_name_of_a_machine_or_a_registry_is_committed() -> None:
                 assert not pattern.search(path.read_text()), path
 
 
+def test_the_page_of_kernel_profiles_is_current() -> None:
+    from tdpmmu.profiles import Policies
+
+    policies = Policies(tdpmmu.policies())
+    assert (ROOT / "docs" / "profiles.md").read_text() == policies.markdown(), "write it again: see its head"
+    for switch in policies.raw["switches"]:
+        assert len(switch["text"]) > 20, switch["switch"]
+        assert set(switch["values"]) == set(policies.raw["profiles"])
+
+
 def test_the_package_is_marked_as_typed() -> None:
     assert (Path(tdpmmu.__file__).parent / "py.typed").exists()
 

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     )
     from tdpmmu.recorded import ConformCase, ConformReport, Replay, Timeline
     from tdpmmu.recorder import RecordHelp, record_help
-    from tdpmmu.recording import replay
+    from tdpmmu.recording import blank, conform, predict, replay
     from tdpmmu.results import (
         BenchResult,
         BenchRun,
@@ -101,14 +101,18 @@ __all__ = [
     "ZapReport",
     "__version__",
     "bench",
+    "blank",
     "build_info",
     "compare",
+    "conform",
     "info",
     "load",
     "load_file",
     "pages",
     "parse_size",
     "plot",
+    "policies",
+    "predict",
     "record_help",
     "replay",
     "table_bytes",
@@ -145,6 +149,9 @@ _LAZY = {
     "Comparison": "comparison",
     "ComparisonRow": "comparison",
     "compare": "comparison",
+    "blank": "recording",
+    "conform": "recording",
+    "predict": "recording",
     "replay": "recording",
     "RecordHelp": "recorder",
     "record_help": "recorder",
@@ -191,6 +198,14 @@ def info() -> dict[str, Any]:
         for name, summary in _names.scene_summaries(experiment)
     ]
     return {**known, "designs": list(_names.catalogue()["design_info"]), "scenes": scenes}
+
+
+def policies() -> dict[str, Any]:
+    """Return in what the modelled kernels differ: each switch, its text and source, its value in each.
+
+    Values are spelled as in `NAME,switch=value`; none has a unit.
+    """
+    return dict(json.loads(_native.policies()))
 
 
 __version__: str = build_info()["version"]

@@ -11,10 +11,14 @@ __all__ = [
     "_panic",
     "available_bytes",
     "bench",
+    "blank",
     "build_info",
     "catalogue",
+    "conform",
     "info",
     "passes",
+    "policies",
+    "predict",
     "profile",
     "replay",
 ]
@@ -44,6 +48,22 @@ def replay(
     progress: Callable[[str, float], object] | None = None,
     timeout: float | None = None,
 ) -> str: ...
+def conform(
+    paths: list[str],
+    *,
+    profile: str | None = None,
+    progress: Callable[[str, float], object] | None = None,
+    timeout: float | None = None,
+) -> str: ...
+def predict(
+    path: str,
+    *,
+    profile: str | None = None,
+    progress: Callable[[str, float], object] | None = None,
+    timeout: float | None = None,
+) -> str: ...
+def blank(path: str, out: str) -> None: ...
+def policies() -> str: ...
 def _panic(message: str) -> None: ...
 def _idle(
     seconds: float,
@@ -111,6 +131,7 @@ class Vm:
     def lookup_batch(self, gfns: _Gfns, as_id: int) -> bytearray: ...
     def mappings(self, start: int, stop: int, as_id: int) -> bytearray: ...
     def promote(self, start: int, stop: int, level: int) -> int: ...
+    def replace_page(self, gfn: int, as_id: int, writable: bool) -> int: ...
     def age(self, start: int, stop: int, as_id: int, flush: bool) -> bool: ...
     def test_age(self, start: int, stop: int, as_id: int) -> bool: ...
     def age_batch(self, gfns: _Gfns, as_id: int, clear: bool) -> bytearray: ...

@@ -17,9 +17,10 @@ from tdpmmu.units import format_count, format_ns, format_size
 
 __all__ = ["PHASES", "Course", "courses", "measured", "render"]
 
-#: The phases in their order, and how they are said. `total` is the first two together, and no phase.
+#: The phases in their order, and how they are said. `total` is all up to the first writes, and no phase.
 PHASES = {
     "enable": "enable",
+    "first-clear": "first clear",
     "write": "first write",
     "harvest": "harvest",
     "rewrite": "write again",

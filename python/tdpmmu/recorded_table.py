@@ -193,14 +193,14 @@ def _what_if(result: Replay) -> str:
 
 
 def render_conform(result: ConformReport) -> str:
-    """Return a line a recording, then the first difference of each that differs. Counts in full."""
-    names = ["recording", "kernel", "operations", "expected", "matched", "undetermined", "differ", "skipped"]
+    """Return a line a recording, then the first differences of each that differs. Counts in full."""
+    names = ["recording", "profile", "operations", "expected", "matched", "undetermined", "differ", "skipped"]
+    numbers = ("operations", "expected", "matched", "undetermined", "differences")
     rows = [
         [
             case.name,
-            case.kernel,
-            *(format_count(n) for n in (case.operations, case.expected, case.matched, case.undetermined)),
-            format_count(int(case.raw.get("mismatched", len(case.mismatches)))),
+            str(case.raw.get("profile") or case.kernel),
+            *(format_count(getattr(case, name)) for name in numbers),
             format_count(len(case.skipped)),
         ]
         for case in result.cases
@@ -214,30 +214,31 @@ def render_conform(result: ConformReport) -> str:
     good = sum(case.ok for case in result.cases)
     lines += [
         "",
-        f"{format_count(good)} of {format_count(len(result.cases))} recordings conform: "
-        f"{format_count(matched)} of {format_count(expected)} transitions",
+        f"{format_count(good)} of {format_count(len(result.cases))} recordings conform; "
+        f"{format_count(matched)} of {format_count(expected)} transitions matched",
     ]
     return "\n".join(lines) + "\n"
 
 
 def _differences(case: ConformCase) -> list[str]:
-    lines = []
-    for part in ("births", "deaths", "statistics"):
-        wrong = getattr(case, part).get("mismatched")
+    lines: list[str] = []
+    for part in ("births", "deaths", "statistics", "results"):
+        found = case.raw.get(part)
+        wrong = (found or {}).get("differences", (found or {}).get("mismatched"))
         if wrong:
             lines += ["", f"{case.name}: {part}: {format_count(int(wrong))} differ"]
     for mismatch in case.mismatches[:3]:
-        lines += ["", f"{case.name}: operation {mismatch.get('operation', '?')}"]
-        for name, value in mismatch.items():
-            if name == "operation" or value is None:
-                continue
-            if isinstance(value, (list, tuple)):
-                lines.append(f"  {name}:")
-                lines += [f"    {_short(item, 140)}" for item in value]
-            else:
-                lines.append(f"  {name}: {_short(value, 140)}")
+        where = [f"operation {mismatch.get('operation', '?')}", str(mismatch.get("kind") or "")]
+        where += [f"thread {mismatch['thread']}"] if mismatch.get("thread") else []
+        where += [f"line {mismatch['line']}"] if mismatch.get("line") else []
+        lines += ["", f"{case.name}: {', '.join(part for part in where if part)}: {mismatch.get('rule', '')}"]
+        lines += [f"  {name:<8}  {mismatch.get(name) or '-'}" for name in ("expected", "got")]
+        for name in ("recorded", "predicted"):
+            if mismatch.get(name):
+                lines += [f"  {name}:", *(f"    {_short(item, 140)}" for item in mismatch[name])]
     if len(case.mismatches) > 3:
-        lines.append(f"  ... and {len(case.mismatches) - 3} more that are listed")
+        more = case.differences - 3
+        lines.append(f"  ... and {format_count(more)} more differences")
     for skipped in case.skipped[:3]:
         lines.append(f"{case.name}: operation {skipped.get('operation', '?')} skipped: {skipped.get('why')}")
     return lines

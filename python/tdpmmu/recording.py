@@ -1,16 +1,17 @@
-"""Recordings of real KVM: read, rebuild the tables, verify every old value."""
+"""Recordings of real KVM: rebuild their tables and verify every old value, or run their operations again."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from tdpmmu import _names, _native
 from tdpmmu.bench import between, check_timeout
-from tdpmmu.recorded import Replay
+from tdpmmu.recorded import ConformReport, Replay
 
-__all__ = ["replay"]
+__all__ = ["blank", "conform", "predict", "replay"]
 
 
 def replay(
@@ -66,3 +67,71 @@ def replay(
         timeout=check_timeout(timeout),
     )
     return Replay.from_raw(json.loads(text))
+
+
+def conform(
+    paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    *,
+    profile: str | None = None,
+    progress: Callable[[str, float], object] | None = None,
+    timeout: float | None = None,
+) -> ConformReport:
+    """Run recordings' operations through the engine and compare every SPTE transition with what KVM did.
+
+    Only operations, the host's answers and the order of events are taken from a recording; every value is
+    computed.
+
+    Args:
+        paths: folders with `trace.txt.gz`, `script.json` and `params.txt`; one or many.
+        profile: kernel profile, `NAME[,switch=value]`; None is the name of the folder above it.
+        progress: called as `progress(phase, fraction)` on the calling thread.
+        timeout: seconds; None is for ever.
+
+    Returns:
+        The report, in counts of transitions; `ok` is False where something differs. That is not an exception.
+
+    Raises:
+        OSError: a file cannot be opened or read.
+        TraceError: a recording without a script, or a file that breaks its format.
+        InvalidArgument: no recording, or an unknown profile.
+        StallError: not finished within `timeout` seconds.
+        InternalError: the engine did not come to an end.
+    """
+    given = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+    folders = [os.fspath(path) for path in given]
+    if profile is not None:
+        _names.profile(profile)
+    text = _native.conform(folders, profile=profile, progress=progress, timeout=check_timeout(timeout))
+    return ConformReport.from_raw(json.loads(text))
+
+
+def predict(
+    path: str | os.PathLike[str],
+    *,
+    profile: str | None = None,
+    progress: Callable[[str, float], object] | None = None,
+    timeout: float | None = None,
+) -> dict[str, Any]:
+    """Return what the engine does for a recording's operations, without a look at what KVM made of them.
+
+    It is the same for a copy that `blank` made. Units are those of the names; gfns are hexadecimal text.
+
+    Raises:
+        OSError, TraceError, InvalidArgument, StallError, InternalError: see `conform`.
+    """
+    if profile is not None:
+        _names.profile(profile)
+    text = _native.predict(
+        os.fspath(path), profile=profile, progress=progress, timeout=check_timeout(timeout)
+    )
+    return dict(json.loads(text))
+
+
+def blank(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
+    """Copy a recording to the folder `out` without the values that a prediction must not need. No units.
+
+    Raises:
+        OSError: a file cannot be read or written.
+        TraceError: the recording cannot be read.
+    """
+    _native.blank(os.fspath(path), os.fspath(out))

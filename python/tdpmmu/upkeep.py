@@ -64,6 +64,24 @@ class UpkeepOperations(Checked):
         span = self._range(gfns)
         return self._native.promote(span.start, span.stop, level)
 
+    def replace_page(self, gfn: SupportsIndex, *, as_id: int = 0, writable: bool = True) -> int:
+        """Let the host put another page behind a gfn (KSM, migration, a fork): unmapped, then a new frame.
+
+        Args:
+            gfn: the page, in 4 KiB pages.
+            as_id: the address space whose memslot leads to it.
+            writable: False is a page that the host copies at the next write.
+
+        Returns:
+            The number of the new frame.
+
+        Raises:
+            InvalidArgument: a gfn beyond the limit or without a memslot; a writable page of read-only memory.
+            OutOfTableMemory: the host has no frame left.
+            Closed, ForkedError: see `close`.
+        """
+        return self._native.replace_page(self._gfn(gfn), self._space(as_id), bool(writable))
+
     def age(self, gfns: range, *, as_id: int = 0, flush: bool = False) -> bool:
         """Take the Accessed bit from leafs, as reclaim, MGLRU or DAMON do; tell whether some leaf had it.
 

@@ -11,6 +11,7 @@ import tdpmmu
 from tdpmmu import _names, errors
 from tdpmmu.cli.bench import bench
 from tdpmmu.cli.common import BadInput, common, exit_code
+from tdpmmu.cli.conform import conform
 from tdpmmu.cli.files import compare, plot, replay
 from tdpmmu.cli.output import Output, say
 from tdpmmu.cli.record import record_help
@@ -58,14 +59,22 @@ def cli(debug: bool) -> None:
     """
 
 
-for command in (bench, replay, plot, compare, record_help):
+for command in (bench, replay, conform, plot, compare, record_help):
     cli.add_command(command)
 
 
 @cli.command()
+@click.option(
+    "--profiles", is_flag=True, help="Instead: in what the modelled kernels differ, switch by switch."
+)
 @common(timeout=False)
-def info(out: Output) -> int:
-    """This host and this build: what a result depends on."""
+def info(out: Output, profiles: bool) -> int:
+    """This host and this build: what a result depends on; or the kernels that are modelled."""
+    if profiles:
+        from tdpmmu.profiles import Policies
+
+        out.emit(Policies(tdpmmu.policies()), Policies.render)
+        return 0
     out.emit(_Info(tdpmmu.info()), _Info.render)
     return 0
 

@@ -17,6 +17,7 @@ __all__ = ["draw"]
 #: By phase. What the guest pays is orange and pink, what the VMM pays is blue and green.
 _COLOURS = {
     "enable": "#0072B2",
+    "first-clear": "#5A9BD4",
     "write": "#E69F00",
     "harvest": "#009E73",
     "rewrite": "#F3CF7A",

@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tdpmmu_lab::LabError;
+use tdpmmu_lab::conform::{self, ConformError, ConformOptions};
+use tdpmmu_lab::what_if::{WhatIfOptions, what_if};
 use tdpmmu_spte::{KernelProfile, Passes};
 use tdpmmu_trace::{Input, ReplayError, ReplayOptions, TraceError};
 
@@ -86,10 +88,17 @@ pub fn passes(text: &str) -> Result<String, Fault> {
 
 /// The result as JSON text.
 pub fn bench(kind: &str, config: &str, control: &Control) -> Result<String, Fault> {
+    tdpmmu_lab::bench::run(kind, config, &build(), &watched(control)).map_err(lab_fault)
+}
+
+/// The job's control as the lab knows it.
+fn watched(control: &Control) -> tdpmmu_lab::Control {
     let told = control.clone();
-    let report = move |phase: &str, fraction: f64| told.report(phase, fraction);
-    let watched = tdpmmu_lab::Control::new(control.cancel_flag(), report);
-    tdpmmu_lab::bench::run(kind, config, &build(), &watched).map_err(|error| match error {
+    tdpmmu_lab::Control::new(control.cancel_flag(), move |phase, fraction| told.report(phase, fraction))
+}
+
+fn lab_fault(error: LabError) -> Fault {
+    match error {
         LabError::Usage(message) => Fault::Invalid(message),
         LabError::Memory { needed_bytes, available_bytes, message } => {
             Fault::Memory { message, needed_bytes, available_bytes }
@@ -97,7 +106,65 @@ pub fn bench(kind: &str, config: &str, control: &Control) -> Result<String, Faul
         LabError::Check { message, partial } => Fault::Violation { message, partial },
         LabError::Cancelled => Fault::Cancelled,
         LabError::Internal(message) => Fault::Internal(message),
+    }
+}
+
+/// Recordings held against the engine; the report as JSON text.
+pub fn conform(paths: &[PathBuf], profile: Option<String>, control: &Control) -> Result<String, Fault> {
+    let options = ConformOptions { profile, control: watched(control) };
+    let report = conform::conform(paths, &options).map_err(conform_fault)?;
+    serde_json::to_string(&report).map_err(|e| Fault::Internal(e.to_string()))
+}
+
+/// What the engine does for one recording's operations, as JSON text.
+pub fn predict(path: &Path, profile: Option<String>, control: &Control) -> Result<String, Fault> {
+    let options = ConformOptions { profile, control: watched(control) };
+    let prediction = conform::predict(path, &options).map_err(conform_fault)?;
+    serde_json::to_string(&prediction).map_err(|e| Fault::Internal(e.to_string()))
+}
+
+/// A copy of a recording without what the predictor must not need.
+pub fn blank(path: &Path, out: &Path) -> Result<(), Fault> {
+    conform::blank(path, out).map_err(conform_fault)
+}
+
+fn conform_fault(error: ConformError) -> Fault {
+    let message = error.to_string();
+    match error {
+        ConformError::Usage(message) => Fault::Invalid(message),
+        ConformError::Cancelled => Fault::Cancelled,
+        ConformError::Io { path, source } => Fault::Os { error: source, path: path.display().to_string() },
+        ConformError::Trace(trace) => unreadable(ReplayError::Trace(trace), Path::new("")),
+        ConformError::NoScript { path, .. } => trace_fault(message, &path, 0),
+        ConformError::Malformed { path, line, .. } => trace_fault(message, &path, line),
+        ConformError::Engine { .. } => Fault::Internal(message),
+    }
+}
+
+fn trace_fault(message: String, path: &Path, line: u64) -> Fault {
+    let path = path.display().to_string();
+    Fault::Trace { message, path, line, offset: 0, column: None, text: String::new() }
+}
+
+/// In what the kernels differ: every switch with its text and source, and its value in every profile.
+pub fn policies() -> String {
+    let profiles: Vec<KernelProfile> =
+        KernelProfile::NAMES.iter().filter_map(|name| KernelProfile::named(name).ok()).collect();
+    let values: Vec<_> = profiles.iter().map(KernelProfile::switches).collect();
+    let row = |(n, (switch, text)): (usize, &(&str, &str))| {
+        let by_name: serde_json::Map<String, Value> = profiles
+            .iter()
+            .zip(&values)
+            .map(|(profile, values)| (profile.name.to_owned(), json!(values[n].1)))
+            .collect();
+        json!({ "switch": switch, "text": text.trim(), "values": by_name })
+    };
+    json!({
+        "schema": "tdpmmu.profiles/1",
+        "profiles": KernelProfile::NAMES,
+        "switches": KernelProfile::EXPLAINED.iter().enumerate().map(row).collect::<Vec<_>>(),
     })
+    .to_string()
 }
 
 /// The report as JSON text.
@@ -115,9 +182,6 @@ pub fn replay(request: &ReplayRequest, control: &Control) -> Result<String, Faul
         );
         !control.cancelled()
     };
-    if request.what_if.is_some() {
-        return Err(Fault::Unsupported("what_if: not in this build yet".into()));
-    }
     let options = ReplayOptions {
         profile,
         check: request.check,
@@ -127,7 +191,13 @@ pub fn replay(request: &ReplayRequest, control: &Control) -> Result<String, Faul
         ..ReplayOptions::default()
     };
     let input = if stdin { Input::Stdin } else { Input::File(request.path.clone()) };
-    let report = tdpmmu_trace::replay(input, &options).map_err(|error| unreadable(error, &request.path))?;
+    let mut report =
+        tdpmmu_trace::replay(input, &options).map_err(|error| unreadable(error, &request.path))?;
+    if let Some(design) = &request.what_if {
+        let options = WhatIfOptions { profile: request.profile.clone(), ..WhatIfOptions::new(design) };
+        let found = what_if(&report, &options, &watched(control)).map_err(lab_fault)?;
+        report.what_if = Some(serde_json::to_value(found).map_err(|e| Fault::Internal(e.to_string()))?);
+    }
     if let Some(path) = &request.perfetto {
         let wrong = |error| Fault::Os { error, path: path.display().to_string() };
         let mut file = std::io::BufWriter::new(std::fs::File::create(path).map_err(wrong)?);

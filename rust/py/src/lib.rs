@@ -109,6 +109,48 @@ fn replay(
     job::run(py, limits, progress, move |control| engine::replay(&request, control))
 }
 
+/// Runs recordings' operations through the engine, compares with what KVM did, and returns the report as JSON text.
+///
+/// `progress(phase, fraction)` is called on the calling thread. `timeout` is in seconds.
+#[pyfunction]
+#[pyo3(signature = (paths, *, profile=None, progress=None, timeout=None))]
+fn conform(
+    py: Python<'_>,
+    paths: Vec<std::path::PathBuf>,
+    profile: Option<String>,
+    progress: Option<Py<PyAny>>,
+    timeout: Option<f64>,
+) -> PyResult<String> {
+    let limits = job::Limits { timeout, patience: Some(ABANDON) };
+    job::run(py, limits, progress, move |control| engine::conform(&paths, profile, control))
+}
+
+/// What the engine does for a recording's operations, without a look at what KVM did, as JSON text.
+#[pyfunction]
+#[pyo3(signature = (path, *, profile=None, progress=None, timeout=None))]
+fn predict(
+    py: Python<'_>,
+    path: std::path::PathBuf,
+    profile: Option<String>,
+    progress: Option<Py<PyAny>>,
+    timeout: Option<f64>,
+) -> PyResult<String> {
+    let limits = job::Limits { timeout, patience: Some(ABANDON) };
+    job::run(py, limits, progress, move |control| engine::predict(&path, profile, control))
+}
+
+/// Copies a recording to the folder `out` without the values that the predictor must not need.
+#[pyfunction]
+fn blank(py: Python<'_>, path: std::path::PathBuf, out: std::path::PathBuf) -> PyResult<()> {
+    job::run(py, job::Limits::default(), None, move |_| engine::blank(&path, &out))
+}
+
+/// JSON text: every switch in which kernels differ, its source, its value in every profile.
+#[pyfunction]
+fn policies() -> String {
+    engine::policies()
+}
+
 /// Panics inside a job, to show what the boundary does with a panic. `message` comes back in the error.
 #[pyfunction]
 fn _panic(py: Python<'_>, message: String) -> PyResult<()> {
@@ -146,7 +188,8 @@ mod _native {
 
     #[pymodule_export]
     use super::{
-        _idle, _panic, available_bytes, bench, build_info, catalogue, info, passes, profile, replay,
+        _idle, _panic, available_bytes, bench, blank, build_info, catalogue, conform, info, passes, policies,
+        predict, profile, replay,
     };
 
     /// Refuses a second interpreter of the process: PyO3's statics, and ours, belong to the first.

@@ -449,7 +449,9 @@ impl Machine {
         let counted = mmu.count_all(&task);
         // A count that moved while the tree was read says nothing.
         if leaves == mmu.leaf_pages() && tables == self.tables(&task) {
-            for (at, (&kept, name)) in leaves.iter().zip(["4K", "2M", "1G"]).enumerate() {
+            // Kernels before 5.15 keep no count.
+            let sizes = if mmu.profile().page_stats { ["4K", "2M", "1G"].as_slice() } else { &[] };
+            for (at, (&kept, name)) in leaves.iter().zip(sizes).enumerate() {
                 let there = counted.leaves[at + 1] as i64;
                 if kept != there {
                     found

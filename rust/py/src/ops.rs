@@ -156,6 +156,13 @@ impl Machine {
         self.vm.promote_gfns(&self.task("promote"), gfns, level).map_err(wrong)
     }
 
+    /// Another host page behind one gfn; its frame.
+    pub fn replace_page(&self, as_id: u8, gfn: u64, writable: bool) -> Result<u64, Fault> {
+        let _inside = self.enter("replace_page")?;
+        let hvas = self.hvas(as_id, &(gfn..gfn + 1))?;
+        self.vm.set_host_page(&self.task("replace_page"), hvas[0].start, writable).map_err(wrong)
+    }
+
     /// Takes Accessed away; whether some leaf had it.
     pub fn age(&self, as_id: u8, gfns: Range<u64>, flush: bool) -> Result<bool, Fault> {
         let _inside = self.enter("age")?;
@@ -207,6 +214,10 @@ impl Machine {
     /// The host tells that the page behind `gfn` of address space 0 is what it is, mapped writable or not.
     pub fn change_pte(&self, gfn: u64, writable: bool) -> Result<bool, Fault> {
         let _inside = self.enter("change_pte")?;
+        let profile = self.vm.mmu().profile();
+        if !profile.set_spte_gfn {
+            return Err(wrong(VmError::Unsupported { what: "change_pte", kernel: profile.name }));
+        }
         let mut changed = false;
         for hvas in self.hvas(0, &(gfn..gfn + 1))? {
             // Without a page there is nothing that the host could put in the place of another one.

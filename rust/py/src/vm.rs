@@ -242,6 +242,11 @@ impl Vm {
         self.long(py, limits, None, move |machine, _| machine.promote(start..stop, level))
     }
 
+    /// The host puts another page behind a gfn; its frame.
+    fn replace_page(&self, py: Python<'_>, gfn: u64, as_id: u8, writable: bool) -> PyResult<u64> {
+        self.now(py, |machine| machine.replace_page(as_id, gfn, writable))
+    }
+
     /// Takes Accessed away from gfns `start..stop`; whether some leaf had it.
     fn age(&self, py: Python<'_>, start: u64, stop: u64, as_id: u8, flush: bool) -> PyResult<bool> {
         self.now(py, |machine| machine.age(as_id, start..stop, flush))
