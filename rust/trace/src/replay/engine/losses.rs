@@ -139,6 +139,23 @@ impl Engine {
         }
     }
 
+    /// A fast page fault where events were lost since: the page may be mapped by a table or a leaf that nobody saw made. Then
+    /// nothing is known of that place any more.
+    pub(super) fn fast_in_the_dark(&mut self, c: &Change, root: RootId, place: Found) -> bool {
+        let Some((t, i)) = self.forest.find_leaf(root, c.gfn) else { return false };
+        let table = self.forest.table(t);
+        if !matches!(table.known[i], Known::Unknown | Known::Doubted) {
+            return false;
+        }
+        let (level, value) = (table.level, table.entries[i]);
+        let found = matches!(place, Found::Entry(..))
+            && matches!(drifted(&self.format, level, value, c.old), Some(Drift::Same | Drift::Hardware));
+        if !found {
+            self.forget(t, i);
+        }
+        !found
+    }
+
     /// A thread of which nobody knows the root has changed a leaf at this gfn.
     pub(super) fn forget_leafs(&mut self, gfn: u64) {
         for root in 0..self.forest.roots.len() as RootId {

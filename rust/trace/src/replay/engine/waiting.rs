@@ -187,11 +187,8 @@ impl Engine {
             Some((t, i)) => {
                 let table = self.forest.table(t);
                 let value = Spte(table.entries[i]);
-                if value.is_leaf(table.level) && value.pfn() == Spte(c.old).pfn() {
-                    Found::Entry(t, i)
-                } else {
-                    Found::Missing
-                }
+                let alike = value.pfn() == Spte(c.old).pfn() && Spte(c.old).is_leaf(table.level);
+                if value.is_leaf(table.level) && alike { Found::Entry(t, i) } else { Found::Missing }
             }
             None => Found::Missing,
         }
@@ -210,7 +207,12 @@ impl Engine {
             self.fast_unplaced += 1;
             return;
         }
-        match self.fast_place(&c, root) {
+        let place = self.fast_place(&c, root);
+        if self.fast_in_the_dark(&c, root, place) {
+            self.fast_unplaced += 1;
+            return;
+        }
+        match place {
             Found::Entry(t, i) => {
                 c.level = self.forest.table(t).level;
                 c.gfn &= !(span(c.level) - 1);
