@@ -6,7 +6,7 @@
 //!
 //! **Mechanism.** D needs hardware A/D on the entry. Without it, or where an L2's entries are not what PML logs, W goes in its place: each entry's A/D mode
 //! tells (up to 6.8), or the root's role, for all under it (6.9 on: 2673dfb591a3, CVE-2024-26990; an entry that disagrees is a bug). The walk over a slot shares mmu_lock
-//! and compare-exchanges, under valid roots. Harvesting by mask owns it, so that beside it only hardware and the fast page fault write:
+//! and compare-exchanges, under valid roots. Harvesting by mask (`harvest.rs`) owns it, so that beside it only hardware and the fast page fault write:
 //!
 //! | | 6.1 (`set-path`) | 6.12 (`atomic-and`) |
 //! | --- | --- | --- |
@@ -19,9 +19,9 @@
 
 use std::ops::Range;
 
-use tdpmmu_platform::{Exclusive, Guard, Phase, Platform, Shared, Site, Task};
-use tdpmmu_spte::geometry::{index, round_down};
-use tdpmmu_spte::{ClearDirty, DirtyOrWrite, FormatKind, Role, RootSet, Spte};
+use tdpmmu_platform::{Guard, Phase, Platform, Shared, Site, Task};
+use tdpmmu_spte::geometry::round_down;
+use tdpmmu_spte::{DirtyOrWrite, FormatKind, Role, RootSet, Spte};
 
 use crate::TdpMmu;
 use crate::change::{self, At};
@@ -62,39 +62,11 @@ impl<P: Platform> TdpMmu<P> {
         changed
     }
 
-    /// Clears Dirty (`wrprot`: takes W) of the 4 KiB leaves of the gfns `base + n` for each bit n of `mask`; larger leaves are left alone. The caller
-    /// flushes afterwards, under the lock or not. Returns how many entries changed.
-    pub fn clear_dirty_masked(
-        &self,
-        guard: &mut Guard<'_, P, Exclusive>,
-        as_id: u8,
-        base: u64,
-        mask: u64,
-        wrprot: bool,
-    ) -> u64 {
-        let task = guard.task();
-        let _rcu = task.rcu_read();
-        self.roots_of_gfn(as_id)
-            .map(|root| self.clear_masked_in(task, root, as_id, base, mask, self.log_bit(root, wrprot)))
-            .sum()
-    }
-
     /// The roots of one address space that an operation on single gfns visits (`clear-dirty-roots`), newest first. Under the exclusive lock, which is not
     /// given up meanwhile, and inside an RCU section: nobody needs a reference.
     pub(crate) fn roots_of_gfn(&self, as_id: u8) -> impl Iterator<Item = u32> + '_ {
         let all = self.profile().clear_dirty_roots == RootSet::All;
         self.listed_roots().filter(move |&root| self.as_id(root) == as_id && (all || !self.is_obsolete(root)))
-    }
-
-    /// [`TdpMmu::clear_dirty_masked`] by write protection.
-    pub fn write_protect_masked(
-        &self,
-        guard: &mut Guard<'_, P, Exclusive>,
-        as_id: u8,
-        base: u64,
-        mask: u64,
-    ) -> u64 {
-        self.clear_dirty_masked(guard, as_id, base, mask, true)
     }
 
     /// The choice between D and W for the entries under `root`.
@@ -116,7 +88,7 @@ impl<P: Platform> TdpMmu<P> {
 
     /// The mask of the bit that goes from `old`.
     #[inline]
-    fn log_mask(&self, bit: LogBit, old: Spte) -> u64 {
+    pub(crate) fn log_mask(&self, bit: LogBit, old: Spte) -> u64 {
         match bit {
             LogBit::Entry { wrprot } => self.format().dirty_log_bit(old, wrprot),
             LogBit::Root(mask) => {
@@ -169,66 +141,6 @@ impl<P: Platform> TdpMmu<P> {
         }
         walk.finish_and_flush();
         changed
-    }
-
-    fn clear_masked_in(
-        &self,
-        task: &Task<P>,
-        root: u32,
-        as_id: u8,
-        base: u64,
-        mask: u64,
-        bit: LogBit,
-    ) -> u64 {
-        let (format, mut left, mut changed) = (self.format(), mask, 0);
-        let mut ledger = Ledger::default();
-        // The level-1 table of the gfns from `from` on, while it lasts.
-        let mut table = None;
-        while left != 0 {
-            let gfn = base + u64::from(left.trailing_zeros());
-            left &= left - 1;
-            if table.is_none_or(|(from, _)| gfn >> 9 != from) {
-                table = Some((gfn >> 9, self.leaf_table(task, root, gfn)));
-            }
-            let Some((_, Some(leaf_table))) = table else { continue };
-            let cell = &self.pool().entries(leaf_table)[index(gfn, 1)];
-            let old = Spte(P::load(cell, Site::SpteRead));
-            task.count(1, 0);
-            let mask = if old.is_present() { self.log_mask(bit, old) } else { 0 };
-            if old.raw() & mask == 0 {
-                continue;
-            }
-            let at = At { as_id, root, gfn, level: 1 };
-            match self.profile().clear_dirty_write {
-                ClearDirty::SetPath => {
-                    let new = Spte(old.raw() & !mask);
-                    let was = change::exchange::<P>(self, cell, old, new, 1);
-                    change::changed::<P, Exclusive>(self, task, &mut ledger, at, was, new);
-                }
-                ClearDirty::AtomicAnd => {
-                    let was = if format.is_volatile(old) {
-                        Spte(P::fetch_and(cell, !mask, Site::SpteProtect))
-                    } else {
-                        P::store(cell, old.raw() & !mask, Site::SpteProtect);
-                        old
-                    };
-                    change::tell::<P, Exclusive>(self, task, at, was, Spte(was.raw() & !mask));
-                    if self.writes_back() {
-                        ledger.write_back(self, was.pfn(), 1, true, false);
-                    }
-                }
-            }
-            task.count(0, 1);
-            changed += 1;
-        }
-        ledger.settle(self);
-        changed
-    }
-
-    /// The level-1 table that translates `gfn`, if tables reach that far down.
-    fn leaf_table(&self, task: &Task<P>, root: u32, gfn: u64) -> Option<u32> {
-        let walk = self.walk_lockless(task, root, gfn);
-        (walk.level == 1).then_some(walk.table)
     }
 }
 

@@ -11,6 +11,15 @@ pub trait MmuHost<P: Platform>: Send + Sync {
     /// The host pages `[pfn, pfn + count)` were written through SPTEs that are going away (kernels up to 6.12); of a huge
     /// page only the first frame is named.
     fn frames_dirty(&self, pfn: u64, count: u64);
+    /// As [`MmuHost::frames_dirty`] for the host pages `pfn + n` of each bit n of `mask`; `pfn` is a multiple of 64.
+    fn frames_dirty_masked(&self, pfn: u64, mask: u64) {
+        let mut left = mask;
+        while left != 0 {
+            let bit = left.trailing_zeros();
+            left &= left - 1;
+            self.frames_dirty(pfn + u64::from(bit), 1);
+        }
+    }
     /// The host pages `[pfn, pfn + count)` were accessed through SPTEs that are going away (kernels up to 6.12).
     fn frames_accessed(&self, pfn: u64, count: u64);
     /// `gfn` of address space `as_id` was made writable: the memslot's dirty bitmap wants to know.

@@ -21,7 +21,7 @@
 //! | `zap.rs` | passes, range zaps, the steps of a fast zap |
 //! | `design/` | who zaps a dead root, and when |
 //! | `populate.rs` | bulk population |
-//! | `wrprot.rs`, `dirty.rs` | dirty logging: write protection, clearing of Dirty or W |
+//! | `wrprot.rs`, `dirty.rs`, `harvest.rs` | dirty logging: write protection, clearing of Dirty or W; by masks |
 //! | `split.rs`, `collapse.rs` | huge leaves: split ahead of logging, back after it |
 //! | `count.rs` | full counts |
 //! | `host.rs` | what the MMU asks of the rest of KVM |
@@ -37,6 +37,7 @@ mod count;
 mod debt;
 pub mod design;
 mod dirty;
+mod harvest;
 mod host;
 mod iter;
 mod ledger;
@@ -67,6 +68,7 @@ pub use design::{
     DESIGNS, DesignInfo, DesignOptions, Held, Obligations, OtherOwnership, QueueKind, UnknownDesign,
     WorkerReport, ZapDesign, ZapQueue,
 };
+pub use harvest::Harvest;
 pub use host::{MmuHost, NoHost};
 pub use iter::{MAX_LEVEL, TdpIter};
 pub use lockless::{FastOutcome, LocklessWalk};

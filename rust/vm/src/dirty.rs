@@ -27,9 +27,11 @@
 //!
 //! When logging ends, what the host maps huge becomes huge again, by the profile's `collapse`.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
+use tdpmmu_mmu::Harvest;
 use tdpmmu_platform::{Exclusive, Guard, Phase, Platform, Task};
 use tdpmmu_spte::geometry::span;
 use tdpmmu_spte::{LEVEL_2M, LEVEL_4K};
@@ -187,39 +189,84 @@ impl<P: Platform> Vm<P> {
         level.clamp(LEVEL_4K, self.rules().max_level)
     }
 
+    /// Begins a hold of mmu_lock in which pages of `slot` are taken for clean.
+    pub(crate) fn harvest<'h, 'a>(
+        &'h self,
+        guard: &'h mut Guard<'a, P, Exclusive>,
+        slot: &MemSlot,
+    ) -> Harvest<'h, 'a, P> {
+        let protect = self.protocol.mode() == DirtyMode::WriteProtect;
+        self.mmu().harvest(guard, slot.as_id, protect)
+    }
+
+    /// Takes what `take` takes of the `words` of the slot's log and protects it, in one exclusive hold; `peek` tells what it will be, or nearly so: the entries of a few
+    /// words ahead are asked for, as each may lie in a table of its own.
+    fn take_for_clean(
+        &self,
+        task: &Task<P>,
+        slot: &MemSlot,
+        words: Range<usize>,
+        peek: impl Fn(usize) -> u64,
+        mut take: impl FnMut(usize) -> u64,
+    ) {
+        const AHEAD: usize = 8;
+        let mut guard = self.mmu().lock.write(task);
+        let _work = task.phase(Phase::SpteWork);
+        let mut harvest = self.harvest(&mut guard, slot);
+        let (mut ahead, mut expected) = (words.start, 0);
+        for n in words.clone() {
+            while expected < AHEAD && ahead < words.end {
+                let mask = peek(ahead);
+                if mask != 0 {
+                    harvest.expect(slot.base + ahead as u64 * 64, mask);
+                    expected += 1;
+                }
+                ahead += 1;
+            }
+            let mask = take(n);
+            if mask != 0 {
+                expected = expected.saturating_sub(1);
+                self.protect_dirty(&mut harvest, slot, n as u64 * 64, mask);
+            }
+        }
+    }
+
     /// kvm_arch_mmu_enable_log_dirty_pt_masked: the pages `offset + n` of `slot` for each bit n of `mask` are taken for clean; the next write to each is seen. The flush
     /// is the caller's, after the hold.
     pub(crate) fn protect_dirty(
         &self,
-        guard: &mut Guard<'_, P, Exclusive>,
+        harvest: &mut Harvest<'_, '_, P>,
         slot: &MemSlot,
         offset: u64,
         mask: u64,
     ) {
-        if mask == 0 {
-            return;
-        }
-        let (mmu, as_id, base) = (self.mmu(), slot.as_id, slot.base + offset);
-        let profile = mmu.profile();
-        if self.protocol.all_set.load(Ordering::Relaxed) && !profile.init_set_protects_huge {
+        let base = slot.base + offset;
+        if self.protocol.all_set.load(Ordering::Relaxed) && !self.mmu().profile().init_set_protects_huge {
             let first = base + u64::from(mask.trailing_zeros());
             let last = base + u64::from(63 - mask.leading_zeros());
-            if self.protocol.eager.load(Ordering::Relaxed) {
-                // 6.1 leaves out the last page, and with it a huge leaf that only that page begins.
-                let end = last + u64::from(profile.clear_split_inclusive);
-                let _shortage = mmu.split_huge_pages_exclusive(guard, as_id, first..end, LEVEL_4K);
-            }
-            // W and MMU-writable: what is still huge is split by its next write, not fixed without the lock. The flush after the hold serves these too: a
-            // write through an old translation until then is one before this call returned.
-            mmu.write_protect_gfn(guard, as_id, first, LEVEL_2M);
-            // The kernel compares the pages rounded *up*: of two huge pages the second is missed if only its very first page is named.
-            let up = |gfn: u64| gfn.next_multiple_of(span(LEVEL_2M));
-            if up(first) != up(last) {
-                mmu.write_protect_gfn(guard, as_id, last, LEVEL_2M);
+            if !harvest.is_small(first, last) {
+                harvest.interrupt(|guard| self.break_huge(guard, slot.as_id, first, last));
             }
         }
-        let protect = self.protocol.mode() == DirtyMode::WriteProtect;
-        mmu.clear_dirty_masked(guard, as_id, base, mask, protect);
+        harvest.clear(base, mask);
+    }
+
+    /// What is huge around the pages `first` to `last` of an initially-all-set log is split, or protected so that its next write splits it.
+    fn break_huge(&self, guard: &mut Guard<'_, P, Exclusive>, as_id: u8, first: u64, last: u64) {
+        let mmu = self.mmu();
+        if self.protocol.eager.load(Ordering::Relaxed) {
+            // 6.1 leaves out the last page, and with it a huge leaf that only that page begins.
+            let end = last + u64::from(mmu.profile().clear_split_inclusive);
+            let _shortage = mmu.split_huge_pages_exclusive(guard, as_id, first..end, LEVEL_4K);
+        }
+        // W and MMU-writable: what is still huge is split by its next write, not fixed without the lock. The flush after the hold serves these too: a
+        // write through an old translation until then is one before this call returned.
+        mmu.write_protect_gfn(guard, as_id, first, LEVEL_2M);
+        // The kernel compares the pages rounded *up*: of two huge pages the second is missed if only its very first page is named.
+        let up = |gfn: u64| gfn.next_multiple_of(span(LEVEL_2M));
+        if up(first) != up(last) {
+            mmu.write_protect_gfn(guard, as_id, last, LEVEL_2M);
+        }
     }
 
     /// The slot and its bitmap, by the rules of GET and CLEAR; slots_lock is held.
@@ -254,14 +301,11 @@ impl<P: Platform> Vm<P> {
                 *word = dirty.word(n);
             }
         } else {
-            {
-                let mut guard = self.mmu().lock.write(task);
-                let _work = task.phase(Phase::SpteWork);
-                for (n, word) in words.iter_mut().enumerate() {
-                    *word = dirty.take_word(n);
-                    self.protect_dirty(&mut guard, slot, n as u64 * 64, *word);
-                }
-            }
+            let take = |n| {
+                words[n] = dirty.take_word(n);
+                words[n]
+            };
+            self.take_for_clean(task, slot, 0..dirty.words(), |n| dirty.word(n), take);
             // After the unlock: who reads an entry as protected and flushes nothing is served by this flush, since MMU-writable was left.
             if words.iter().any(|&word| word != 0) {
                 self.mmu().flush(task, Some(slot.gfns()));
@@ -305,18 +349,15 @@ impl<P: Platform> Vm<P> {
             return bad(format!("{} words for {pages:#x} pages", words.len()), "one word for each 64 pages");
         }
         self.sync_hardware_logs();
-        let mut cleared = 0;
-        {
-            let mut guard = self.mmu().lock.write(task);
-            let _work = task.phase(Phase::SpteWork);
-            for (n, &wanted) in words.iter().enumerate() {
-                let offset = first_page + n as u64 * 64;
-                // Bits beyond the slot's end are never set.
-                let mask = dirty.clear_word((offset / 64) as usize, wanted);
-                cleared += u64::from(mask.count_ones());
-                self.protect_dirty(&mut guard, slot, offset, mask);
-            }
-        }
+        // Bits beyond the slot's end are never set.
+        let (from, mut cleared) = ((first_page / 64) as usize, 0);
+        let peek = |n| dirty.word(n) & words[n - from];
+        let take = |n| {
+            let mask = dirty.clear_word(n, words[n - from]);
+            cleared += u64::from(mask.count_ones());
+            mask
+        };
+        self.take_for_clean(task, slot, from..from + words.len(), peek, take);
         if cleared != 0 {
             self.mmu().flush(task, Some(slot.gfns()));
         }

@@ -315,6 +315,23 @@ impl Frames {
         self.dirtied.fetch_add(count, Relaxed);
     }
 
+    /// Write-back of Dirty for the frames `pfn + n` of each bit n of `mask`; `pfn` is a multiple of 64.
+    pub fn mark_dirty_masked(&self, pfn: u64, mask: u64) {
+        let (frame, tag) = (Self::frame(pfn), Self::tag(pfn));
+        if self.run_tag.get((frame / RUN) as usize).map(|t| t.load(Acquire)) == Some(tag)
+            && let Some(word) = self.dirty.get((frame / 64) as usize)
+        {
+            word.fetch_or(mask, Relaxed);
+        } else {
+            let mut left = mask;
+            while left != 0 {
+                self.mark(&self.dirty, pfn + u64::from(left.trailing_zeros()), 1, WriteBack::Dirty);
+                left &= left - 1;
+            }
+        }
+        self.dirtied.fetch_add(u64::from(mask.count_ones()), Relaxed);
+    }
+
     /// Write-back of Accessed for a contiguous run.
     pub fn mark_accessed(&self, pfn: u64, count: u64) {
         self.mark(&self.accessed, pfn, count, WriteBack::Accessed);
@@ -415,5 +432,23 @@ mod tests {
             assert_eq!(frames.is_accessed(gig + frame), want, "frame {frame}");
         }
         assert_eq!(frames.stats().accessed, 1000);
+    }
+    #[test]
+    fn a_mask_marks_what_as_many_single_marks_do() {
+        let frames = frames();
+        let (run, other) = (frames.issue(RUN).expect("room"), frames.issue(RUN).expect("room"));
+        let mask = 1 | 1 << 5 | 1 << 63;
+        frames.mark_dirty_masked(run + 64, mask);
+        for n in 0..RUN {
+            let marked = (64..128).contains(&n) && mask >> (n - 64) & 1 != 0;
+            assert_eq!((frames.is_dirty(run + n), frames.is_dirty(other + n)), (marked, false), "frame {n}");
+        }
+        assert_eq!((frames.stats().dirtied, frames.stats().violations), (3, 0));
+        // Frame 69 has got another owner: the run is no whole any more.
+        frames.release(run + 69, 1);
+        frames.mark_dirty_masked(run + 64, mask | 1 << 7);
+        assert!(!frames.is_dirty(run + 69) && frames.is_dirty(run + 71));
+        assert_eq!((frames.stats().dirtied, frames.stats().violations), (7, 1));
+        assert_eq!(frames.violations()[0].frame, Frames::frame(run) + 69);
     }
 }

@@ -248,7 +248,7 @@ impl<P: Platform> Vm<P> {
             return;
         }
         let mut guard = self.mmu().lock.write(task);
-        self.protect_dirty(&mut guard, slot, batch.entry.offset, batch.mask);
+        self.protect_dirty(&mut self.harvest(&mut guard, slot), slot, batch.entry.offset, batch.mask);
     }
 }
 

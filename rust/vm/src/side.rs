@@ -101,6 +101,10 @@ impl<P: Platform> MmuHost<P> for HostSide<P> {
         self.primary.frames().mark_dirty(pfn, count);
     }
 
+    fn frames_dirty_masked(&self, pfn: u64, mask: u64) {
+        self.primary.frames().mark_dirty_masked(pfn, mask);
+    }
+
     fn frames_accessed(&self, pfn: u64, count: u64) {
         self.primary.frames().mark_accessed(pfn, count);
     }
