@@ -4,14 +4,16 @@
 //! reset, never before user space has harvested it. A vCPU whose ring is soft-full does not enter the guest: a ring never overflows by a guest's doing.
 //!
 //! **Mechanism.** A ring is a power of two of entries and three counters: what the vCPU has pushed (`dirty`), what user space has harvested (`fetched`), what was reset (`reset`). Only
-//! what lies between two of them is in a state: pushed, harvested, free. 64 entries are kept back (and 512 more where hardware logs pages by itself), as one exit
+//! what lies between two of them is in a state: pushed, harvested, free. Each counter has one writer, so a push takes no lock and no locked instruction. 64 entries are kept back (and 512 more where hardware logs pages by itself), as one exit
 //! may push several. Resets of neighbours are gathered into masks of 64 pages around the first, forwards and backwards, as Linux 5.11 and later do:
 //! each mask costs one hold of mmu_lock exclusive and the walks of one CLEAR word.
 //!
 //! Pushing needs the vCPU that runs on this thread, as `kvm_get_running_vcpu` does: the fault pipeline leaves its number in a thread-local, only when the VM has rings.
 
 use std::cell::Cell;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::sync::{Mutex, PoisonError};
 
 use tdpmmu_platform::{Platform, Task};
 
@@ -38,28 +40,68 @@ pub struct RingEntry {
     pub offset: u64,
 }
 
-/// One vCPU's ring.
+/// A place for an entry: slot and address space in one word, the page in the other.
+#[derive(Default)]
+struct Place([AtomicU64; 2]);
+
+impl Place {
+    fn put(&self, entry: RingEntry) {
+        self.0[0].store(u64::from(entry.slot) | u64::from(entry.as_id) << 16, Relaxed);
+        self.0[1].store(entry.offset, Relaxed);
+    }
+
+    fn get(&self) -> RingEntry {
+        let slot = self.0[0].load(Relaxed);
+        RingEntry { slot: slot as u16, as_id: (slot >> 16) as u8, offset: self.0[1].load(Relaxed) }
+    }
+}
+
+/// One vCPU's ring. The counters only grow, each by one party; what lies behind a counter was written before it moved.
 struct Ring {
-    entries: Box<[RingEntry]>,
-    dirty: u64,
-    fetched: u64,
-    reset: u64,
+    places: Box<[Place]>,
+    /// Pushed: by the thread that runs the vCPU.
+    dirty: AtomicU64,
+    /// Harvested: under `user`.
+    fetched: AtomicU64,
+    /// Reset: under slots_lock.
+    reset: AtomicU64,
+    /// User space's side; the kernel has it to itself.
+    user: Mutex<()>,
 }
 
 impl Ring {
-    fn at(&self, n: u64) -> usize {
-        n as usize & (self.entries.len() - 1)
+    fn new(entries: u32) -> Self {
+        let count = || AtomicU64::new(0);
+        Self {
+            places: (0..entries).map(|_| Place::default()).collect(),
+            dirty: count(),
+            fetched: count(),
+            reset: count(),
+            user: Mutex::new(()),
+        }
     }
 
+    #[inline]
+    fn place(&self, n: u64) -> &Place {
+        &self.places[n as usize & (self.places.len() - 1)]
+    }
+
+    /// As the thread that runs the vCPU sees it; others see a moment.
+    #[inline]
     fn used(&self) -> u64 {
-        self.dirty - self.reset
+        self.dirty.load(Relaxed).saturating_sub(self.reset.load(Acquire))
+    }
+
+    #[inline]
+    fn is_full(&self) -> bool {
+        self.used() >= self.places.len() as u64
     }
 }
 
 /// The rings of a VM.
 pub(crate) struct Rings {
     soft_limit: u64,
-    rings: Vec<Mutex<Ring>>,
+    rings: Vec<Ring>,
 }
 
 thread_local! {
@@ -96,20 +138,10 @@ impl Rings {
         if entries > MAX_ENTRIES {
             return bad("a ring has at most 65536 entries");
         }
-        let ring = || Ring {
-            entries: vec![RingEntry::default(); entries as usize].into_boxed_slice(),
-            dirty: 0,
-            fetched: 0,
-            reset: 0,
-        };
         Ok(Self {
             soft_limit: u64::from(entries - reserved),
-            rings: (0..vcpus).map(|_| Mutex::new(ring())).collect(),
+            rings: (0..vcpus).map(|_| Ring::new(entries)).collect(),
         })
-    }
-
-    fn ring(&self, vcpu: usize) -> Option<MutexGuard<'_, Ring>> {
-        self.rings.get(vcpu).map(|ring| ring.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// This thread runs `vcpu` until the value is dropped.
@@ -122,42 +154,45 @@ impl Rings {
         RUNNING.get().and_then(|(rings, vcpu)| std::ptr::eq(rings, self).then_some(vcpu))
     }
 
-    /// Pushes an entry; false: the ring was full, and the entry is not in it.
+    /// Pushes an entry, on the thread that runs the vCPU; false: the ring was full, and the entry is not in it.
+    #[inline]
     pub(crate) fn push(&self, vcpu: usize, entry: RingEntry) -> bool {
-        let Some(mut ring) = self.ring(vcpu) else { return false };
-        if ring.used() == ring.entries.len() as u64 {
-            return false;
-        }
-        let at = ring.at(ring.dirty);
-        ring.entries[at] = entry;
-        ring.dirty += 1;
+        let Some(ring) = self.rings.get(vcpu).filter(|ring| !ring.is_full()) else { return false };
+        let at = ring.dirty.load(Relaxed);
+        ring.place(at).put(entry);
+        ring.dirty.store(at + 1, Release);
         true
     }
 
     /// May the vCPU enter the guest no more?
+    #[inline]
     pub(crate) fn soft_full(&self, vcpu: usize) -> bool {
-        self.ring(vcpu).is_some_and(|ring| ring.used() >= self.soft_limit)
+        self.rings.get(vcpu).is_some_and(|ring| ring.used() >= self.soft_limit)
     }
 
     /// Has the ring no room for what one exit may push?
+    #[inline]
     pub(crate) fn full(&self, vcpu: usize) -> bool {
-        self.ring(vcpu).is_some_and(|ring| ring.used() == ring.entries.len() as u64)
+        self.rings.get(vcpu).is_some_and(Ring::is_full)
     }
 
     /// Takes what was pushed and not yet harvested.
     fn harvest(&self, vcpu: usize) -> Vec<RingEntry> {
-        let Some(mut ring) = self.ring(vcpu) else { return Vec::new() };
-        let taken = (ring.fetched..ring.dirty).map(|n| ring.entries[ring.at(n)]).collect();
-        ring.fetched = ring.dirty;
+        let Some(ring) = self.rings.get(vcpu) else { return Vec::new() };
+        let _turn = ring.user.lock().unwrap_or_else(PoisonError::into_inner);
+        let (from, until) = (ring.fetched.load(Relaxed), ring.dirty.load(Acquire));
+        let taken = (from..until).map(|n| ring.place(n).get()).collect();
+        ring.fetched.store(until, Release);
         taken
     }
 
-    /// The next harvested entry, free from now on.
+    /// The next harvested entry, free from now on. One caller at a time: slots_lock.
     fn next_to_reset(&self, vcpu: usize) -> Option<RingEntry> {
-        let mut ring = self.ring(vcpu)?;
-        (ring.reset != ring.fetched).then(|| {
-            let entry = ring.entries[ring.at(ring.reset)];
-            ring.reset += 1;
+        let ring = self.rings.get(vcpu)?;
+        let at = ring.reset.load(Relaxed);
+        (at != ring.fetched.load(Acquire)).then(|| {
+            let entry = ring.place(at).get();
+            ring.reset.store(at + 1, Release);
             entry
         })
     }
@@ -288,6 +323,42 @@ mod tests {
         assert_eq!(rings.next_to_reset(0), Some(at(0)));
         assert!(!rings.full(0) && rings.push(0, at(7)));
         assert_eq!(rings.harvest(0), [at(7)]);
+    }
+
+    #[test]
+    fn a_push_a_harvest_and_a_reset_need_not_take_turns() {
+        const PAGES: u64 = 200_000;
+        let rings = Rings::new(256, 1, false).expect("a power of two");
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for n in 0..PAGES {
+                    // The page tells its slot, so that an entry put together from two is found out.
+                    let entry = RingEntry { slot: n as u16, as_id: n as u8 & 1, offset: n };
+                    while !rings.push(0, entry) {
+                        std::thread::yield_now();
+                    }
+                }
+            });
+            let (mut harvested, mut reset) = (0, 0);
+            while reset < PAGES {
+                for entry in rings.harvest(0) {
+                    assert_eq!(
+                        (entry.offset, entry.slot),
+                        (harvested, harvested as u16),
+                        "each once, in order"
+                    );
+                    harvested += 1;
+                }
+                while let Some(entry) = rings.next_to_reset(0) {
+                    assert_eq!(
+                        entry.offset, reset,
+                        "what was harvested is not overwritten before it is reset"
+                    );
+                    reset += 1;
+                }
+            }
+            assert_eq!(harvested, PAGES);
+        });
     }
 
     #[test]
