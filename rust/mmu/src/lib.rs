@@ -286,7 +286,7 @@ impl<P: Platform> TdpMmu<P> {
     }
 
     /// `count` leaves made by the owner of `cache`: on its own counter, without a locked instruction, where it has one.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn leaves_made(&self, cache: &mut TableCache, level: u8, count: i64) {
         if self.config.profile.page_stats && !cache.count_leaves(level, count) {
             self.add_leaves(level, count);

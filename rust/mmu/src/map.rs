@@ -285,20 +285,17 @@ impl<P: Platform> TdpMmu<P> {
     /// address space, not L1's.
     #[inline]
     fn ad_mode(&self, root: u32) -> AdMode {
-        let format = self.format();
-        match format.kind {
-            FormatKind::Npt => AdMode::Enabled,
-            FormatKind::Ept if !format.ad_bits => AdMode::Disabled,
-            FormatKind::Ept => {
-                let (role, layout) = (Role(self.pool().meta(root).role()), self.profile().role_layout);
-                if role.ad_disabled(layout) {
-                    AdMode::Disabled
-                } else if role.guest_mode(layout) {
-                    AdMode::WriteProtect
-                } else {
-                    AdMode::Enabled
-                }
-            }
+        // A format without a choice takes none.
+        if self.format().kind == FormatKind::Npt {
+            return AdMode::Enabled;
+        }
+        let (role, layout) = (Role(self.pool().meta(root).role()), self.profile().role_layout);
+        if role.ad_disabled(layout) {
+            AdMode::Disabled
+        } else if role.guest_mode(layout) {
+            AdMode::WriteProtect
+        } else {
+            AdMode::Enabled
         }
     }
 
@@ -331,12 +328,10 @@ impl<P: Platform> TdpMmu<P> {
         fault: &MapFault,
     ) -> MapOutcome {
         let format = self.format();
-        // 6.14 on: what is there already is not made again, and nothing is made for a guest that has not asked.
         if old.is_leaf(at.level)
-            && self.profile().spurious_if_allowed
-            && (fault.prefetch || format.allows(old, fault.write, fault.exec))
+            && let Some(outcome) = self.over_leaf(at, old, fault)
         {
-            return MapOutcome::Spurious;
+            return outcome;
         }
         let mut marks = false;
         let (new, outcome) = match fault.frame {
@@ -345,19 +340,9 @@ impl<P: Platform> TdpMmu<P> {
             }
             Frame::Page { pfn, writable } => {
                 let pfn = pfn & !(span(at.level) - 1);
-                if old.is_leaf(at.level) && old.pfn() != pfn {
-                    self.violation("a fault found another frame behind a present leaf (rule R5)");
-                    return MapOutcome::Retry;
-                }
                 let made = self.leaf_for(fault, at, pfn, writable, old);
                 if made.mark_dirty {
-                    match self.profile().mark_dirty {
-                        // Once the entry is written, by its bookkeeping, and only if it gained W.
-                        MarkDirty::Always => marks = at.level == 1 && !format.is_writable(old),
-                        MarkDirty::ExclusiveOnly | MarkDirty::Never => {
-                            self.host().gfn_dirty(fault.as_id, fault.gfn);
-                        }
-                    }
+                    marks = self.mark_made(at, old, fault);
                 }
                 let outcome = if made.write_protected && fault.write {
                     MapOutcome::WriteProtected
@@ -398,6 +383,37 @@ impl<P: Platform> TdpMmu<P> {
             self.flush(task, Some(from..from + span(level)));
         }
         outcome
+    }
+
+    /// A leaf is there already: does that end the fault?
+    #[inline]
+    fn over_leaf(&self, at: At, old: Spte, fault: &MapFault) -> Option<MapOutcome> {
+        // 6.14 on: what allows the access is not made again, and nothing is made for a guest that has not asked.
+        if self.profile().spurious_if_allowed
+            && (fault.prefetch || self.format().allows(old, fault.write, fault.exec))
+        {
+            return Some(MapOutcome::Spurious);
+        }
+        if let Frame::Page { pfn, .. } = fault.frame
+            && old.pfn() != pfn & !(span(at.level) - 1)
+        {
+            self.violation("a fault found another frame behind a present leaf (rule R5)");
+            return Some(MapOutcome::Retry);
+        }
+        None
+    }
+
+    /// W is about to be granted in a slot that logs dirty pages: the maker marks the gfn now, or (true) its bookkeeping will, once the entry is
+    /// written, if it gained W.
+    #[cold]
+    fn mark_made(&self, at: At, old: Spte, fault: &MapFault) -> bool {
+        match self.profile().mark_dirty {
+            MarkDirty::Always => at.level == 1 && !self.format().is_writable(old),
+            MarkDirty::ExclusiveOnly | MarkDirty::Never => {
+                self.host().gfn_dirty(fault.as_id, fault.gfn);
+                false
+            }
+        }
     }
 
     /// Puts a table under an entry that has none. `None`: lost a race; nothing is left behind.

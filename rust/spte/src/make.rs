@@ -157,8 +157,8 @@ impl Format {
             let (known_writable, with_dirty) = match m.remake {
                 RemakeDirty::SkipWhenOldWritable => {
                     // "Last level" without a test for presence: a 4K MMIO entry passes, a table does not.
-                    let last = m.level == LEVEL_4K || m.old.0 & Spte::PAGE_SIZE != 0;
-                    let old_w = last && m.old.0 & self.write != 0;
+                    let old_w =
+                        m.old.0 & self.write != 0 && (m.level == LEVEL_4K || m.old.0 & Spte::PAGE_SIZE != 0);
                     (old_w, !old_w)
                 }
                 RemakeDirty::AlwaysSet => (m.old.is_leaf(m.level) && self.is_writable(m.old), true),
