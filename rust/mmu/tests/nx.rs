@@ -575,7 +575,7 @@ impl Paper {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn candidates_agree_with_a_list_on_paper(
@@ -608,7 +608,8 @@ proptest! {
                 }
                 Op::Recover(n) => prop_assert_eq!(mmu.recover_nx(&task, n, &|_, _| false), paper.recover(n)),
                 Op::Unmap(r) => {
-                    let gfns = r as u64 * HUGE..(r as u64 + 1) * HUGE;
+                    // All but a page: up to 5.17 an unmap removes a table that lies inside its range.
+                    let gfns = r as u64 * HUGE..(r as u64 + 1) * HUGE - 1;
                     let mut guard = mmu.lock.write(&task);
                     let mut debt = mmu.unmap(&mut guard, 0, gfns, true);
                     mmu.pay(&task, &mut debt);
