@@ -43,6 +43,8 @@ pub enum Seen<'a> {
     MmioMade,
     /// The host announces that a range goes.
     Unmap { start: u64, end: u64 },
+    /// A notification begins.
+    UnmapBegin,
     /// A notification ended.
     UnmapEnd,
     /// The host ages a range.
@@ -95,6 +97,7 @@ pub fn see<'a>(head: &Head<'a>, event: &Event<'a>) -> Seen<'a> {
         | Event::SplitRoot { .. } => Seen::Locked { entry: false },
         Event::Probe(probe) => match probe {
             Probe::IterRestart => Seen::Restart { gfn: keyed_gfn(head.text) },
+            Probe::InvStart => Seen::UnmapBegin,
             Probe::InvEnd => Seen::UnmapEnd,
             Probe::MmuLoad | Probe::FreeObsoleteRoots => Seen::Roots,
             Probe::MnRelease => Seen::Release,

@@ -11,8 +11,9 @@ use std::sync::Arc;
 
 use tdpmmu_mmu::TdpMmu;
 use tdpmmu_platform::{Platform, Real, Role, Task};
+use tdpmmu_spte::WriteBack;
 use tdpmmu_spte::geometry::{index, round_down, span};
-use tdpmmu_vm::{FaultOutcome, GuestAccess, HostAnswer, Region, SlotFlags, Vcpu, Vm};
+use tdpmmu_vm::{FaultOutcome, GuestAccess, HostAnswer, Region, SlotFlags, Vcpu, Vm, VmError};
 
 use super::host::Slot;
 use super::inputs::{AccessKind, Input, Landed, NO_OP, What};
@@ -87,7 +88,7 @@ impl<'a> Actor<'a> {
     /// Holds a vCPU from input `at` on, until an input that another hold, or none, is needed for. Returns that one.
     fn in_guest(&mut self, machine: &Arc<Machine>, at: usize) -> Option<usize> {
         let first = self.case.inputs[at];
-        let Some(id) = self.guest(&first) else { return None };
+        let id = self.guest(&first)?;
         let mut vcpu = match machine.vm.vcpu_with(id as usize, self.world.task_config()) {
             Ok(vcpu) => vcpu,
             Err(error) => {
@@ -132,9 +133,11 @@ impl<'a> Actor<'a> {
 
     /// Requests are serviced and a root is loaded, as on the way into the guest.
     fn enter(vcpu: &mut Vcpu<'_, Real>) -> Result<(), String> {
-        vcpu.enter().map_err(|e| e.to_string())?;
-        vcpu.leave();
-        Ok(())
+        match vcpu.reload() {
+            // A ring that is nearly full is an exit to user space (kvm_dirty_ring_exit), not a failure; nothing is serviced before it.
+            Ok(_) | Err(VmError::RingFull { .. }) => Ok(()),
+            Err(error) => Err(error.to_string()),
+        }
     }
 
     fn fault(&self, machine: &Machine, vcpu: &mut Vcpu<'_, Real>, input: &Input) -> Result<(), String> {
@@ -229,9 +232,12 @@ impl<'a> Actor<'a> {
                 Some(op) => self.script(input.op, op),
                 None => Ok(()),
             },
-            What::Unmap { start, end } => {
+            What::Unmap { start, end, inner } => {
                 let (start, end) = (start / PAGE, end.div_ceil(PAGE));
-                self.world.host().taken(start, end);
+                // From 6.13 on, with Dirty written back at creation, a write to the huge zero page gets a huge page.
+                let keeps = self.world.profile.write_back == WriteBack::AtCreation;
+                let within = self.operation(input.op).is_some_and(|op| op.kind == "touch");
+                self.world.host().taken(start, end, inner && !(keeps && within));
                 for machine in self.world.all() {
                     self.with_task(&machine, |vm, task| vm.notifier_unmap(task, start..end))
                         .map_err(|e| e.to_string())?;
@@ -366,9 +372,9 @@ impl<'a> Actor<'a> {
         match op.kind.as_str() {
             "write_file" => return self.write_file(op),
             "nx_recovery" => return self.nx_recovery(),
+            "madvise" => return self.madvise(op),
             // Their effects on the VM arrive as notifications and as the answers to faults.
-            "madvise"
-            | "munmap"
+            "munmap"
             | "mprotect"
             | "mmap_fixed"
             | "mremap_away"
@@ -383,7 +389,11 @@ impl<'a> Actor<'a> {
             | "pre_fault_memory" => return Ok(()),
             _ => {}
         }
-        let machine = self.world.machine(op.vm()).ok_or("it names no VM that lives")?;
+        let Some(vm) = op.vm() else {
+            // It names no VM: whatever it did to the host, its effects arrive as those of the others.
+            return Ok(());
+        };
+        let machine = self.world.machine(Some(vm)).ok_or_else(|| format!("VM {vm} does not live"))?;
         match op.kind.as_str() {
             "destroy_vm" => self.release(&machine, NO_OP),
             "set_memslot" => self.set_memslot(&machine, op),
@@ -490,6 +500,21 @@ impl<'a> Actor<'a> {
             let done = self.with_task(&machine, |vm, task| vm.set_nx_huge_pages(task, params.nx_huge_pages));
             self.world.scribe.free_works(false);
             done.map_err(|e| e.to_string())?;
+        }
+        Ok(())
+    }
+
+    /// What advice does to a VM arrives as notifications; what it promises for later does not.
+    fn madvise(&mut self, op: &Operation) -> Result<(), String> {
+        let at = |key: &str| op.number_of(key).unwrap_or(0);
+        let start = at("hva") + at("off");
+        let (start, end) = (start / PAGE, (start + at("len")) / PAGE);
+        let mut host = self.world.host();
+        match op.text_of("advice") {
+            "MADV_COLLAPSE" => host.gathered(start, end),
+            "MADV_NOHUGEPAGE" => host.advise_small(start, end, true),
+            "MADV_HUGEPAGE" => host.advise_small(start, end, false),
+            _ => {}
         }
         Ok(())
     }

@@ -1,10 +1,10 @@
 //! The host's answers that stand in no line: how large it maps what nobody faults on.
 //!
 //! When dirty logging ends, and for the list of NX candidates, KVM asks the host for its mapping level. No event tells the answer. It is carried over: the last level that the
-//! host gave a fault on the same 2 MiB when no cap hid it, else what the memory's kind promises. A notification that takes part of a huge page away has split it; one that takes all
-//! of it leaves nothing known.
+//! host gave a fault on the same 2 MiB when no cap hid it, else what the memory's kind promises. A transparent huge page is split first when a part of it is taken away or copied on
+//! write: that is told by a notification of the whole from inside another, or from a write. Any other of the whole leaves nothing known.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 const PAGES_2M: u64 = 512;
 const PAGES_1G: u64 = 512 * 512;
@@ -27,7 +27,9 @@ impl Slot {
     fn cap(&self, gfn: u64) -> u8 {
         let fits = |unit: u64| {
             let first = gfn / unit * unit;
-            (self.base ^ self.hva) % unit == 0 && first >= self.base && first + unit <= self.base + self.pages
+            (self.base ^ self.hva).is_multiple_of(unit)
+                && first >= self.base
+                && first + unit <= self.base + self.pages
         };
         match () {
             () if fits(PAGES_1G) => 3,
@@ -37,32 +39,57 @@ impl Slot {
     }
 }
 
+/// What backs memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// 4 KiB pages and no others.
+    Small,
+    /// Transparent huge pages where they fit.
+    Transparent,
+    /// Huge pages of 2 MiB, always.
+    Huge2m,
+    /// Huge pages of 1 GiB, always.
+    Huge1g,
+}
+
+impl Kind {
+    fn named(kind: &str) -> Self {
+        match kind {
+            "hugetlb1g" => Kind::Huge1g,
+            "hugetlb2m" => Kind::Huge2m,
+            kind if kind.starts_with("thp") => Kind::Transparent,
+            _ => Kind::Small,
+        }
+    }
+
+    /// The level that memory of this kind gets at first.
+    fn level(self) -> u8 {
+        match self {
+            Kind::Small => 1,
+            Kind::Transparent | Kind::Huge2m => 2,
+            Kind::Huge1g => 3,
+        }
+    }
+}
+
 /// What is known of the host's memory.
 #[derive(Default)]
 pub struct HostMemory {
-    /// Kinds of memory by first page: (end, level).
-    kinds: BTreeMap<u64, (u64, u8)>,
+    /// Kinds of memory by first page, with their ends.
+    kinds: BTreeMap<u64, (u64, Kind)>,
     /// Level by 2 MiB piece.
     known: HashMap<u64, u8>,
+    /// Pieces that get no huge page.
+    small: HashSet<u64>,
     slots: HashMap<(u64, u8, u16), Slot>,
 }
 
 impl HostMemory {
-    /// The level that memory of this kind gets at most.
-    fn level_of_kind(kind: &str) -> u8 {
-        match kind {
-            "hugetlb1g" => 3,
-            "hugetlb2m" => 2,
-            kind if kind.starts_with("thp") => 2,
-            _ => 1,
-        }
-    }
-
     /// A slot of VM `vm` is made or changed, on memory of this kind.
     pub fn set_slot(&mut self, vm: u64, as_id: u8, id: u16, slot: Slot, kind: &str) {
         let end = slot.hva + slot.pages;
         if kind != "none" && !kind.is_empty() {
-            self.kinds.insert(slot.hva, (end, Self::level_of_kind(kind)));
+            self.kinds.insert(slot.hva, (end, Kind::named(kind)));
         }
         self.slots.insert((vm, as_id, id), slot);
     }
@@ -96,17 +123,47 @@ impl HostMemory {
         }
     }
 
-    /// The host takes pages `[start, end)` away.
-    pub fn taken(&mut self, start: u64, end: u64) {
+    /// The host takes pages `[start, end)` away. `split`: from inside another change, or for a write: then what goes is a huge mapping, and the pages stay. Otherwise a piece
+    /// that is mapped by small pages keeps its page table, and gets small pages again.
+    pub fn taken(&mut self, start: u64, end: u64, split: bool) {
         if end <= start || end - start > PAGES_1G * 1024 {
             return;
         }
-        for piece in start / PAGES_2M..end.div_ceil(PAGES_2M) {
-            let whole = start <= piece * PAGES_2M && (piece + 1) * PAGES_2M <= end;
-            if whole {
+        for piece in start.div_ceil(PAGES_2M)..end / PAGES_2M {
+            if self.kind_at(piece * PAGES_2M) != Some(Kind::Transparent) {
+                continue;
+            }
+            if split {
+                self.known.insert(piece, 1);
+            } else if self.known.get(&piece) == Some(&2) {
                 self.known.remove(&piece);
             }
         }
+    }
+
+    /// MADV_NOHUGEPAGE, or its end, for pages `[start, end)`.
+    pub fn advise_small(&mut self, start: u64, end: u64, small: bool) {
+        for piece in start / PAGES_2M..end.div_ceil(PAGES_2M) {
+            if small {
+                self.small.insert(piece);
+            } else {
+                self.small.remove(&piece);
+            }
+        }
+    }
+
+    /// The host has gathered pages `[start, end)` into huge ones (MADV_COLLAPSE).
+    pub fn gathered(&mut self, start: u64, end: u64) {
+        for piece in start.div_ceil(PAGES_2M)..end / PAGES_2M {
+            if self.kind_at(piece * PAGES_2M) == Some(Kind::Transparent) {
+                self.known.insert(piece, 2);
+            }
+        }
+    }
+
+    fn kind_at(&self, page: u64) -> Option<Kind> {
+        let (_, &(end, kind)) = self.kinds.range(..=page).next_back()?;
+        (page < end).then_some(kind)
     }
 
     /// Level at which the host maps this page.
@@ -114,8 +171,10 @@ impl HostMemory {
         if let Some(&level) = self.known.get(&(page / PAGES_2M)) {
             return level;
         }
-        let kind = self.kinds.range(..=page).next_back();
-        kind.map_or(1, |(_, &(end, level))| if page < end { level } else { 1 })
+        if self.small.contains(&(page / PAGES_2M)) {
+            return 1;
+        }
+        self.kind_at(page).map_or(1, Kind::level)
     }
 }
 
@@ -139,8 +198,12 @@ mod tests {
         host.faulted(1, 0, 0x180005, 1, false);
         assert_eq!(host.level(0x7fa9d7000), 1);
         assert_eq!(host.level(0x7fa9d7200), 2, "another piece");
-        host.taken(0x7fa9d7000, 0x7fa9d7200);
-        assert_eq!(host.level(0x7fa9d7000), 2, "all of it is new");
+        host.taken(0x7fa9d7000, 0x7fa9d7200, false);
+        assert_eq!(host.level(0x7fa9d7000), 1, "its page table stays");
+        host.gathered(0x7fa9d7000, 0x7fa9d7200);
+        assert_eq!(host.level(0x7fa9d71ff), 2);
+        host.taken(0x7fa9d7000, 0x7fa9d7200, true);
+        assert_eq!(host.level(0x7fa9d71ff), 1, "its mapping was split");
         assert_eq!(host.level(0x7fa9d9000), 1, "no memory of ours");
     }
 

@@ -77,6 +77,8 @@ pub enum What {
         start: u64,
         /// Exclusive end.
         end: u64,
+        /// From inside another invalidation, or for a write.
+        inner: bool,
     },
     /// The host asks whether `[start, end)` was used, and forgets.
     Age {

@@ -71,8 +71,8 @@ struct Thread {
     mapping: Option<usize>,
     /// Announced and not begun.
     notice: Option<What>,
-    /// Inside an invalidation.
-    notified: bool,
+    /// Invalidations that it is inside of.
+    notified: u32,
     /// A walk was begun and its own restart is still to be printed.
     begun: bool,
     /// Entries changed since the last input that was no restart.
@@ -232,10 +232,15 @@ impl Loader {
             }
             Seen::MmioMade => self.land(thread, Landed::Mmio),
             Seen::Unmap { start, end } => {
-                self.threads[t].notice = Some(What::Unmap { start, end });
-                self.threads[t].notified = true;
+                let writes =
+                    matches!(self.kind(self.op_of(thread)), "touch" | "pre_fault_memory" | "host_write");
+                let inner = writes || self.threads[t].notified > 1;
+                self.threads[t].notice = Some(What::Unmap { start, end, inner });
+                // Without probes of begin and end an announcement is all there is.
+                self.threads[t].notified = self.threads[t].notified.max(1);
             }
-            Seen::UnmapEnd => self.threads[t].notified = false,
+            Seen::UnmapBegin => self.threads[t].notified += 1,
+            Seen::UnmapEnd => self.threads[t].notified = self.threads[t].notified.saturating_sub(1),
             Seen::Age { start, end } => self.threads[t].notice = Some(What::Age { start, end }),
             Seen::Smm { vcpu, entering } => {
                 if self.kind(self.op_of(thread)) == "set_smm" {
@@ -246,7 +251,7 @@ impl Loader {
             Seen::Walk { gfn, min_level } => {
                 self.threads[t].begun = true;
                 let kind = self.kind(self.op_of(thread));
-                if min_level == 1 && kind == "touch" && !self.threads[t].notified && !self.has_faults {
+                if min_level == 1 && kind == "touch" && self.threads[t].notified == 0 && !self.has_faults {
                     self.push(thread, line, What::Walk { gfn });
                 }
             }
@@ -295,7 +300,8 @@ impl Loader {
             self.push(thread, line, What::Enter);
         }
         let acts = matches!(seen, Seen::Locked { .. } | Seen::Walk { .. });
-        if acts && self.threads[t].waiting && !self.threads[t].notified && self.locks(self.op_of(thread)) {
+        if acts && self.threads[t].waiting && self.threads[t].notified == 0 && self.locks(self.op_of(thread))
+        {
             self.threads[t].waiting = false;
             self.push(thread, line, What::Script);
         }

@@ -19,7 +19,7 @@
 //! | `compare/` | the judge |
 //! | `report.rs` | the result |
 //!
-//! What decides a recording and what does not is a science of its own: `docs/conformance.md`.
+//! What is compared how, and what nothing in a recording decides, stands in the essay of `compare/mod.rs`.
 
 mod blank;
 mod compare;
@@ -164,6 +164,6 @@ fn carry_out(case: &Case, profile: KernelProfile, control: &Control) -> Result<B
     }
     // VMs that the recording left alive.
     world.scribe.free_works(true);
-    let book = world.scribe.into_book();
+    let book = world.scribe.take_book();
     Ok(book)
 }

@@ -119,7 +119,7 @@ impl Scribe {
     }
 
     /// Takes the book away.
-    pub fn into_book(&self) -> Book {
+    pub fn take_book(&self) -> Book {
         std::mem::take(&mut *self.book())
     }
 

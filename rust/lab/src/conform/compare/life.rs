@@ -153,7 +153,7 @@ fn first_kick(case: &Case) -> u64 {
         );
         let running =
             |span: &&Span| span.thread != input.thread && (span.begin..=span.end).contains(&input.line);
-        flushes && runs.iter().any(|span| running(&span))
+        flushes && runs.iter().any(running)
     };
     case.inputs.iter().find(other).map_or(u64::MAX, |input| input.line)
 }
