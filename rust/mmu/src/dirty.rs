@@ -174,6 +174,9 @@ fn clear_leaf_batch<P: Platform>(
     // With hardware A/D nothing follows from a lost W: Dirty stays where it is.
     let only_w = matches!(bit, LogBit::Root(mask) if mask == format.write) && format.ad_bits;
     let silent = mmu.observer().is_none() && (only_w || !mmu.writes_back());
+    // From a lost Dirty nothing follows but the host page's: a run of frames, kept at hand, as bookkeeping between two locked instructions costs what they do.
+    let only_d = matches!(bit, LogBit::Root(mask) if mask == format.dirty) && mmu.observer().is_none();
+    let (mut frame, mut frames) = (0, 0);
     let mut writes = 0;
     for (gfn, cell) in (at.gfn..).zip(cells) {
         let mut old = Spte(P::load(cell, Site::SpteRead));
@@ -186,7 +189,14 @@ fn clear_leaf_batch<P: Platform>(
             match P::cmpxchg(cell, old.raw(), new.raw(), Site::SpteProtect) {
                 Ok(_) => {
                     writes += 1;
-                    if !silent {
+                    if silent {
+                    } else if only_d {
+                        if old.pfn() != frame + frames {
+                            ledger.write_back(mmu, frame, frames, frames != 0, false);
+                            (frame, frames) = (old.pfn(), 0);
+                        }
+                        frames += 1;
+                    } else {
                         change::changed::<P, Shared>(mmu, task, ledger, At { gfn, ..at }, old, new);
                     }
                     break;
@@ -199,6 +209,7 @@ fn clear_leaf_batch<P: Platform>(
             }
         }
     }
+    ledger.write_back(mmu, frame, frames, frames != 0, false);
     task.count(cells.len() as u64, writes);
     writes
 }
