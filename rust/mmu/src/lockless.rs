@@ -130,6 +130,9 @@ impl<P: Platform> TdpMmu<P> {
                 return FastOutcome::Spurious;
             }
             let mut new = format.restore_access_track(old);
+            if new != old && format.software_ad {
+                new = Spte(new.raw() | format.accessed);
+            }
             if write && format.is_mmu_writable(new) && !(level > 1 && slot_tracked) {
                 new = format.with_write(new);
             }

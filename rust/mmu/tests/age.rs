@@ -39,9 +39,7 @@ fn listened<P: Platform>(profile: &'static str, format: Option<Format>) -> (Arc<
 
 /// An EPT without Accessed and Dirty bits.
 fn tracking(profile: &str) -> Format {
-    let kernel = kernel(profile);
-    let lockless = kernel.aging == Aging::LocklessRcu;
-    Format::ept(kernel.format_nonpresent, kernel.format_frozen, true, false).with_lockless_aging(lockless)
+    kernel(profile).ept(true, false)
 }
 
 fn done<P: Platform>(mut cpu: Cpu<P>) {
@@ -203,6 +201,27 @@ fn without_hardware_bits_aging_tracks_and_the_next_access_restores_without_the_l
         assert!(!mmu.age(&task, 0, 7..8), "{profile}: tracked already");
         let fixed = mmu.fast_page_fault(&cpu.task, cpu.root, 0, 7, true, false, false);
         assert_eq!(fixed, FastOutcome::Fixed(before), "{profile}");
+        drop(task);
+        done(cpu);
+    }
+}
+
+#[test]
+fn from_6_13_on_software_keeps_the_bits_that_an_ept_lacks() {
+    for (profile, keeps) in [("6.1", false), ("6.12", false), ("6.18", true), ("7.2", true)] {
+        let format = tracking(profile);
+        let (mmu, _ear) = listened::<Real>(profile, Some(format));
+        let mut cpu = Cpu::new(&mmu);
+        cpu.fault(7, 1);
+        let bits = |leaf: Option<(Spte, u8)>| leaf.expect("mapped").0.raw() & 0x300;
+        // Accessed is bit 8 and Dirty bit 9 of an EPT entry, whoever sets them.
+        assert_eq!(bits(mmu.lookup(&cpu.task, cpu.root, 7)), if keeps { 0x300 } else { 0 }, "{profile}");
+        let task = mmu.task("mn_clear_young", Role::Caller);
+        assert!(mmu.age(&task, 0, 7..8));
+        assert_eq!(bits(mmu.lookup(&task, cpu.root, 7)), if keeps { 0x200 } else { 0 }, "{profile}");
+        mmu.fast_page_fault(&cpu.task, cpu.root, 0, 7, false, false, false);
+        assert_eq!(bits(mmu.lookup(&task, cpu.root, 7)), if keeps { 0x300 } else { 0 }, "{profile}");
+        assert!(mmu.test_age(&task, 0, 7..8), "{profile}: touched again");
         drop(task);
         done(cpu);
     }

@@ -186,6 +186,8 @@ pub struct Format {
     pub ad_bits: bool,
     /// Aging runs without mmu_lock (6.15 on), so every entry without A/D may change under the exclusive lock.
     pub lockless_aging: bool,
+    /// An EPT without hardware A/D has the two bits all the same, set by software when a leaf is made or its tracking ends, and taken by aging (6.13 on).
+    pub software_ad: bool,
 }
 
 impl Format {
@@ -228,6 +230,7 @@ impl Format {
             mmio_gfn_mask: Spte::PFN_MASK & !(1 << 51),
             ad_bits: true,
             lockless_aging: false,
+            software_ad: false,
         }
     }
 
@@ -259,6 +262,7 @@ impl Format {
             mmio_gfn_mask: Spte::PFN_MASK,
             ad_bits,
             lockless_aging: false,
+            software_ad: false,
         }
     }
 
@@ -271,6 +275,16 @@ impl Format {
     /// The same format for kernels whose aging takes no lock (6.15 on).
     pub const fn with_lockless_aging(mut self, lockless: bool) -> Format {
         self.lockless_aging = lockless;
+        self
+    }
+
+    /// The same format for kernels that keep A and D in software where an EPT has none in hardware (6.13 on). Nothing changes where it has.
+    pub const fn with_software_ad(mut self, software: bool) -> Format {
+        if software && !self.ad_bits {
+            self.software_ad = true;
+            self.accessed = 1 << 8;
+            self.dirty = 1 << 9;
+        }
         self
     }
 
@@ -372,7 +386,11 @@ impl Format {
     /// Has the page been accessed: A with hardware A/D, else not access-tracked.
     #[inline]
     pub const fn is_accessed(&self, s: Spte) -> bool {
-        if self.ad_enabled(s) { s.0 & self.accessed != 0 } else { !self.is_access_tracked(s) }
+        if self.ad_enabled(s) | self.software_ad {
+            s.0 & self.accessed != 0
+        } else {
+            !self.is_access_tracked(s)
+        }
     }
 
     /// Has the page been written: D with hardware A/D, else W.
@@ -541,7 +559,9 @@ impl Format {
             return s;
         }
         let saved = (s.0 & Self::SAVED_BITS & self.acc_track) << Self::SAVED_SHIFT;
-        Spte((s.0 & !self.acc_track & !self.saved_mask()) | saved)
+        // The software's own bit goes with the permissions.
+        let own = if self.software_ad { self.accessed } else { 0 };
+        Spte((s.0 & !self.acc_track & !self.saved_mask() & !own) | saved)
     }
 
     /// Give R and X back to an access-tracked entry; any other entry is unchanged. W is for the caller to add.

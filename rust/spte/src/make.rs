@@ -134,7 +134,9 @@ impl Format {
         let ad_mode = self.effective_ad(m.ad_mode);
         let hardware_ad = !matches!(ad_mode, AdMode::Disabled);
         let mut raw = Spte::PRESENT | self.present | ad_mode.bits() | self.memtype | self.me;
-        if hardware_ad && !m.prefetch {
+        // In software too, where the kernel keeps the bits there.
+        let has_ad = hardware_ad || self.software_ad;
+        if has_ad && !m.prefetch {
             raw |= self.accessed;
         }
 
@@ -167,7 +169,7 @@ impl Format {
                 write_protected = true;
             } else {
                 raw |= self.write | self.mmu_writable;
-                if with_dirty && hardware_ad {
+                if with_dirty && has_ad {
                     raw |= self.dirty;
                 }
             }

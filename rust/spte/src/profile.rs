@@ -27,17 +27,16 @@
 //! the design, root-load-lock, root-free-lock, unmap-invalid-roots, invalid-root-owes-flush, children-first, page-stats.
 //! Faults: atomic-zap, split-in-fault, replace-flush, remake-dirty, spurious-if-allowed, mark-dirty, fast-page-fault,
 //! stale-root-check, write-back. NX: nx-recovery-lock, nx-zap, nx-skips-dirty-slots, nx-adjust-flag-test, nx-flag-before-publish.
-//! Notifiers: notifier-unit, notifier-range-all, zap-range-roots, zap-range-by-space, aging, aging-write, aging-roots,
+//! Notifiers: unmap-frees-tables, notifier-unit, notifier-range-all, zap-range-roots, zap-range-by-space, aging, aging-write, aging-roots, ad-in-software,
 //! set-spte-gfn. Dirty logging: eager-split, clear-split-inclusive, init-set-protects-huge, clear-dirty-roots, clear-dirty-write,
-//! dirty-or-write, collapse. Memslots: slot-zap-quirk.
+//! dirty-or-write, protect-gfn-needs-w, collapse. Memslots: slot-zap-quirk.
 //!
 //! The others are on record only, and changing them changes nothing. Nobody here could tell: level-mismatch-retries (a descent of this
 //! engine ends at its goal or retries), write-protected-result (no shadow MMU refuses a write), uninit-lock (what it tears down is
 //! empty by then). Done in one way for all: shared faults (fault-lock), RCU (grace), the `yielded` flag (yield), an
-//! exchange for volatile leaves (exclusive-write), leafs only (unmap-frees-tables).
+//! exchange for volatile leaves (exclusive-write).
 //!
-//! So 5.10 and 5.15 run here without their plain stores under the exclusive lock, which lose Dirty and Accessed bits,
-//! and without their unmap of whole tables; 5.10's spinlock, immediate frees and own design (in-place) are not built either. What 5.15
+//! So 5.10 and 5.15 run here without their plain stores under the exclusive lock, which lose Dirty and Accessed bits; 5.10's spinlock, immediate frees and own design (in-place) are not built either. What 5.15
 //! does to invalid roots on an unmap (it skips them) and in a fault (it maps under them) is.
 
 use std::fmt;
@@ -167,8 +166,11 @@ profile! {
     /// Aging of a leaf: the set path up to 6.3 (recorded nowhere; 6.1 sources), AND or store from 6.4 on (6.12 sources). What 6.15 on does without
     /// lock is an AND by its sources, beside a frozen value that has the bit (7.2's is recorded): assumed to look again.
     aging_write: AgingWrite = "aging-write",
-    /// Aging asks invalid roots too up to 6.14, only valid ones from 6.15 on (sources around 6.17).
+    /// Aging asks invalid roots too up to 6.12, only valid ones from 6.13 on (526e609f0567).
     aging_roots: RootSet = "aging-roots",
+    /// An EPT without hardware A/D has the two bits kept by software, from 6.13 on (3835819fb1b3, 53510b912518,
+    /// 7971801b5618); before, an entry was accessed unless it was access-tracked.
+    ad_in_software: bool = "ad-in-software",
     /// NX recovery: exclusive up to 6.17, shared from 6.18 (a57750909580).
     nx_recovery_lock: LockMode = "nx-recovery-lock",
     /// NX recovery zaps a range up to 5.17, the one entry from 5.18 on (c10743a1824b).
@@ -187,6 +189,8 @@ profile! {
     uninit_lock: LockMode = "uninit-lock",
     /// Clearing dirty bits by mask and write-protecting one gfn visits invalid roots too (6.1 sources; 6.12: valid).
     clear_dirty_roots: RootSet = "clear-dirty-roots",
+    /// Write-protecting one gfn stops at an entry that lacks W already and leaves its MMU-writable (up to 5.16); from 5.17 on it takes that too (7c8a4742c4ab).
+    protect_gfn_needs_w: bool = "protect-gfn-needs-w",
     /// Write of a cleared dirty bit (6.1 sources: set path; 6.12: atomic AND).
     clear_dirty_write: ClearDirty = "clear-dirty-write",
     /// D or W: by entry in 6.1, by root from 6.9 on (2673dfb591a3).
@@ -247,6 +251,7 @@ const V5_10: KernelProfile = KernelProfile {
     aging: Aging::WriteLock,
     aging_write: AgingWrite::SetPath,
     aging_roots: RootSet::All,
+    ad_in_software: false,
     nx_recovery_lock: LockMode::Exclusive,
     nx_zap: NxZap::Range,
     nx_skips_dirty_slots: false,
@@ -256,6 +261,7 @@ const V5_10: KernelProfile = KernelProfile {
     root_free_lock: LockMode::Exclusive,
     uninit_lock: LockMode::Exclusive,
     clear_dirty_roots: RootSet::All,
+    protect_gfn_needs_w: true,
     clear_dirty_write: ClearDirty::SetPath,
     dirty_or_write: DirtyOrWrite::PerSpte,
     zap_range_roots: RootSet::All,
@@ -298,6 +304,7 @@ const V5_18: KernelProfile = KernelProfile {
     stale_root_check: true,
     nx_zap: NxZap::Entry,
     unmap_invalid_roots: true,
+    protect_gfn_needs_w: false,
     unmap_frees_tables: false,
     ..V5_15
 };
@@ -369,6 +376,7 @@ const V6_18: KernelProfile = KernelProfile {
     aging: Aging::LocklessRcu,
     aging_write: AgingWrite::CompareExchange,
     aging_roots: RootSet::Valid,
+    ad_in_software: true,
     nx_recovery_lock: LockMode::Shared,
     uninit_lock: LockMode::Exclusive,
     ..V6_12
@@ -433,14 +441,23 @@ impl KernelProfile {
         Ok(())
     }
 
-    /// The kernel's entry format. EPT: with exec-only mappings and hardware A/D; [`Format::ept`] has the others.
+    /// The kernel's entry format. EPT: with exec-only mappings and hardware A/D; [`KernelProfile::ept`] has the others.
     pub const fn format(&self, kind: FormatKind) -> Format {
-        let lockless = matches!(self.aging, Aging::LocklessRcu);
         match kind {
-            FormatKind::Npt => Format::npt(self.format_nonpresent, self.format_frozen),
-            FormatKind::Ept => Format::ept(self.format_nonpresent, self.format_frozen, true, true),
+            FormatKind::Npt => {
+                let lockless = matches!(self.aging, Aging::LocklessRcu);
+                Format::npt(self.format_nonpresent, self.format_frozen).with_lockless_aging(lockless)
+            }
+            FormatKind::Ept => self.ept(true, true),
         }
-        .with_lockless_aging(lockless)
+    }
+
+    /// The kernel's EPT format on a CPU that has or lacks exec-only mappings, and Accessed and Dirty bits.
+    pub const fn ept(&self, exec_only: bool, ad_bits: bool) -> Format {
+        let lockless = matches!(self.aging, Aging::LocklessRcu);
+        Format::ept(self.format_nonpresent, self.format_frozen, exec_only, ad_bits)
+            .with_lockless_aging(lockless)
+            .with_software_ad(self.ad_in_software)
     }
 }
 
