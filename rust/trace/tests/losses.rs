@@ -131,7 +131,10 @@ fn whatever_is_lost_of_a_recording_without_kprobes_nothing_is_called_wrong() {
 
 #[test]
 fn losses_in_all_recordings_call_nothing_wrong() {
-    for (n, path) in all().into_iter().enumerate().filter(|(_, p)| !p.ends_with("i_teardown/trace.txt.gz")) {
+    // A long run takes each of them; the largest says nothing that the others do not.
+    let step = if times() > 1 { 1 } else { 5 };
+    let some = all().into_iter().filter(|p| !p.ends_with("i_teardown/trace.txt.gz")).step_by(step);
+    for (n, path) in some.enumerate() {
         no_mismatch(
             &kernel(&path),
             &lines(&path),

@@ -215,15 +215,18 @@ fn marks_carry_their_json() {
 
 #[test]
 fn losses_are_given_out_in_their_place() {
-    for (text, count) in [
-        ("CPU:3 [LOST 12 EVENTS]\n", Some(12)),
-        ("LOST 5 events!\n", Some(5)),
-        ("CPU:0 [7 EVENTS DROPPED]\n", Some(7)),
-        ("# entries-in-buffer/entries-written: 10/25   #P:2\n", Some(15)),
+    for (text, count, cpu) in [
+        ("CPU:3 [LOST 12 EVENTS]\n", Some(12), Some(3)),
+        ("CPU:0 [LOST EVENTS]\n", None, Some(0)),
+        ("LOST 5 events!\n", Some(5), None),
+        ("CPU:0 [7 EVENTS DROPPED]\n", Some(7), Some(0)),
+        ("qemu  8390/8397  [002]  1404.389366: PERF_RECORD_LOST lost 21\n", Some(21), Some(2)),
+        ("# entries-in-buffer/entries-written: 10/25   #P:2\n", Some(15), None),
     ] {
         let mut reader = TraceReader::open(input(text), true).expect("opens");
         let item = reader.next().expect("reads");
         assert!(matches!(item, Some(Item::Lost(n)) if n == count), "{text}: {item:?}");
+        assert_eq!(reader.lost_cpu(), cpu, "{text}");
     }
 }
 

@@ -225,7 +225,8 @@ impl<'a> Run<'a> {
                         e.end_root(old);
                     }
                     let vm = e.threads[t].vm;
-                    e.new_root(spt, Role(role).as_id(), level, vm, true);
+                    let root = e.new_root(spt, Role(role).as_id(), level, vm, true);
+                    e.threads[t].made_root = Some(root);
                     self.roots_told = true;
                 } else {
                     e.births.unlinked += u64::from(e.threads[t].birth.is_some());
@@ -248,9 +249,9 @@ impl<'a> Run<'a> {
                 }
             }
             Event::RootHpa { hpa } if e.direct_map.is_none() => {
-                // The root loaded just now is the newest one.
-                if let Some(root) = e.forest.roots.last().filter(|r| r.live && r.spt != 0) {
-                    e.direct_map = Some(root.spt.wrapping_sub(hpa));
+                // The root that this thread has made since it began to load one.
+                if let Some(root) = e.threads[t].made_root.take() {
+                    e.direct_map = Some(e.forest.roots[root as usize].spt.wrapping_sub(hpa));
                 }
             }
             Event::FreeSp { spt } => e.freed(spt, &c),
@@ -380,11 +381,11 @@ impl<'a> Run<'a> {
             }
             Probe::ZapInvalidatedRootsRet => self.close(t, Some(ns)),
             Probe::InvalidateAllRoots => self.engine.invalidated_since_root = true,
-            Probe::MmuUnload
-            | Probe::MmuLoad
-            | Probe::FreeRoots
-            | Probe::WrprotSlot
-            | Probe::ClearDirtyPtMasked => {
+            Probe::MmuLoad => {
+                self.engine.threads[t].made_root = None;
+                self.close(t, None);
+            }
+            Probe::MmuUnload | Probe::FreeRoots | Probe::WrprotSlot | Probe::ClearDirtyPtMasked => {
                 self.close(t, None);
             }
             _ => {}

@@ -24,6 +24,8 @@ pub(crate) struct Thread {
     /// Tables being removed by this thread, outermost first.
     pub(crate) removal: Vec<TableId>,
     pub(crate) birth: Option<Birth>,
+    /// The root that it has made since it began to load one.
+    pub(crate) made_root: Option<RootId>,
     /// Announced changes: gfn, level, shared; outermost first.
     pub(crate) announced: Vec<(u64, u8, bool)>,
     /// Last change: table, index, new value.
@@ -78,6 +80,7 @@ impl Thread {
             guessed_root: None,
             removal: Vec::new(),
             birth: None,
+            made_root: None,
             announced: Vec::new(),
             last: None,
             shared: None,

@@ -51,6 +51,7 @@ impl Engine {
             thread.removal.clear();
             thread.announced.clear();
             thread.birth = None;
+            thread.made_root = None;
             thread.fault = None;
             thread.fault_since = None;
             thread.root = None;
