@@ -220,6 +220,7 @@ fn unreadable(error: ReplayError, path: &Path) -> Fault {
                     (line, offset, column.map(|c| c + 1), text)
                 }
                 TraceError::Gzip { line, offset, .. } => (line, offset, None, String::new()),
+                TraceError::Dat { offset, .. } => (0, offset, None, String::new()),
                 TraceError::TooManyBadLines { first, .. } => (first, 0, None, String::new()),
                 _ => (0, 0, None, String::new()),
             };
