@@ -34,7 +34,7 @@ KINDS = st.sampled_from(((False, False), (True, False), (True, False), (False, T
 AT = st.sampled_from((0, 0, 0, 0, 1, 2, 3, 5))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Operation:
     """One thing that can be done: how often among all, and the strategies of its arguments."""
 
@@ -42,6 +42,9 @@ class Operation:
     weight: int
     needs_slots: bool
     arguments: dict[str, st.SearchStrategy[Any]]
+
+    def __repr__(self) -> str:
+        return self.name
 
 
 OPERATIONS: list[Operation] = []

@@ -31,6 +31,8 @@ class Kernel:
     any_table_steps_down: bool = False
     #: Recovery leaves tables of logging slots alone (6.2).
     recovery_skips_logged: bool = True
+    #: A fault on a page that logs marks it whenever it makes the leaf writable (6.1), also over one that was.
+    marks_again: bool = True
     change_pte: bool = False
     slot_zap_quirk: bool = True
     #: Per-size counts of leafs (5.15).
@@ -48,7 +50,7 @@ V6_9 = replace(V6_12, name="6.9", clear_splits_last=False, slot_zap_quirk=False,
 V6_6 = replace(V6_9, name="6.6")
 V6_1 = replace(V6_6, name="6.1", fault_splits=False, any_table_steps_down=True, recovery_skips_logged=False)
 V6_1_ASYNC = replace(V6_1, name="6.1-async", design="async-worker", mmu_owns_roots=False)
-V5_18 = replace(V6_1_ASYNC, name="5.18", collapse="leafs")
+V5_18 = replace(V6_1_ASYNC, name="5.18", collapse="leafs", marks_again=False)
 V5_15 = replace(V5_18, name="5.15", design="inline", eager_split=False, drops_all_roots=True)
 V5_10 = replace(
     V5_15,

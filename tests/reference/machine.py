@@ -671,7 +671,7 @@ class Machine:
             flags |= HOST_W | MMU_W | W
             if self.kernel.dirty_always or not was_writable:
                 flags |= D
-            if slot.log:
+            if slot.log and (self.kernel.marks_again or not (old and old.flags & W)):
                 self._mark(vcpu, gfn)
         if old is not None and old.flags == flags:
             return WALK
