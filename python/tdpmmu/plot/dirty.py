@@ -17,14 +17,14 @@ __all__ = ["draw"]
 #: By phase. What the guest pays is orange and pink, what the VMM pays is blue and green.
 _COLOURS = {
     "enable": "#0072B2",
-    "first-clear": "#5A9BD4",
+    "first-clear": "#003F66",
     "write": "#E69F00",
     "harvest": "#009E73",
     "rewrite": "#F3CF7A",
     "disable": "#56B4E9",
     "refault": "#CC79A7",
 }
-_DARK = ("#0072B2", "#009E73")
+_DARK = ("#0072B2", "#003F66", "#009E73")
 
 
 def draw(figure: Figure, result: MicroResult) -> None:

@@ -8,6 +8,8 @@ mod populate;
 mod rcu;
 mod walk;
 
+use std::borrow::Cow;
+
 use serde::Serialize;
 use serde_json::{Value, json};
 use tdpmmu_platform::{Platform, RcuDomain, Real, Role as TaskRole, TaskConfig};
@@ -35,7 +37,7 @@ pub struct Row {
     /// `ns` over the limit `of`.
     pub ratio: Option<f64>,
     /// The limit it is compared with.
-    pub of: Option<&'static str>,
+    pub of: Option<Cow<'static, str>>,
     /// Operations in a round.
     pub count: u64,
     /// The goal, in the unit of `ratio` if there is one, else ns.
@@ -139,7 +141,7 @@ impl Bench<'_> {
             ns = ns.min(took as f64 / operations.max(1) as f64);
         }
         let ratio = of.map(|(_, limit)| ns / limit);
-        self.rows.push(Row { name, ns, ratio, of: of.map(|o| o.0), count, goal, dirty: None });
+        self.rows.push(Row { name, ns, ratio, of: of.map(|o| o.0.into()), count, goal, dirty: None });
         Ok(())
     }
 }

@@ -1,5 +1,7 @@
 //! The least that a phase can cost, from the host's own limits.
 
+use std::borrow::Cow;
+
 use tdpmmu_spte::geometry::span;
 use tdpmmu_spte::{Collapse, LEVEL_4K};
 
@@ -11,18 +13,18 @@ use crate::limits::EntryLimits;
 const LINE: u64 = 8;
 
 /// A limit for one operation.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub(super) struct Limit {
     /// Its name, in terms of the limits' own.
-    pub(super) name: &'static str,
+    pub(super) name: Cow<'static, str>,
     /// ns.
     pub(super) ns: f64,
     /// The ratio that we want to be within.
     pub(super) goal: Option<f64>,
 }
 
-fn limit(name: &'static str, ns: f64, goal: Option<f64>) -> Option<Limit> {
-    Some(Limit { name, ns, goal })
+fn limit(name: impl Into<Cow<'static, str>>, ns: f64, goal: Option<f64>) -> Option<Limit> {
+    Some(Limit { name: name.into(), ns, goal })
 }
 
 /// Turning logging on, in a guest of `pages` mapped at `level`: how many operations, and the limit of one.
@@ -47,9 +49,16 @@ pub(super) fn first_clear(l: &EntryLimits, setting: Setting) -> Option<Limit> {
     }
 }
 
-/// A write that gets W or D back.
-pub(super) fn write(l: &EntryLimits) -> Option<Limit> {
-    limit("cmpxchg_ns", l.cmpxchg_ns, None)
+/// A write that gets W or D back; `splits`: those that come first in a huge page fill its table.
+pub(super) fn write(l: &EntryLimits, setting: Setting, splits: bool) -> Option<Limit> {
+    if !splits {
+        return limit("cmpxchg_ns", l.cmpxchg_ns, None);
+    }
+    // Of the table's entries, each written page pays its share.
+    let share = setting.density.min(512);
+    let name =
+        if share == 1 { "cmpxchg_ns + write_ns".into() } else { format!("cmpxchg_ns + {share} write_ns") };
+    limit(name, l.cmpxchg_ns + share as f64 * l.write_ns, None)
 }
 
 /// A word of the bitmap, copied.

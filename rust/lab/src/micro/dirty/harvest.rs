@@ -125,20 +125,20 @@ impl Round<'_> {
 
     /// The laps of a harvest.
     pub(super) fn harvested(&mut self, harvest: &Harvest) {
-        let limits = self.limits;
-        let of = floor::clear(limits, self.setting);
+        let (limits, setting) = (self.limits, self.setting);
+        let of = || floor::clear(limits, setting);
         match self.setting.protocol {
             Protocol::Get | Protocol::DBits => {}
             Protocol::Clear64 | Protocol::Clear | Protocol::InitSet => {
                 self.lap("get", harvest.read_ns, harvest.read, floor::copy(limits));
-                self.lap("clear", harvest.clear_ns, harvest.cleared, of);
+                self.lap("clear", harvest.clear_ns, harvest.cleared, of());
             }
             Protocol::Ring => {
                 self.lap("collect", harvest.read_ns, harvest.read, floor::collect(limits));
-                self.lap("reset", harvest.clear_ns, harvest.cleared, of);
+                self.lap("reset", harvest.clear_ns, harvest.cleared, of());
             }
         }
-        self.lap("harvest", harvest.read_ns + harvest.clear_ns, self.written_pages(), of);
+        self.lap("harvest", harvest.read_ns + harvest.clear_ns, self.written_pages(), of());
     }
 
     /// Was every page found that was written, and no other?

@@ -10,7 +10,7 @@
 //! | --- | --- | --- | --- |
 //! | `enable` | the memslot's flags change: eager split, W or D taken, flush | an SPTE that must change | `cmpxchg_ns`: the walk shares mmu_lock; `write_ns` more where a split makes the SPTE first; the bitmap alone (`init-set`) is `write_ns / 64` |
 //! | `first-clear` | `init-set`: GET, and CLEAR of everything | a page | as `clear`; `write_ns` more for the split |
-//! | `write` | the first write of each page: exit, fault, entry, walk | a page | `cmpxchg_ns`: W or D comes back by one |
+//! | `write` | the first write of each page: exit, fault, entry, walk | a page | `cmpxchg_ns`: W or D comes back by one; where faults split, a page's share of the 512 `write_ns` of its table more |
 //! | `get` | manual protection: the bitmap is copied | a word of 64 pages | `read_ns + write_ns` |
 //! | `clear` | CLEAR, 64 pages a call or all at once | a page | `swap_ns`: a bit goes by one locked instruction under the exclusive lock, and an AND costs what an exchange does; where no two pages share a line, `7 read_ns` more for the rest of it |
 //! | `collect`, `reset` | a ring is read; its pages are protected again | an entry | `2 read_ns` (16 bytes); as `clear` |
@@ -194,12 +194,12 @@ impl Bench<'_> {
     fn dirty_row(&self, lap: &Lap, setting: Setting) -> Row {
         let page = &self.plan.config.page;
         let ns = lap.ns as f64 / lap.count.max(1) as f64;
-        let of = lap.of.filter(|_| lap.count >= FEWEST);
+        let of = lap.of.as_ref().filter(|_| lap.count >= FEWEST);
         Row {
             name: format!("{}: {}", lap.phase, setting.title(page)),
             ns,
             ratio: of.map(|of| ns / of.ns),
-            of: of.map(|of| of.name),
+            of: of.map(|of| of.name.clone()),
             count: lap.count,
             goal: of.and_then(|of| of.goal),
             dirty: Some(DirtyRow {

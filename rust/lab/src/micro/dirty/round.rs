@@ -104,7 +104,8 @@ impl<'r> Round<'r> {
             }
         }
         // As it stands when the guest has written, before anything is taken for clean.
-        self.lap(phase, ns, self.written_pages(), floor::write(self.limits));
+        let splits = told && self.setting.eager == Some(false);
+        self.lap(phase, ns, self.written_pages(), floor::write(self.limits, self.setting, splits));
         self.told(outcomes);
         self.control.check()?;
         self.harvest(&mut harvest)?;
