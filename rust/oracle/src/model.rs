@@ -76,9 +76,11 @@ fn split_children(rules: &Rules, key: Key, edge: Edge, work: &mut Vec<(Key, Edge
     if !was.is_leaf(key.level) || !is.is_table(key.level) {
         return;
     }
+    // A leaf of a guest's page lacks X for one reason only, the NX mitigation: its small children get it back.
+    let mitigated = !rules.format.is_executable(rules.format.restore_access_track(was));
     let level = key.level - 1;
     for index in 0..ENTRIES {
-        let child = rules.format.split_child(was, key.level, index, false);
+        let child = rules.format.split_child(was, key.level, index, mitigated);
         let gfn = key.gfn + index as u64 * span(level);
         work.push((Key { gfn, level, ..key }, Edge { from: ABSENT, to: child.raw(), shared: true }));
     }
