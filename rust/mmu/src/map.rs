@@ -408,7 +408,8 @@ impl<P: Platform> TdpMmu<P> {
     #[cold]
     fn mark_made(&self, at: At, old: Spte, fault: &MapFault) -> bool {
         match self.profile().mark_dirty {
-            MarkDirty::Always => at.level == 1 && !self.format().is_writable(old),
+            // The W bit of an MMIO entry is no permission: another frame comes in its place.
+            MarkDirty::Always => at.level == 1 && !(old.is_present() && self.format().is_writable(old)),
             MarkDirty::ExclusiveOnly | MarkDirty::Never => {
                 self.host().gfn_dirty(fault.as_id, fault.gfn);
                 false

@@ -317,6 +317,20 @@ fn the_maker_marks_before_the_write_and_the_bookkeeping_after_it() {
 }
 
 #[test]
+fn a_page_of_a_logged_slot_that_replaces_mmio_is_marked_in_every_kernel() {
+    // The MMIO entry's W bit is part of its access mask, no permission that was granted and marked before.
+    for profile in ALL {
+        let (_mmu, ear, mut cpu) = listened(profile);
+        cpu.map(&mmio(7, 10));
+        ear.take();
+        cpu.map(&tracked(7));
+        let marks = ear.take().iter().filter(|h| matches!(h, Heard::Marked(0, 7))).count();
+        assert_eq!(marks, 1, "{profile}");
+        done(cpu);
+    }
+}
+
+#[test]
 fn a_write_that_is_refused_by_nobody_and_allowed_already_is_spurious_to_the_lockless_path() {
     for profile in ALL {
         let (mmu, ear, mut cpu) = listened(profile);
