@@ -1,12 +1,13 @@
 //! The fault's map step: install one leaf, building the tables above it.
 //!
 //! **Guarantee.** A fault that returns [`MapOutcome::Retry`] has changed nothing it owes and leaked no page; of several vCPUs that race for an entry one wins, the others
-//! retry. A leaf is installed at the goal level and nowhere else. Nothing is ever written over a frozen entry, and the test for it precedes
+//! retry. A leaf is installed at the goal level, one lower for each table on the way that the NX mitigation keeps, and nowhere else. Nothing is ever written over a frozen entry, and the test for it precedes
 //! every other (bug-history 27, 28).
 //!
 //! **Mechanism.** Shared lock, RCU section, one descent from the root: each entry is read once, decided upon, and changed by compare-exchange. A new table is complete (header and
 //! 512 entries) before the compare-exchange that links it, and is not touched by the linker afterwards (rule R9). A huge leaf in the way is split in
-//! place (6.2+), or zapped and replaced by an empty table (5.19-6.1: freeze, flush, empty, link).
+//! place (6.2+), or zapped and replaced by an empty table (5.19-6.1: freeze, flush, empty, link). What the leaf holds is `make_leaf`'s business, old entry included: up to 6.12
+//! a leaf that is made again over a writable one lacks Dirty; from 6.14 on a leaf that allows the access is left as it is, and a prefetch changes none.
 
 use std::sync::atomic::Ordering;
 
