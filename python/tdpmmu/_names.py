@@ -51,6 +51,19 @@ def design(value: object, name: str = "design") -> str:
     return one_of(value, catalogue()["designs"], name)
 
 
+def design_of(profile_text: str) -> str:
+    """Return the zap design of a kernel profile, `NAME[,switch=value]`.
+
+    Raises:
+        InvalidArgument: an unknown profile or switch.
+    """
+    name, *switches = profile(profile_text).split(",")
+    for switch in switches:
+        if switch.startswith("design="):
+            return switch.removeprefix("design=")
+    return str(catalogue()["profile_designs"][catalogue()["profiles"].index(name)])
+
+
 def designs(values: str | Iterable[str], name: str = "design") -> list[str]:
     """Return zap designs from names, comma lists and `all` (every sound design), without repeats."""
     chosen: list[str] = []

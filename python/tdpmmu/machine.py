@@ -262,7 +262,7 @@ class VMConfig:
         *,
         levels: int = 4,
         vcpus: int = 1,
-        design: str = "sync",
+        design: str | None = None,
         profile: str = "6.12",
         passes: str | Iterable[str] | None = None,
         ownership: str | None = None,
@@ -284,6 +284,7 @@ class VMConfig:
     ) -> VMConfig:
         """Check the arguments of `VM` and return them as a configuration. Sizes in bytes, times in ns.
 
+        `design` None is the one that the profile's kernel has.
         `workers`, `worker_cpus` and `worker_queue` (`per-vm` or `system`) are for designs that have workers.
         The rest is in the class's text.
 
@@ -314,7 +315,7 @@ class VMConfig:
         return cls(
             levels=levels,
             vcpus=between(vcpus, 1, 1024, "vcpus"),
-            design=_names.design(design),
+            design=_names.design_of(profile) if design is None else _names.design(design),
             kernel_profile=_names.profile(profile),
             passes=None if passes is None else _names.passes(passes),
             ownership=None if ownership is None else _names.one_of(ownership, _names.OWNERSHIP, "ownership"),

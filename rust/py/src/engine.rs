@@ -71,6 +71,7 @@ pub fn catalogue() -> String {
         "designs": tdpmmu_mmu::DESIGNS.iter().map(|design| design.name).collect::<Vec<_>>(),
         "sound_designs": tdpmmu_mmu::DESIGNS.iter().filter(|d| !d.flawed).map(|d| d.name).collect::<Vec<_>>(),
         "profiles": KernelProfile::NAMES,
+        "profile_designs": KernelProfile::ALL.iter().map(|profile| profile.design).collect::<Vec<_>>(),
         "switches": KernelProfile::SWITCHES,
         "experiments": ["zap", "drop", "populate", "fault", "walk", "rcu"],
     })
