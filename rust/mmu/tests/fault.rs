@@ -255,6 +255,29 @@ fn a_prefetched_page_lacks_accessed_and_a_mapped_one_is_made_again_up_to_6_12_on
 }
 
 #[test]
+fn a_prefetch_leaves_a_leaf_that_allows_nothing_as_it_is_in_the_newest_kernels() {
+    // Tracked and read-only, and the host maps it writable by now: only the prefetch itself can be the reason to leave it.
+    for profile in ALL {
+        let (mmu, ear, mut cpu) = with_format(profile, Some(kernel(profile).ept(true, false)));
+        let frame = Frame::Page { pfn: PFN + 7, writable: false };
+        cpu.map(&MapFault { write: false, frame, ..write(7) });
+        let task = mmu.task("mn_clear_young", Role::Caller);
+        assert!(mmu.age(&task, 0, 7..8));
+        let before = mmu.lookup(&task, cpu.root, 7);
+        ear.take();
+        let outcome = cpu.map(&MapFault { prefetch: true, write: false, ..write(7) });
+        let newest = NEWEST.contains(&profile);
+        assert_eq!(outcome == MapOutcome::Spurious, newest, "{profile}");
+        assert_eq!(ear.sptes().is_empty(), newest, "{profile}");
+        assert_eq!(mmu.lookup(&task, cpu.root, 7) == before, newest, "{profile}");
+        let touched = cpu.map(&MapFault { write: false, ..write(7) });
+        assert!(matches!(touched, MapOutcome::Fixed { .. }), "{profile}: an access does restore it");
+        drop(task);
+        done(cpu);
+    }
+}
+
+#[test]
 fn a_prefetch_over_a_protected_page_makes_it_writable_and_dirty_up_to_6_12() {
     for profile in ALL {
         let (mmu, ear, mut cpu) = listened(profile);

@@ -487,6 +487,29 @@ fn a_candidate_that_was_replaced_meanwhile_is_not_zapped_under_the_shared_lock()
     }
 }
 
+#[test]
+fn a_candidate_is_zapped_under_the_shared_lock_only_if_its_entry_still_links_it() {
+    // Present is not enough: a huge leaf has taken its place between the list and the look at the entry.
+    for profile in ["6.18", "7.2"] {
+        let (mmu, _ear) = mitigated::<Real>(profile, None);
+        let mut cpu = Cpu::new(&mmu);
+        cpu.map(&fetch(3, 2));
+        let other = RefCell::new(Cpu::new(&mmu));
+        let zapped = mmu.recover_nx(&cpu.task, 1, &|_, _| {
+            mmu.set_nx_huge_pages(false);
+            assert!(matches!(other.borrow_mut().fault(3, 2), MapOutcome::Fixed { level: 2, .. }));
+            mmu.set_nx_huge_pages(true);
+            false
+        });
+        assert_eq!(zapped, 0, "{profile}");
+        assert_eq!(mmu.lookup(&cpu.task, cpu.root, 3).map(|(_, level)| level), Some(2), "{profile}");
+        let mut other = other.into_inner();
+        other.drop_root();
+        other.close();
+        done(cpu);
+    }
+}
+
 /// What the model knows of 2 MiB of the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Region {
