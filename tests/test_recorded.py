@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -217,3 +218,29 @@ def test_what_if_with_an_unknown_design_names_the_closest(cli: Cli) -> None:
     ran = cli("replay", LARGE, "--what-if", "in-line")
     assert ran.code == 2
     assert "inline" in ran.err
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "causes",
+        "storms",
+        "timeline.t_ns",
+        "per_vm",
+        "top_operations",
+        "what_if.zaps",
+        "zaps",
+        "faults.mapped",
+    ],
+)
+@pytest.mark.parametrize("damage", [5, "x", [5], {"a": []}])
+def test_a_damaged_report_is_refused_where_it_is_read_or_shown_as_it_is(path: str, damage: object) -> None:
+    raw = with_time()
+    place = raw
+    *above, last = path.split(".")
+    for name in above:
+        place = place[name]
+    place[last] = damage
+    # What can be taken for an empty part is; all else is refused, and by its place.
+    with contextlib.suppress(tdpmmu.InvalidArgument):
+        assert recorded_table.render_replay(load(raw))

@@ -79,7 +79,50 @@ _OPERATION: Shape = {
     **dict.fromkeys(("name", "phase", "page", "protocol"), TEXT),
 }
 _ABOUT: Shape = {"host": {}, "build": {}, "config": {}, "limits": {}}
+_ENTRIES: Shape = {"cause": TEXT, **dict.fromkeys(("zaps", "entries", "tables", "leafs"), NUMBER)}
+_REPLAY: Shape = {
+    **dict.fromkeys(("file", "kernel", "input"), TEXT),
+    **dict.fromkeys(("events", "transitions", "tables_peak", "begin_ns", "span_ns", "storms_total"), NUMBER),
+    "lost": NUMBER,
+    "checked": NUMBERS,
+    "mismatches": [{}],
+    "zaps": [{"cause": TEXT, "refined": TEXT, **dict.fromkeys(("t0_ns", "duration_ns", "tables"), NUMBER)}],
+    "timeline": {"*": [NUMBER]},
+    "causes": [{**_ENTRIES, **dict.fromkeys(("total_ns", "max_ns"), NUMBER)}],
+    "storms": [{**_ENTRIES, **dict.fromkeys(("t0_ns", "t1_ns"), NUMBER)}],
+    "faults": {"mapped": NUMBERS},
+    "top_operations": [{"name": TEXT, **dict.fromkeys(("t0_ns", "duration_ns"), NUMBER)}],
+    "per_vm": [{**dict.fromkeys(("roots", "transitions", "faults", "zaps"), NUMBER)}],
+    "ambiguous": {"transitions": NUMBER, "why": TEXT},
+    "losses": [{}],
+    "what_if": {
+        "design": TEXT,
+        "zaps": [
+            {
+                "cause": TEXT,
+                **dict.fromkeys(("t0_ns", "sptes", "recorded_ns", "caller_blocked_ns"), NUMBER),
+                **dict.fromkeys(("vcpu_blocked_max_ns", "background_ns"), NUMBER),
+            }
+        ],
+        "skipped": [{"why": TEXT, "zaps": NUMBER}],
+    },
+}
+_LIVES: Shape = {**dict.fromkeys(("expected", "matched", "unlinked", "differences"), NUMBER)}
+_CASE: Shape = {
+    **dict.fromkeys(("name", "kernel", "profile"), TEXT),
+    **dict.fromkeys(("operations", "inputs", "expected", "matched", "undetermined"), NUMBER),
+    **dict.fromkeys(("left_over", "differences", "races"), NUMBER),
+    "mismatches": [{"recorded": [TEXT], "predicted": [TEXT]}],
+    "skipped": [{"why": TEXT}],
+    "births": _LIVES,
+    "deaths": _LIVES,
+    "statistics": {"compared": NUMBER, "mismatched": NUMBER},
+    "results": {"compared": NUMBER, "mismatched": NUMBER},
+    "per_kind": {"*": NUMBERS},
+}
 _SHAPES: dict[str, Shape] = {
+    "tdpmmu.replay/": _REPLAY,
+    "tdpmmu.conform/": {"cases": [_CASE]},
     "tdpmmu.bench.": {**_ABOUT, "experiment": TEXT, "runs": [_RUN]},
     "tdpmmu.micro/": {**_ABOUT, "rows": [_OPERATION]},
 }
