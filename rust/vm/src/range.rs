@@ -93,10 +93,10 @@ impl<P: Platform> Vcpu<'_, P> {
                 return Err(VmError::Cancelled);
             }
             let root = self.root()?;
-            let (outcome, aimed) = self.slow_fault(root, GuestAccess::read(gfn), true)?;
-            match outcome {
+            let mut ended = LEVEL_4K;
+            match self.slow_fault(root, GuestAccess::read(gfn), true, &mut ended)? {
                 FaultOutcome::Fixed { level, .. } => return Ok(Some(level)),
-                FaultOutcome::Spurious | FaultOutcome::Fast(_) => return Ok(Some(aimed)),
+                FaultOutcome::Spurious | FaultOutcome::Fast(_) => return Ok(Some(ended)),
                 FaultOutcome::Emulate => return Ok(None),
                 FaultOutcome::Retry => self.task.might_sleep(),
             }

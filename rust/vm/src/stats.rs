@@ -53,8 +53,8 @@ pub struct VmStats {
 #[repr(align(128))]
 #[derive(Debug, Default)]
 pub(crate) struct FaultCounts {
-    taken: AtomicU64,
     fixed: AtomicU64,
+    retry: AtomicU64,
     emulate: AtomicU64,
     spurious: AtomicU64,
     fast: AtomicU64,
@@ -69,9 +69,9 @@ fn add(counter: &AtomicU64) {
 
 impl FaultCounts {
     /// A guest fault came to `outcome`.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn fault(&self, outcome: FaultOutcome) {
-        add(&self.taken);
+        // Each fault ends in one of these: how many were taken is their sum.
         match outcome {
             FaultOutcome::Fast(_) => {
                 add(&self.fast);
@@ -80,8 +80,17 @@ impl FaultCounts {
             FaultOutcome::Fixed { .. } => add(&self.fixed),
             FaultOutcome::Spurious => add(&self.spurious),
             FaultOutcome::Emulate => add(&self.emulate),
-            FaultOutcome::Retry => {}
+            FaultOutcome::Retry => add(&self.retry),
         }
+    }
+
+    /// As [`FaultCounts::fault`], but for prefetches; gives the outcome back.
+    #[inline(always)]
+    pub(crate) fn settled(&self, outcome: FaultOutcome, prefetch: bool) -> FaultOutcome {
+        if !prefetch {
+            self.fault(outcome);
+        }
+        outcome
     }
 
     /// The lockless path found the access allowed.
@@ -111,13 +120,14 @@ impl<P: Platform> Vm<P> {
             ..VmStats::default()
         };
         for counts in &self.counts {
-            stats.pf_taken += counts.taken.load(Relaxed);
+            stats.pf_taken += counts.retry.load(Relaxed);
             stats.pf_fixed += counts.fixed.load(Relaxed);
             stats.pf_emulate += counts.emulate.load(Relaxed);
             stats.pf_spurious += counts.spurious.load(Relaxed);
             stats.pf_fast += counts.fast.load(Relaxed);
             stats.pf_mmio_spte_created += counts.mmio.load(Relaxed);
         }
+        stats.pf_taken += stats.pf_fixed + stats.pf_emulate + stats.pf_spurious;
         stats
     }
 }

@@ -289,11 +289,15 @@ impl<'v, P: Platform> Vcpu<'v, P> {
     /// [`VmError::Pool`] without a page for the root; [`VmError::RingFull`] while the vCPU's dirty ring is soft-full.
     pub fn reload(&mut self) -> Result<bool, VmError> {
         self.leave();
-        if self.state.pending::<P>() && !self.service() {
+        if self.state.is_requested::<P>(request::STOP) {
             return Ok(false);
         }
+        // Before anything is serviced, as the kernel looks: a root that is obsolete stays in the cache of a vCPU that must not run.
         if self.vm.side().rings.as_ref().is_some_and(|rings| rings.soft_full(self.id)) {
             return Err(VmError::RingFull { vcpu: self.id });
+        }
+        if self.state.pending::<P>() && !self.service() {
+            return Ok(false);
         }
         self.root()?;
         Ok(true)
