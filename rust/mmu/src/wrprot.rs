@@ -6,7 +6,7 @@
 //!
 //! **Mechanism.** The start of logging protects a whole slot under the shared lock, by compare-exchange, and owes one flush at the end instead of one at each yield: a
 //! write through a stale translation before the call returns belongs to the time before logging. One gfn is protected under the exclusive lock, through the set path,
-//! under valid roots or all (`clear-dirty-roots`), on the way down to its leaf; an entry that lacks W but has MMU-writable still changes (7c8a4742c4ab, 5.17), and owes
+//! under valid roots or all (`clear-dirty-roots`), on the way down to its leaf; an entry that lacks W but has MMU-writable still changes (`protect-gfn-needs-w`: not up to 5.16), and owes
 //! the flush, as dirty logging may have left writable translations behind (rule F7).
 
 use std::ops::Range;
@@ -45,13 +45,14 @@ impl<P: Platform> TdpMmu<P> {
     ) -> bool {
         let task = guard.task();
         let gone = self.format().write | self.format().mmu_writable;
+        let looked_at = if self.profile().protect_gfn_needs_w { self.format().write } else { gone };
         let _rcu = task.rcu_read();
         let mut changed = false;
         for root in self.roots_of_gfn(as_id) {
             let mut walk = Walk::new(self, guard, root, min_level, gfn..gfn.saturating_add(1), Yield::Never);
             while let Some(mut entry) = walk.next_entry() {
                 let old = entry.old();
-                if !old.is_leaf(entry.level()) || old.raw() & gone == 0 {
+                if !old.is_leaf(entry.level()) || old.raw() & looked_at == 0 {
                     continue;
                 }
                 // Alone with hardware and the fast page fault: the exclusive set path cannot lose.

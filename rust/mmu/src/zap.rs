@@ -13,6 +13,7 @@ use std::ops::Range;
 use tdpmmu_platform::{Event, Exclusive, Guard, Mode, Moment, NIL, Phase, Platform};
 
 use tdpmmu_spte::RootSet;
+use tdpmmu_spte::geometry::span;
 
 use crate::TdpMmu;
 use crate::debt::FlushDebt;
@@ -108,7 +109,8 @@ impl<P: Platform> TdpMmu<P> {
         zapped
     }
 
-    /// Empties the leaves of `range` under one root (notifier unmap, range zaps); tables stay. Takes over `debt` and returns what is owed then.
+    /// Empties the leaves of `range` under one root (notifier unmap, range zaps). Tables stay; up to 5.17 (`unmap-frees-tables`) those that lie wholly inside go too, each flushed
+    /// before it is given to RCU. Takes over `debt` and returns what is owed then.
     pub fn zap_leafs(
         &self,
         guard: &mut Guard<'_, P, Exclusive>,
@@ -120,8 +122,9 @@ impl<P: Platform> TdpMmu<P> {
         let empty = self.format().empty();
         // 6.9+ owes nothing for an invalid root: no guest runs on it (fcdffe97f80e).
         let owes = self.profile().invalid_root_owes_flush || !self.is_obsolete(root);
+        let whole_tables = self.profile().unmap_frees_tables;
         let _work = guard.task().phase(Phase::SpteWork);
-        let mut walk = Walk::new(self, guard, root, 1, range, yields);
+        let mut walk = Walk::new(self, guard, root, 1, range.clone(), yields);
         walk.inherit(debt);
         while let Some(entry) = walk.next_entry() {
             let Some(mut entry) = entry.or_yield() else { continue };
@@ -135,6 +138,12 @@ impl<P: Platform> TdpMmu<P> {
                 while entry.old().is_leaf(entry.level()) && entry.set(empty).is_err() {}
                 if owes {
                     entry.owe_flush();
+                }
+            } else if whole_tables && entry.old().is_table(entry.level()) {
+                let (gfn, level) = (entry.gfn(), entry.level());
+                if range.start <= gfn && gfn + span(level) <= range.end && entry.set(empty).is_ok() {
+                    // Now, while the ledger still holds the tables: a guest may walk them from its caches until it is flushed.
+                    self.flush(walk.task, Some(gfn..gfn + span(level)));
                 }
             }
         }

@@ -309,11 +309,9 @@ fn protecting_one_gfn_takes_mmu_writable_too_and_owes_a_flush_though_w_was_gone(
             (owed, gone)
         };
         assert_eq!(protect(&mut guard, 0, 1), (true, vec![(0, 1, both)]), "{profile}");
-        assert_eq!(
-            protect(&mut guard, 1, 1),
-            (true, vec![(1, 1, format.mmu_writable)]),
-            "{profile}: W was clear"
-        );
+        let late =
+            if profile == "5.15" { (false, vec![]) } else { (true, vec![(1, 1, format.mmu_writable)]) };
+        assert_eq!(protect(&mut guard, 1, 1), late, "{profile}: W was clear (7c8a4742c4ab)");
         assert_eq!(protect(&mut guard, 0, 1), (false, vec![]), "{profile}: nothing left to take");
         assert_eq!(protect(&mut guard, 1, 2), (false, vec![]), "{profile}: below the level asked for");
         assert_eq!(

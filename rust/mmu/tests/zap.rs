@@ -373,3 +373,40 @@ fn an_unmap_reaches_invalid_roots_from_5_18_on() {
         end(&cpu.close());
     }
 }
+
+#[test]
+fn an_unmap_takes_whole_tables_along_up_to_5_17_and_only_leaves_since() {
+    for (profile, whole) in [("5.10", true), ("5.15", true), ("5.18", false), ("6.1", false), ("7.2", false)]
+    {
+        for force_yield in [None, Some(1)] {
+            let mmu = Setup { profile, force_yield, ..Setup::default() }.build();
+            let mut cpu = Cpu::new(&mmu);
+            for gfn in [5, span(2), 2 * span(2) - 1, 3 * span(2) + 9] {
+                assert!(matches!(cpu.fault(gfn, 1), MapOutcome::Fixed { .. }));
+            }
+            let task = mmu.task("caller", Role::Caller);
+            let (tables, flushes) = (mmu.linked_tables(), mmu.flushes());
+            {
+                let mut guard = mmu.lock.write(&task);
+                // Up to the middle of the first table, all of the second, nothing of the fourth.
+                let mut debt = mmu.unmap(&mut guard, 0, 6..3 * span(2), true);
+                assert_eq!(
+                    debt.is_owed(),
+                    !whole && force_yield.is_none(),
+                    "{profile}: paid with the table, or at a yield"
+                );
+                mmu.pay(&task, &mut debt);
+            }
+            assert_eq!(tables - mmu.linked_tables(), i64::from(whole), "{profile}");
+            assert_eq!(mmu.flushes() - flushes, 1, "{profile}: before the table goes to RCU, or at the end");
+            let left: Vec<_> = found(&cpu).into_iter().map(|(gfn, _)| gfn).collect();
+            let pages = if mmu.profile().page_stats { [2, 0, 0] } else { [0; 3] };
+            assert_eq!((left, mmu.leaf_pages()), (vec![5, 3 * span(2) + 9], pages), "{profile}");
+            drop(task);
+            fast_zap(&mmu, &cpu.task);
+            cpu.drop_root();
+            let mmu = cpu.close();
+            end(&mmu);
+        }
+    }
+}
