@@ -12,7 +12,7 @@ import pytest
 import tdpmmu
 from reference.kernel import KERNELS, Kernel
 from reference.machine import TLB_HIT, Machine, Refused, RingFull, Slot
-from reference.tree import FLAGS, Tree
+from reference.tree import FLAGS, HOST_W, HUGE, MMU_W, NX, PRESENT, A, D, P, Tree, U, W
 
 COUNTS = ("pf_taken", "pf_fixed", "pf_fast", "pf_spurious", "pf_emulate", "pf_mmio_spte_created")
 LEVELS = {"4K": 1, "2M": 2, "1G": 3}
@@ -137,7 +137,8 @@ class Pair:
             [(gfn, tree.leafs[level, gfn].flags, level) for level, gfn in keys], dtype=np.uint64
         )
         wanted = wanted.reshape(-1, 3)
-        got = np.stack([rows["gfn"], rows["spte"] & np.uint64(FLAGS), rows["level"]], axis=1)
+        flags = from_ept(rows["spte"]) if self.vm.config.format == "ept" else rows["spte"] & np.uint64(FLAGS)
+        got = np.stack([rows["gfn"], flags, rows["level"]], axis=1)
         if not np.array_equal(got, wanted):
             raise AssertionError(difference(space, got, wanted))
         for key, pfn in zip(keys, rows["pfn"].tolist(), strict=True):
@@ -168,6 +169,18 @@ class Pair:
 
     def slots(self) -> list[Slot]:
         return sorted(self.model.slots.values(), key=lambda s: (s.as_id, s.id))
+
+
+#: Where EPT has what the model's bits say: (bit there, bit of the model).
+EPT = ((0, P), (1, W), (8, A), (9, D), (7, HUGE), (57, HOST_W), (58, MMU_W), (11, PRESENT))
+
+
+def from_ept(sptes: Any) -> Any:
+    """The bits of EPT entries as AMD has them: X is a permission there, NX here. No memory types."""
+    out = np.full(sptes.shape, U, dtype=np.uint64)
+    for bit, flag in EPT:
+        out |= np.where(sptes >> np.uint64(bit) & np.uint64(1), np.uint64(flag), np.uint64(0))
+    return out | np.where(sptes & np.uint64(4), np.uint64(0), np.uint64(NX))
 
 
 def difference(space: int, got: Any, wanted: Any) -> str:

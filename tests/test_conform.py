@@ -165,6 +165,11 @@ def test_what_makes_no_sense_is_2(cli: Cli, arguments: tuple[str, ...]) -> None:
     assert cli("conform", *arguments).code == 2
 
 
+def test_a_timeout_ends_a_run_with_124(cli: Cli) -> None:
+    ran = cli("conform", *SCRIPTED, "--timeout", "0.01")
+    assert ran.code == 124, ran.err
+
+
 def test_a_folder_that_is_not_there_is_3(cli: Cli, tmp_path: Path) -> None:
     ran = cli("conform", tmp_path / "nothing")
     assert ran.code == 3

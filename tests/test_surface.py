@@ -77,6 +77,7 @@ class Surface(RuleBasedStateMachine):
         nx=st.sampled_from((False, False, True)),
         eager=st.booleans(),
         generation=st.sampled_from((0, 0, (1 << 19) - 8)),
+        format=st.sampled_from(("npt", "npt", "ept")),
         touches=st.lists(st.tuples(PLACES, KINDS), max_size=8),
     )
     def start(
@@ -88,6 +89,7 @@ class Surface(RuleBasedStateMachine):
         nx: bool,
         eager: bool,
         generation: int,
+        format: str,
         touches: list[tuple[int, tuple[bool, bool]]],
     ) -> None:
         self.pair = Pair(
@@ -100,6 +102,7 @@ class Surface(RuleBasedStateMachine):
             nx_huge_pages=nx,
             eager_page_split=eager,
             memslot_generation=generation,
+            format=format,
         )
         self.vm, self.model = self.pair.vm, self.pair.model
         self.add(0, 0x200, 1024, False, False, None, True, None)
