@@ -646,7 +646,7 @@ def run(profile: str, examples: int, steps: int, kernel: Kernel | None = None) -
 
 @pytest.mark.parametrize("profile", KERNELS)
 def test_no_operation_differs_from_the_model(profile: str) -> None:
-    run(profile, 6, 25)
+    run(profile, 12, 30)
 
 
 @pytest.mark.parametrize(("profile", "changed"), OTHERS if SLOW else [OTHERS[1], OTHERS[12], OTHERS[15]])
