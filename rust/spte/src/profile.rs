@@ -168,6 +168,10 @@ profile! {
     aging_write: AgingWrite = "aging-write",
     /// Aging asks invalid roots too up to 6.12, only valid ones from 6.13 on (526e609f0567).
     aging_roots: RootSet = "aging-roots",
+    /// clear_flush_young flushes what was young: up to 6.12; not from 6.13 on (b9883ee40d7e, from a changelog).
+    aging_flush: bool = "aging-flush",
+    /// A prefault of a slot that is about to go: retried up to 6.17; given up (EAGAIN) from 6.18 on (3ccbf6f47098, from a changelog).
+    prefault_retries_invalid_slot: bool = "prefault-retries-invalid-slot",
     /// An EPT without hardware A/D has the two bits kept by software, from 6.13 on (3835819fb1b3, 53510b912518,
     /// 7971801b5618); before, an entry was accessed unless it was access-tracked.
     ad_in_software: bool = "ad-in-software",
@@ -251,6 +255,8 @@ const V5_10: KernelProfile = KernelProfile {
     aging: Aging::WriteLock,
     aging_write: AgingWrite::SetPath,
     aging_roots: RootSet::All,
+    aging_flush: true,
+    prefault_retries_invalid_slot: true,
     ad_in_software: false,
     nx_recovery_lock: LockMode::Exclusive,
     nx_zap: NxZap::Range,
@@ -376,6 +382,8 @@ const V6_18: KernelProfile = KernelProfile {
     aging: Aging::LocklessRcu,
     aging_write: AgingWrite::CompareExchange,
     aging_roots: RootSet::Valid,
+    aging_flush: false,
+    prefault_retries_invalid_slot: false,
     ad_in_software: true,
     nx_recovery_lock: LockMode::Shared,
     uninit_lock: LockMode::Exclusive,

@@ -19,7 +19,7 @@
 //! [`Vcpu::fault`] is all of it. [`Vcpu::fast_fault`] is stage 1, [`Vcpu::map_page`] and [`Vcpu::map_mmio`] are the others with the host's answer given by the
 //! caller: for who replays a real host.
 
-use tdpmmu_mmu::{FastOutcome, Frame, MapFault, MapOutcome, MmuHost};
+use tdpmmu_mmu::{FastOutcome, Frame, MapFault, MapOutcome};
 use tdpmmu_platform::{Platform, Task};
 use tdpmmu_spte::mmio::GENERATION_MASK;
 use tdpmmu_spte::{LEVEL_4K, Spte};
@@ -202,8 +202,11 @@ impl<'v, P: Platform> Vcpu<'v, P> {
         // The memslot stays as long as our read section, its bitmap with it: no lock that vCPUs share.
         let mark = |gfn| match slot.and_then(|slot| slot.dirty.as_ref()) {
             Some(dirty) => dirty.mark(gfn),
-            None if tracked => MmuHost::<P>::gfn_dirty(self.vm.side(), as_id, gfn),
-            None => {}
+            None => {
+                if let Some(slot) = slot.filter(|_| tracked) {
+                    self.vm.side().push_dirty(slot.id, as_id, gfn - slot.base);
+                }
+            }
         };
         match mmu.fast_page_fault_marking(&self.task, root, gfn, write, exec, tracked, mark) {
             FastOutcome::Fixed(spte) => Some(FaultOutcome::Fast(spte)),

@@ -71,13 +71,13 @@ impl<P: Platform> Vm<P> {
         self.for_slots(task, &hvas, |as_id, gfns| self.mmu().age(task, as_id, gfns))
     }
 
-    /// clear_flush_young: as [`Vm::notifier_age`], and a flush if some leaf was young, so that the next access sets Accessed again.
+    /// clear_flush_young: as [`Vm::notifier_age`], and in kernels up to 6.12 a flush if some leaf was young, so that the next access sets Accessed again.
     ///
     /// # Errors
     /// As [`Vm::notifier_unmap`].
     pub fn notifier_age_flush(&self, task: &Task<P>, hvas: Range<u64>) -> Result<bool, VmError> {
         let young = self.notifier_age(task, hvas)?;
-        if young {
+        if young && self.mmu().profile().aging_flush {
             self.mmu().flush(task, None);
         }
         Ok(young)

@@ -64,7 +64,8 @@ impl<P: Platform> Vcpu<'_, P> {
     /// first page ends the call early and is told by this number alone, as the ioctl does.
     ///
     /// # Errors
-    /// [`VmError::BadRange`] for an empty range, or where the first page has no memslot (ENOENT; its MMIO entry is there afterwards); as [`Vcpu::fault`] for the first page.
+    /// [`VmError::BadRange`] for an empty range, or where the first page has no memslot (ENOENT; its MMIO entry is there afterwards), or one that is being deleted (EAGAIN, from 6.18 on; before, the
+    /// call waits); as [`Vcpu::fault`] for the first page.
     pub fn pre_fault(&mut self, gfns: Range<u64>) -> Result<u64, VmError> {
         let as_id = self.role().as_id();
         let bad = |rule| Err(VmError::BadRange { as_id, start: gfns.start, end: gfns.end, rule });
@@ -85,6 +86,12 @@ impl<P: Platform> Vcpu<'_, P> {
         Ok(0)
     }
 
+    /// Is the slot of `gfn` INVALID, in a kernel that does not wait for what becomes of it?
+    fn gives_up(&self, gfn: u64) -> bool {
+        !self.vm().mmu().profile().prefault_retries_invalid_slot
+            && self.core.slots.enter().find(self.role().as_id(), gfn).is_some_and(|slot| slot.invalid)
+    }
+
     /// The level that `gfn` was mapped at; `None` without a memslot.
     fn pre_fault_page(&mut self, gfn: u64) -> Result<Option<u8>, VmError> {
         loop {
@@ -98,6 +105,11 @@ impl<P: Platform> Vcpu<'_, P> {
                 FaultOutcome::Fixed { level, .. } => return Ok(Some(level)),
                 FaultOutcome::Spurious | FaultOutcome::Fast(_) => return Ok(Some(ended)),
                 FaultOutcome::Emulate => return Ok(None),
+                FaultOutcome::Retry if self.gives_up(gfn) => {
+                    let (as_id, start, end) = (self.role().as_id(), gfn, gfn.saturating_add(1));
+                    let rule = "its memslot is about to go: try again (EAGAIN)";
+                    return Err(VmError::BadRange { as_id, start, end, rule });
+                }
                 FaultOutcome::Retry => self.task.might_sleep(),
             }
         }

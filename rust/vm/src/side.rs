@@ -81,6 +81,19 @@ impl<P: Platform> HostSide<P> {
         self.lost_entries.load(Relaxed)
     }
 
+    /// Pushes a page of a slot that logs, for who knows the slot; nothing without rings.
+    pub(crate) fn push_dirty(&self, slot: u16, as_id: u8, offset: u64) {
+        if let Some(rings) = &self.rings {
+            self.push(rings, RingEntry { slot, as_id, offset });
+        }
+    }
+
+    fn push(&self, rings: &Rings, entry: RingEntry) {
+        if !rings.current().is_some_and(|vcpu| rings.push(vcpu, entry)) {
+            self.lost_entries.fetch_add(1, Relaxed);
+        }
+    }
+
     /// Time spent in requests so far, in nanoseconds.
     pub fn kick_wait_ns(&self) -> u64 {
         self.kick_wait_ns.load(Relaxed)
@@ -111,14 +124,12 @@ impl<P: Platform> MmuHost<P> for HostSide<P> {
 
     fn gfn_dirty(&self, as_id: u8, gfn: u64) {
         let Some(rings) = &self.rings else { return self.slots.mark_dirty(as_id, gfn) };
+        // Who has the slot in hand calls `push_dirty`, and takes no lock that vCPUs share.
         if !self.slots.any_logs() {
             return;
         }
         if let Some((slot, offset)) = self.slots.logging_slot(as_id, gfn) {
-            let entry = RingEntry { slot, as_id, offset };
-            if !rings.current().is_some_and(|vcpu| rings.push(vcpu, entry)) {
-                self.lost_entries.fetch_add(1, Relaxed);
-            }
+            self.push(rings, RingEntry { slot, as_id, offset });
         }
     }
 }

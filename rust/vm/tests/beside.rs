@@ -9,7 +9,7 @@ use std::thread;
 
 use common::{assert_clean, flags, leaf, slot, small};
 use tdpmmu_platform::{Pace, Real, Role as TaskRole, TaskConfig, YieldPoint};
-use tdpmmu_vm::{FaultOutcome, GuestAccess, HostAnswer, Region, SlotUpdate, Vm};
+use tdpmmu_vm::{FaultOutcome, GuestAccess, HostAnswer, Region, SlotUpdate, Vm, VmError};
 
 /// A task that yields wherever it may, and waits at each yield until the others have had their turn.
 struct Baton {
@@ -130,6 +130,14 @@ fn while_a_slot_is_zapped_a_vcpu_loads_a_new_root_and_faults_elsewhere() {
                 assert_ne!(vcpu.current_root(), old, "{kernel}: the old one is obsolete");
                 let going = vcpu.fault(GuestAccess::write((1 << 20) + n % 512), false);
                 assert_eq!(going, Ok(FaultOutcome::Retry), "{kernel} {n}: the slot is INVALID");
+                // A prefault waits for what becomes of the slot, up to 6.17; then it says EAGAIN.
+                if !vm.mmu().profile().prefault_retries_invalid_slot {
+                    let early = vcpu.pre_fault((1 << 20)..(1 << 20) + 4).expect_err("INVALID");
+                    assert!(
+                        matches!(early, VmError::BadRange { start: 0x10_0000, end: 0x10_0001, .. }),
+                        "{early}"
+                    );
+                }
                 let stays = vcpu.fault(GuestAccess::write(n % 512), false).expect("memory");
                 assert!(
                     matches!(stays, FaultOutcome::Fixed { .. } | FaultOutcome::Spurious),

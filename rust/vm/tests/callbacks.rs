@@ -81,7 +81,8 @@ fn aging_takes_accessed_once_and_a_test_changes_nothing() {
         vcpu.leave();
         assert_eq!(vm.test_age_gfns(&task, 3..4), Ok(true), "{kernel}");
         assert_eq!(vm.notifier_age_flush(&task, hvas.clone()), Ok(true));
-        assert_eq!(vm.stats().remote_tlb_flush_requests, flushes + 1);
+        let flushed = vm.stats().remote_tlb_flush_requests - flushes;
+        assert_eq!(flushed, u64::from(kernel != "7.2"), "{kernel}: none from 6.13 on");
         assert!(matches!(vm.age_gfns(&task, 1000..2000), Err(VmError::BadRange { .. })));
         drop(vcpu);
         assert_clean(&vm);
