@@ -167,10 +167,21 @@ impl Sequential {
         FastOutcome::Declined
     }
 
-    /// Every leaf and MMIO-free page of `range` in one address space goes, in every root; a huge leaf that straddles goes whole.
+    /// Every leaf and MMIO-free page of `range` in one address space goes, in every root; a huge leaf that straddles goes whole. Up to 5.17 a table that lies wholly inside
+    /// goes with all that is in it.
     pub fn unmap(&mut self, as_id: u8, range: Range<u64>) {
         let end = range.end.min(self.max_gfn);
+        let whole = self.profile.unmap_frees_tables;
         for root in self.roots.values_mut().filter(|r| r.as_id == as_id) {
+            let inside = |&(&(gfn, level), node): &(&(u64, u8), &Node)| {
+                matches!(node, Node::Table) && range.start <= gfn && gfn + span(level) <= range.end
+            };
+            let gone: Vec<_> =
+                root.entries.iter().filter(|at| whole && inside(at)).map(|(&at, _)| at).collect();
+            for (gfn, level) in gone {
+                Self::remove_below(&mut root.entries, gfn, level);
+                root.entries.remove(&(gfn, level));
+            }
             root.entries.retain(|&(gfn, level), node| match node {
                 Node::Entry(spte) if spte.is_leaf(level) => gfn >= end || gfn + span(level) <= range.start,
                 _ => true,
