@@ -238,6 +238,10 @@ def _storms(axes: Axes, result: Replay) -> None:
     axes.set_ylim(low / 3, max(high, low) * 2)
     style.ns_axis(axes.yaxis)
     axes.set_ylabel("length of the zap")
+    if any(took == 0 for _, took, _, _ in zaps):
+        said = "at the foot: zaps of a single event, of no length"
+        axes.annotate(said, (1, 0), xycoords="axes fraction", xytext=(-4, 4), textcoords="offset points",
+                      ha="right", va="bottom", fontsize=8, color="#666666")  # fmt: skip
     style.bare(axes)
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=5, fontsize=9, markerscale=0.9)
 
@@ -264,7 +268,9 @@ def _finding(result: Replay) -> str:
 
 
 def _measured(result: Replay) -> str:
-    name = result.file.rsplit("/", 1)[-1]
+    # A recording of a collection is known by its folders, not by `trace.txt.gz`.
+    parts = result.file.split("/")
+    name = "/".join(parts[-3:-1]) if len(parts) > 2 and parts[-1].startswith("trace.") else parts[-1]
     lost = int(result.raw.get("lost") or 0)
     return (
         f"{name}: kernel {result.kernel}, {format_count(result.transitions)} SPTE transitions, "
