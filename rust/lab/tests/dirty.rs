@@ -143,6 +143,17 @@ fn the_end_of_logging_swaps_out_empty_entries_too() {
 }
 
 #[test]
+fn a_kernel_that_zaps_leaves_leaves_their_tables() {
+    // 5.10 has no statistics either: leaves are counted in the tree.
+    let old = json!({"page": "2M", "protocols": "get", "densities": [8], "kernel_profile": "5.10", "designs": "in-place"});
+    let rows = rows(old);
+    assert_eq!(mapped(&rows, "rewrite"), (PAGES / 8, 0));
+    assert_eq!(phase(&rows, "disable")["count"], PAGES / 8, "leaves that went");
+    assert_eq!(mapped(&rows, "disable"), (0, 0));
+    assert_eq!(mapped(&rows, "refault"), (0, PAGES / 512), "huge again, over the tables that were left");
+}
+
+#[test]
 fn a_ratio_to_a_limit_needs_enough_operations() {
     let rows = rows(json!({"page": "2M", "eager": "off", "protocols": "get", "densities": [1]}));
     assert!(phase(&rows, "enable")["ratio"].is_null(), "eight leaves: fixed costs");

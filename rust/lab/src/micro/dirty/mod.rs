@@ -54,8 +54,8 @@ struct Lap {
     ns: u64,
     count: u64,
     of: Option<Limit>,
-    /// Leaves by size afterwards, where the kernel counts them.
-    mapped: Option<[i64; 3]>,
+    /// Leaves by size afterwards, counted in the tree.
+    mapped: [u64; 3],
     outcomes: Option<Outcomes>,
 }
 
@@ -85,12 +85,12 @@ pub struct DirtyRow {
     pub density: u64,
     /// The whole phase, in ns.
     pub total_ns: u64,
-    /// 4 KiB leaves after it; none where the kernel does not count.
-    pub mapped_4k: Option<i64>,
+    /// 4 KiB leaves after it, counted in the tree.
+    pub mapped_4k: u64,
     /// 2 MiB leaves after it.
-    pub mapped_2m: Option<i64>,
+    pub mapped_2m: u64,
     /// 1 GiB leaves after it.
-    pub mapped_1g: Option<i64>,
+    pub mapped_1g: u64,
     /// Writes that needed no fault.
     pub translated: Option<u64>,
     /// Writes whose fault was fixed without mmu_lock.
@@ -209,9 +209,9 @@ impl Bench<'_> {
                 protocol: setting.protocol.name(),
                 density: setting.density,
                 total_ns: lap.ns,
-                mapped_4k: lap.mapped.map(|m| m[0]),
-                mapped_2m: lap.mapped.map(|m| m[1]),
-                mapped_1g: lap.mapped.map(|m| m[2]),
+                mapped_4k: lap.mapped[0],
+                mapped_2m: lap.mapped[1],
+                mapped_1g: lap.mapped[2],
                 translated: lap.outcomes.map(|o| o.translated),
                 fast_faults: lap.outcomes.map(|o| o.fast),
                 slow_faults: lap.outcomes.map(|o| o.slow),
