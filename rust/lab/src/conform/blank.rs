@@ -55,8 +55,8 @@ pub enum Seen<'a> {
     Walk { gfn: u64, min_level: u8 },
     /// A walk begins, or goes on after a yield.
     Restart { gfn: Option<u64> },
-    /// Some entry changed, or something else happened with mmu_lock held.
-    Locked { entry: bool },
+    /// Some entry changed (its level and gfn), or something else happened with mmu_lock held.
+    Locked { entry: Option<(u8, u64)> },
     /// A vCPU loads a root, or drops obsolete ones.
     Roots,
     /// The recovery worker takes a table.
@@ -89,12 +89,12 @@ pub fn see<'a>(head: &Head<'a>, event: &Event<'a>) -> Seen<'a> {
         Event::AgeHva { start, end } => Seen::Age { start, end },
         Event::SmmTransition { vcpu, entering, .. } => Seen::Smm { vcpu, entering },
         Event::IterStart { gfn, min_level, .. } => Seen::Walk { gfn, min_level },
-        Event::SpteChanged { .. } => Seen::Locked { entry: true },
+        Event::SpteChanged { level, gfn, .. } => Seen::Locked { entry: Some((level, gfn)) },
         Event::ZapSp { .. } => Seen::NxZap,
         Event::ZapAllFast { .. }
         | Event::ZapRootPass { .. }
         | Event::ZapLeafs { .. }
-        | Event::SplitRoot { .. } => Seen::Locked { entry: false },
+        | Event::SplitRoot { .. } => Seen::Locked { entry: None },
         Event::Probe(probe) => match probe {
             Probe::IterRestart => Seen::Restart { gfn: keyed_gfn(head.text) },
             Probe::InvStart => Seen::UnmapBegin,
@@ -109,7 +109,7 @@ pub fn see<'a>(head: &Head<'a>, event: &Event<'a>) -> Seen<'a> {
             | Probe::ClearDirtySlot
             | Probe::ClearDirtyPtMasked
             | Probe::ZapCollapsible
-            | Probe::RecoverHugePages => Seen::Locked { entry: false },
+            | Probe::RecoverHugePages => Seen::Locked { entry: None },
             _ => Seen::Other(head.event),
         },
         _ => Seen::Other(head.event),

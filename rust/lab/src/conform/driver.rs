@@ -101,9 +101,11 @@ impl<'a> Actor<'a> {
         while let Some(at) = taken {
             let input = self.case.inputs[at];
             let done = match input.what {
-                What::Unmap { .. } | What::Age { .. } | What::Restart { .. } | What::Stat => {
-                    self.carry_out(at, &input)
-                }
+                What::Unmap { .. }
+                | What::Age { .. }
+                | What::Restart { .. }
+                | What::Resume { .. }
+                | What::Stat => self.carry_out(at, &input),
                 What::Smm { vcpu: of, entering } if of == id => {
                     if entering {
                         vcpu.enter_smm();
@@ -260,7 +262,10 @@ impl<'a> Actor<'a> {
             }
             What::NxZap => self.recovery_zaps(at as u32),
             What::Work => {
-                self.world.scribe.run_a_work(PATIENCE);
+                // A profile without workers queues nothing, whatever was recorded.
+                if self.world.all().iter().any(|machine| machine.vm.mmu().design().queue().is_some()) {
+                    self.world.scribe.run_a_work(PATIENCE);
+                }
                 Ok(())
             }
             What::Release => match self.world.machine(self.vm_of(input)) {
@@ -275,7 +280,7 @@ impl<'a> Actor<'a> {
                 }
                 Ok(())
             }
-            What::Leave | What::Restart { .. } => Ok(()),
+            What::Leave | What::Restart { .. } | What::Resume { .. } => Ok(()),
             What::Enter | What::Fault { .. } | What::Map { .. } | What::Walk { .. } => {
                 Err(format!("line {}: a guest runs in no VM that is known", input.line))
             }

@@ -105,6 +105,11 @@ pub enum What {
         /// Where it goes on, if that is recorded.
         gfn: Option<u64>,
     },
+    /// A walk goes on that kept mmu_lock while others faulted.
+    Resume {
+        /// Entries that the walk's operation had changed before they did.
+        after: u32,
+    },
     /// The VM's memory goes away (mmu_notifier release).
     Release,
     /// KVM's statistics were read here.
@@ -127,6 +132,7 @@ impl What {
             What::NxZap => "nx_recovery",
             What::Work => "worker",
             What::Restart { .. } => "restart",
+            What::Resume { .. } => "resume",
             What::Release => "release",
             What::Stat => "stat",
         }

@@ -23,6 +23,7 @@ use tdpmmu_trace::{Input as Source, Item, TraceReader};
 use super::ConformError;
 use super::blank::{Seen, see};
 use super::inputs::{AccessKind, Input, Landed, NO_OP, What};
+use super::order::{Place, interleave};
 use super::recorded::Recorded;
 use super::script::{Params, Script};
 
@@ -94,6 +95,8 @@ struct Loader {
     has_faults: bool,
     has_entries: bool,
     begun: Vec<bool>,
+    /// Where entries changed, without what they held.
+    changes: Vec<Place>,
 }
 
 /// Reads the recording in `dir`. `cancelled` is asked now and then.
@@ -132,6 +135,7 @@ pub fn load(dir: &Path, cancelled: &dyn Fn() -> bool) -> Result<Case, ConformErr
     if has_faults {
         loader.inputs.retain(|input| !matches!(input.what, What::Walk { .. }));
     }
+    interleave(&loader.script, &mut loader.inputs, &loader.changes, loader.names.len(), has_entries);
     Ok(Case {
         name: part(Some(&whole)),
         kernel: part(whole.parent()),
@@ -158,6 +162,7 @@ impl Loader {
             has_faults: false,
             has_entries: false,
             begun,
+            changes: Vec::new(),
         }
     }
 
@@ -262,9 +267,10 @@ impl Loader {
                 }
             }
             Seen::Locked { entry } => {
-                if entry {
+                if let Some((level, gfn)) = entry {
                     self.threads[t].begun = false;
                     self.threads[t].changed += 1;
+                    self.changes.push(Place { thread, line, level, gfn });
                 }
             }
             Seen::Roots => {

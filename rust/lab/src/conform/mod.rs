@@ -12,6 +12,7 @@
 //! | `script.rs` | what was done |
 //! | `blank.rs` | what of a line the predictor may see |
 //! | `load.rs`, `inputs.rs` | a recording becomes inputs |
+//! | `order.rs` | where walks and faults fall between each other |
 //! | `recorded.rs`, `names.rs` | what KVM did, with names for tables and roots |
 //! | `machine.rs`, `driver.rs`, `host.rs` | inputs become operations; the host's unspoken answers |
 //! | `thread.rs` | the baton |
@@ -30,6 +31,7 @@ mod inputs;
 mod load;
 mod machine;
 mod names;
+mod order;
 mod predict;
 mod recorded;
 mod report;
@@ -93,29 +95,47 @@ pub fn conform(paths: &[PathBuf], options: &ConformOptions) -> Result<Conform, C
 /// [`ConformError`].
 pub fn predict(path: &Path, options: &ConformOptions) -> Result<Prediction, ConformError> {
     let (case, profile, book) = run(path, options)?;
-    Ok(Prediction::new(&case, profile, &book))
+    Ok(Prediction::new(&case, profile.0, &book))
 }
 
-fn run(path: &Path, options: &ConformOptions) -> Result<(Case, String, Book), ConformError> {
+fn run(path: &Path, options: &ConformOptions) -> Result<(Case, (String, &'static str), Book), ConformError> {
     let control = options.control.clone();
     let case = load::load(path, &|| control.cancelled())?;
-    let (name, profile) = profile_of(&case, options.profile.as_deref())?;
+    let (profile, from) = profile_of(&case, options.profile.as_deref())?;
     let book = carry_out(&case, profile, &options.control)?;
-    Ok((case, name, book))
+    Ok((case, (profile.to_string(), from), book))
 }
 
-fn profile_of(case: &Case, asked: Option<&str>) -> Result<(String, KernelProfile), ConformError> {
-    let name = asked.unwrap_or(&case.kernel);
-    let profile = KernelProfile::named(name).map_err(|e| {
-        ConformError::Usage(match asked {
-            Some(_) => e.to_string(),
-            None => format!(
-                "{}: the folder above it is named {:?}, which is no profile; give one with --profile ({e})",
-                case.name, case.kernel
-            ),
-        })
-    })?;
-    Ok((profile.to_string(), profile))
+/// The profile asked for; else that of the folder's name; else, where that is a version, the newest that is not newer.
+fn profile_of(case: &Case, asked: Option<&str>) -> Result<(KernelProfile, &'static str), ConformError> {
+    if let Some(asked) = asked {
+        let named = KernelProfile::named(asked).map_err(|e| ConformError::Usage(e.to_string()))?;
+        return Ok((named, "option"));
+    }
+    let refused = match KernelProfile::named(&case.kernel) {
+        Ok(profile) => return Ok((profile, "folder")),
+        Err(refused) => refused,
+    };
+    let wanted = version(&case.kernel);
+    let known = KernelProfile::ALL.iter().filter_map(|profile| Some((version(profile.name)?, profile)));
+    // Of two profiles with one version the plain one.
+    let nearest = known
+        .filter(|(known, _)| wanted.is_some_and(|wanted| *known <= wanted))
+        .max_by_key(|(known, profile)| (*known, !profile.name.contains('-')));
+    match nearest {
+        Some((_, profile)) => Ok((*profile, "nearest")),
+        None => Err(ConformError::Usage(format!(
+            "{}: the folder above it is named {:?}, which is no profile; give one with --profile ({refused})",
+            case.name, case.kernel
+        ))),
+    }
+}
+
+/// Major and minor number at the beginning of a name.
+fn version(name: &str) -> Option<(u32, u32)> {
+    let (major, rest) = name.split_once('.')?;
+    let minor = rest.split(|c: char| !c.is_ascii_digit()).next()?;
+    Some((major.parse().ok()?, minor.parse().ok()?))
 }
 
 /// Lets the stage's threads play the inputs.
@@ -164,6 +184,7 @@ fn carry_out(case: &Case, profile: KernelProfile, control: &Control) -> Result<B
     }
     // VMs that the recording left alive.
     world.scribe.free_works(true);
-    let book = world.scribe.take_book();
+    let mut book = world.scribe.take_book();
+    book.yields = stage.yields();
     Ok(book)
 }

@@ -79,6 +79,8 @@ pub struct Book {
     pub outcomes: HashMap<u32, Outcome>,
     /// Inputs that an earlier one has carried out already, and that one.
     pub covered: HashMap<u32, u32>,
+    /// Yields that were taken.
+    pub yields: u64,
     /// Notes of the driver: inputs it could not carry out.
     pub notes: Vec<(u32, String)>,
     names: Names,

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use super::compare::{LISTED, PerKind};
+use super::inputs::What;
 use super::load::Case;
 
 /// All cases.
@@ -113,6 +114,8 @@ pub struct CaseReport {
     pub kernel: String,
     /// The profile whose rules were used.
     pub profile: String,
+    /// Who chose it: `option`, `folder`, or `nearest`, the newest that is not newer than the folder's version.
+    pub profile_from: &'static str,
     /// Operations in the script.
     pub operations: u64,
     /// Things that were carried out: operations, faults, notifications.
@@ -133,6 +136,10 @@ pub struct CaseReport {
     pub skipped: Vec<Skipped>,
     /// Transitions by cause.
     pub per_kind: PerKind,
+    /// Yields recorded.
+    pub yields: u64,
+    /// Of them, those that a walk of the engine took where it was recorded to.
+    pub yields_taken: u64,
     /// Epochs in which vCPUs raced, compared as multisets.
     pub races: u64,
     /// Tables that came; `null` where the recording does not tell.
@@ -146,11 +153,12 @@ pub struct CaseReport {
 }
 
 impl CaseReport {
-    pub(crate) fn new(case: &Case, profile: String) -> Self {
+    pub(crate) fn new(case: &Case, (profile, profile_from): (String, &'static str)) -> Self {
         Self {
             name: case.name.clone(),
             kernel: case.kernel.clone(),
             profile,
+            profile_from,
             operations: case.script.operations.len() as u64,
             inputs: case.inputs.len() as u64,
             expected: 0,
@@ -161,6 +169,9 @@ impl CaseReport {
             mismatches: Vec::new(),
             skipped: Vec::new(),
             per_kind: PerKind::new(),
+            yields: case.inputs.iter().filter(|input| matches!(input.what, What::Restart { .. })).count()
+                as u64,
+            yields_taken: 0,
             races: 0,
             births: None,
             deaths: None,

@@ -4,10 +4,12 @@
 //! here after as many changed entries, and what other threads did meanwhile is done meanwhile.
 //!
 //! **Mechanism.** The stage hands input after input to its owner. An operation that yields hands the baton on from inside, and gets it back at its
-//! `iter_restart`: that is why threads are needed at all, since a walk in the middle lives on a stack. Where nothing yields, nothing is ever handed over in the middle. A stage
+//! `iter_restart`: that is why threads are needed at all, since a walk in the middle lives on a stack. A walk that holds the lock shared stands aside for the faults that were recorded
+//! between its changes, without giving the lock up. Where nothing of the kind happened, nothing is ever handed over in the middle. A stage
 //! that stands still for [`PATIENCE`] fails the case, and says where.
 
 use std::cell::Cell;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -49,6 +51,7 @@ pub struct Stage {
     following: Vec<u32>,
     state: Mutex<State>,
     turns: Vec<Condvar>,
+    yields: AtomicU64,
 }
 
 const NONE: u32 = u32::MAX;
@@ -67,6 +70,7 @@ impl Stage {
             following,
             state: Mutex::new(State { next: 0, busy: false, stopped: false, failure: None }),
             turns: (0..threads).map(|_| Condvar::new()).collect(),
+            yields: AtomicU64::new(0),
         }
     }
 
@@ -104,7 +108,7 @@ impl Stage {
         state.next += 1;
         state.busy = true;
         drop(state);
-        if !matches!(self.inputs[at].what, What::Restart { .. }) {
+        if !matches!(self.inputs[at].what, What::Restart { .. } | What::Resume { .. }) {
             CHANGED.set(0);
         }
         CURRENT.set(Some((thread, at as u32)));
@@ -136,35 +140,58 @@ impl Stage {
         self.stop_locked(&mut state);
     }
 
+    /// Yields that were recorded and taken.
+    pub fn yields(&self) -> u64 {
+        self.yields.load(Ordering::Relaxed)
+    }
+
     /// Why it failed.
     pub fn failure(&self) -> Option<String> {
         self.state().failure.clone()
     }
 
-    /// Is the next input of the calling thread a restart, and where?
-    fn planned(&self) -> Option<(u32, Option<u64>)> {
+    /// Where the walk that the calling thread is in gives way next: after how many changes, from which gfn on, and whether it keeps its lock.
+    fn planned(&self) -> Option<(u32, Option<u64>, bool)> {
         let (_, at) = CURRENT.get()?;
         let next = self.inputs.get(*self.following.get(at as usize)? as usize)?;
         match next.what {
-            What::Restart { after, gfn } => Some((after, gfn)),
+            What::Restart { after, gfn } => Some((after, gfn, false)),
+            What::Resume { after } => Some((after, None, true)),
             _ => None,
         }
+    }
+
+    /// Hands the baton on from inside an operation and waits for the input at which it goes on.
+    /// False: the case has ended meanwhile.
+    fn stand_aside(&self) -> bool {
+        let Some((thread, _)) = CURRENT.get() else { return false };
+        self.release(thread);
+        self.take(thread).is_some()
     }
 }
 
 impl Pace for Stage {
     fn wants_yield(&self, _task: u32, at: YieldPoint) -> bool {
-        let Some((after, gfn)) = self.planned() else { return false };
-        CHANGED.get() >= after && gfn.is_none_or(|gfn| at.gfn >= gfn)
+        while let Some((after, gfn, keeps)) = self.planned() {
+            if CHANGED.get() < after || gfn.is_some_and(|gfn| at.gfn < gfn) {
+                return false;
+            }
+            if !keeps {
+                return true;
+            }
+            // The lock stays with the walk: it is shared, and so is what the others want (`order.rs`).
+            if !self.stand_aside() {
+                return false;
+            }
+        }
+        false
     }
 
     fn unlocked(&self, _task: u32) {
-        let Some((thread, _)) = CURRENT.get() else { return };
-        if self.planned().is_none_or(|(after, _)| CHANGED.get() < after) {
-            // Given up for an allocation, where the recording has no restart of its own.
-            return;
+        // Also called where the lock is given up for an allocation: then the recording may have no restart of its own.
+        if self.planned().is_some_and(|(after, _, keeps)| !keeps && CHANGED.get() >= after) {
+            self.yields.fetch_add(1, Ordering::Relaxed);
+            self.stand_aside();
         }
-        self.release(thread);
-        let _restarted = self.take(thread);
     }
 }

@@ -61,12 +61,13 @@ pub struct Verdict {
 }
 
 /// Compares a recording with the book of its prediction.
-pub fn compare(case: &mut Case, profile: String, mut book: Book) -> CaseReport {
+pub fn compare(case: &mut Case, profile: (String, &'static str), mut book: Book) -> CaseReport {
     if !case.has_faults {
         rename_frames(case.recorded.transitions.iter_mut().map(|t| &mut t.change));
         rename_frames(book.transitions.iter_mut().map(|t| &mut t.change));
     }
     let mut report = CaseReport::new(case, profile);
+    report.yields_taken = book.yields;
     let groups = groups::build(case, &book);
     report.races = groups.values().filter(|group| matches!(group.key, Key::Race(_))).count() as u64;
     for group in groups.values() {
