@@ -1,7 +1,7 @@
 //! Zaps: a root in passes of falling granularity, a range of leaves, everything.
 //!
 //! **Guarantee.** After [`TdpMmu::zap_root`] nothing present is left under the root, if nobody may install there any more (the root is invalid, or the VM
-//! dead). A zap of leaves frees no table, so its flush may be paid by the caller; a zap of a root owes no flush, since no guest can run on the root: the request that went with its
+//! dead). A zap of leaves frees no table (up to 5.17 it does, and flushes each at once), so its flush may be paid by the caller; a zap of a root owes no flush, since no guest can run on the root: the request that went with its
 //! invalidation was acknowledged, and loading a root flushes its tag (F6).
 //!
 //! **Mechanism.** A pass of level Z walks down to Z and empties every present entry at or below it; a table removed there takes its subtree with it in one unyielding
@@ -159,9 +159,22 @@ impl<P: Platform> TdpMmu<P> {
         range: Range<u64>,
         may_block: bool,
     ) -> FlushDebt {
+        self.unmap_owing(guard, as_id, range, may_block, FlushDebt::none())
+    }
+
+    /// [`TdpMmu::unmap`] of one range after others in the same hold: takes over what they owe, pays it before a yield, and returns what is owed then. (KVM keeps the debt of each
+    /// slot apart until the end: who finds nothing left to zap while it yields in the next one returns to the host unflushed.)
+    pub fn unmap_owing(
+        &self,
+        guard: &mut Guard<'_, P, Exclusive>,
+        as_id: u8,
+        range: Range<u64>,
+        may_block: bool,
+        debt: FlushDebt,
+    ) -> FlushDebt {
         let yields = if may_block { Yield::Allowed } else { Yield::Never };
         let which = if self.profile().unmap_invalid_roots { Which::All } else { Which::Valid };
-        self.zap_leafs_of(guard, which, Some(as_id), &range, yields, FlushDebt::none())
+        self.zap_leafs_of(guard, which, Some(as_id), &range, yields, debt)
     }
 
     /// [`TdpMmu::zap_leafs`] under each root of `which`, of one address space or of both; takes over `debt` and returns what is owed then.

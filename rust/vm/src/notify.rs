@@ -48,7 +48,7 @@ impl<P: Platform> Vm<P> {
             side.invalidation.begin(&guard, cover);
             let mut debt = FlushDebt::none();
             for (as_id, gfns) in ranges {
-                debt.merge(mmu.unmap(&mut guard, as_id, gfns, may_block));
+                debt = mmu.unmap_owing(&mut guard, as_id, gfns, may_block, debt);
             }
             mmu.pay(task, &mut debt);
         }

@@ -196,3 +196,39 @@ fn while_logging_is_turned_on_or_off_a_vcpu_goes_on_and_what_it_writes_is_marked
         assert_clean(&vm);
     }
 }
+
+#[test]
+fn an_unmap_that_gives_way_in_its_second_slot_has_flushed_the_first() {
+    for kernel in ["6.1", "6.12", "7.2"] {
+        let (vm, _) = small(kernel, |config| config.vcpus = 2);
+        let task = vm.task("vmm", TaskRole::Caller);
+        let hva = 1 << 30;
+        // The same host memory at two places of the guest: the walk of the first ends with its leaf, that of the second gives way.
+        for (id, base) in [(0, 0), (1, 4096)] {
+            let region = Region { id, as_id: 0, base, pages: 512, hva, flags: flags(false, false) };
+            vm.set_memslot(&task, &region).expect("free");
+        }
+        let mut vcpu = vm.vcpu(0).expect("free");
+        for gfn in [6, 4096 + 100] {
+            vcpu.map_page(GuestAccess::write(gfn), page(0x100 + gfn % 4096), false).expect("memory");
+        }
+        let before = vm.stats().remote_tlb_flush_requests;
+        let mut beside = 0;
+        let yields = interleave(
+            &vm,
+            |task| vm.notifier_unmap(task, hva + 5..hva + 7).expect("open"),
+            |_| {
+                if leaf(&vcpu, 6).is_none() {
+                    // Whoever unmaps the page now finds nothing to flush, and its host frame is free when it returns.
+                    assert!(vm.stats().remote_tlb_flush_requests > before, "{kernel}");
+                    vm.notifier_unmap(&vm.task("ksmd", TaskRole::Caller), hva + 6..hva + 7).expect("open");
+                    beside += 1;
+                }
+            },
+        );
+        assert!(yields > 0 && beside > 0, "{kernel}: {yields} {beside}");
+        assert_eq!(vm.stats().remote_tlb_flush_requests, before + 1, "{kernel}: once");
+        drop(vcpu);
+        assert_clean(&vm);
+    }
+}
