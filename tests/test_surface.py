@@ -624,6 +624,9 @@ OTHERS = (
     ("6.1", {"mmu_owns_roots": False}),
     ("5.18", {"mmu_owns_roots": True}),
     ("5.18", {"drops_all_roots": True}),
+    ("5.18", {"unmap_frees_tables": True}),
+    ("5.18", {"protects_what_is_writable": True}),
+    ("5.18", {"marks_again": True}),
     ("5.10", {"keeps_roots": False}),
     ("5.10", {"all_set_protects": False}),
 )

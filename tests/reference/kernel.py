@@ -34,6 +34,10 @@ class Kernel:
     #: A fault on a page that logs marks it whenever it makes the leaf writable (6.1), also over one that was.
     marks_again: bool = True
     change_pte: bool = False
+    #: An unmap takes the tables along that lie inside its range (up to 5.17).
+    unmap_frees_tables: bool = False
+    #: A gfn is protected only if its leaf can be written as it is (up to 5.16), not if it could be made so.
+    protects_what_is_writable: bool = False
     slot_zap_quirk: bool = True
     #: Per-size counts of leafs (5.15).
     counts_pages: bool = True
@@ -51,7 +55,15 @@ V6_6 = replace(V6_9, name="6.6")
 V6_1 = replace(V6_6, name="6.1", fault_splits=False, any_table_steps_down=True, recovery_skips_logged=False)
 V6_1_ASYNC = replace(V6_1, name="6.1-async", design="async-worker", mmu_owns_roots=False)
 V5_18 = replace(V6_1_ASYNC, name="5.18", collapse="leafs", marks_again=False)
-V5_15 = replace(V5_18, name="5.15", design="inline", eager_split=False, drops_all_roots=True)
+V5_15 = replace(
+    V5_18,
+    name="5.15",
+    design="inline",
+    eager_split=False,
+    drops_all_roots=True,
+    unmap_frees_tables=True,
+    protects_what_is_writable=True,
+)
 V5_10 = replace(
     V5_15,
     name="5.10",

@@ -275,6 +275,10 @@ class Machine:
     def _zap_leafs(self, space: int, start: int, end: int) -> None:
         tree = self.trees[space]
         if tree is not None:
+            if self.kernel.unmap_frees_tables:
+                inside = [k for k in tree.tables if start <= k[1] and k[1] + SPAN[k[0]] <= end]
+                for key in inside:
+                    self._forget(space, tree.remove(*key))
             for key in tree.within(start, end):
                 del tree.leafs[key]
         self._flush()
@@ -378,11 +382,15 @@ class Machine:
             raise Refused
         tree = self.trees[space]
         found = tree.find(gfn) if tree else None
-        if found is None or not found[1].flags & MMU_W:
+        if found is None or not found[1].flags & self._protectable:
             return False
         found[1].flags &= ~(W | MMU_W)
         self._flush()
         return True
+
+    @property
+    def _protectable(self) -> int:
+        return W if self.kernel.protects_what_is_writable else MMU_W
 
     def set_nx(self, on: bool) -> bool:
         if self.nx == on:
@@ -460,7 +468,7 @@ class Machine:
             ends = {first} if down(first + RUN - 1, 2) == down(last + RUN - 1, 2) else {first, last}
             for gfn in ends:
                 found = tree.find(gfn)
-                if found and found[0][0] >= 2:
+                if found and found[0][0] >= 2 and found[1].flags & self._protectable:
                     found[1].flags &= ~(W | MMU_W)
         for gfn in gfns:
             leaf = tree.leafs.get((1, gfn))
