@@ -239,3 +239,15 @@ def test_an_interrupt_is_130_and_prompt(tmp_path: Path) -> None:
         assert child.wait(timeout=20) == 130
         assert child.stderr is not None
         assert b"Traceback" not in child.stderr.read()
+
+
+def test_info_prints_the_kernels_and_their_switches(cli: Cli, tmp_path: Path) -> None:
+    ran = cli("info", "--profiles")
+    assert ran.code == 0, ran.err
+    assert "collapse" in ran.out
+    assert "    zap-freeze: 6.1-async, 6.1, 6.6, 6.9, 6.12" in ran.out
+    raw = json.loads(cli("info", "--profiles", "--json").out)
+    assert raw["schema"] == "tdpmmu.profiles/1"
+    assert raw["profiles"][-1] == "7.2"
+    assert cli("info", "--profiles", "-o", tmp_path / "p.csv", "-q").code == 0
+    assert (tmp_path / "p.csv").read_text().startswith("switch,5.10,")
