@@ -27,8 +27,8 @@
 //! the design, root-load-lock, root-free-lock, unmap-invalid-roots, invalid-root-owes-flush, children-first, page-stats.
 //! Faults: atomic-zap, split-in-fault, replace-flush, remake-dirty, spurious-if-allowed, mark-dirty, fast-page-fault,
 //! stale-root-check, write-back. NX: nx-recovery-lock, nx-zap, nx-skips-dirty-slots, nx-adjust-flag-test, nx-flag-before-publish.
-//! Notifiers: unmap-frees-tables, notifier-unit, notifier-range-all, zap-range-roots, zap-range-by-space, aging, aging-write, aging-roots, ad-in-software,
-//! set-spte-gfn. Dirty logging: eager-split, clear-split-inclusive, init-set-protects-huge, clear-dirty-roots, clear-dirty-write,
+//! Notifiers: unmap-frees-tables, notifier-unit, notifier-range-all, zap-range-roots, zap-range-by-space, aging, aging-write, aging-roots, aging-flush,
+//! ad-in-software, set-spte-gfn. Prefaults: prefault-retries-invalid-slot. Dirty logging: eager-split, clear-split-inclusive, init-set-protects-huge, clear-dirty-roots, clear-dirty-write,
 //! dirty-or-write, protect-gfn-needs-w, collapse. Memslots: slot-zap-quirk.
 //!
 //! The others are on record only, and changing them changes nothing. Nobody here could tell: level-mismatch-retries (a descent of this
@@ -36,8 +36,9 @@
 //! empty by then). Done in one way for all: shared faults (fault-lock), RCU (grace), the `yielded` flag (yield), an
 //! exchange for volatile leaves (exclusive-write).
 //!
-//! So 5.10 and 5.15 run here without their plain stores under the exclusive lock, which lose Dirty and Accessed bits; 5.10's spinlock, immediate frees and own design (in-place) are not built either. What 5.15
-//! does to invalid roots on an unmap (it skips them) and in a fault (it maps under them) is.
+//! So 5.10 and 5.15 run here without their plain stores under the exclusive lock, which lose Dirty and Accessed bits; 5.10's spinlock and immediate frees are not
+//! built either. What 5.15 does to invalid roots on an unmap (it skips them) and in a fault (it maps under them) is. Up to 5.16 the lockless fault leaves every
+//! huge leaf to the slow path; here it leaves only those of slots that log, as since 10c30de01921 (5.17).
 
 use std::fmt;
 
