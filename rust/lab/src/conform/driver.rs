@@ -268,7 +268,7 @@ impl<'a> Actor<'a> {
                 }
                 Ok(())
             }
-            What::Release => match self.world.machine(self.vm_of(input)) {
+            What::Release => match self.world.machine(self.vm_of(input)).or_else(|| self.world.newest()) {
                 Some(machine) => self.release(&machine, input.op),
                 None => Ok(()),
             },
@@ -280,7 +280,7 @@ impl<'a> Actor<'a> {
                 }
                 Ok(())
             }
-            What::Leave | What::Restart { .. } | What::Resume { .. } => Ok(()),
+            What::Nothing | What::Leave | What::Restart { .. } | What::Resume { .. } => Ok(()),
             What::Enter | What::Fault { .. } | What::Map { .. } | What::Walk { .. } => {
                 Err(format!("line {}: a guest runs in no VM that is known", input.line))
             }
@@ -467,6 +467,11 @@ impl<'a> Actor<'a> {
 
     fn set_memslot(&mut self, machine: &Machine, op: &Operation) -> Result<(), String> {
         let get = |key: &str| op.number_of(key).unwrap_or(0);
+        for key in ["slot", "size", "hva"] {
+            if op.number_of(key).is_none() && (key != "hva" || get("size") != 0) {
+                return Err(format!("operation {}: {key} is missing, or no number", op.number));
+            }
+        }
         let (as_id, id) = (get("as") as u8, get("slot") as u16);
         let flags = get("flags");
         let region = Region {
@@ -542,8 +547,9 @@ fn slot_of(number: u64) -> (u8, u16) {
     ((number >> 16) as u8, (number & 0xffff) as u16)
 }
 
-/// Lets `set` change the entry that maps `gfn` under `root`, as hardware does: without a lock, and only what is present.
-fn touch_leaf(mmu: &TdpMmu<Real>, root: u32, gfn: u64, bits: impl Fn(u64) -> u64) -> Option<(u8, u64)> {
+/// Adds `bits` to the leaf that maps `gfn` under `root`, as hardware does: without a lock, and only what is present. The leaf's level and what was added, or the level
+/// at which nothing is mapped.
+fn touch_leaf(mmu: &TdpMmu<Real>, root: u32, gfn: u64, bits: impl Fn(u64) -> u64) -> Result<(u8, u64), u8> {
     let format = mmu.format();
     let (mut table, mut level) = (root, mmu.root_level());
     loop {
@@ -554,10 +560,10 @@ fn touch_leaf(mmu: &TdpMmu<Real>, root: u32, gfn: u64, bits: impl Fn(u64) -> u64
             if more != 0 {
                 cell.fetch_or(more, std::sync::atomic::Ordering::AcqRel);
             }
-            return Some((level, more));
+            return Ok((level, more));
         }
         if !seen.is_table(level) || format.is_frozen(seen) {
-            return None;
+            return Err(level);
         }
         table = seen.pfn() as u32;
         level -= 1;
@@ -587,13 +593,13 @@ fn access_all(vm: &Vm<Real>, hvas: std::ops::Range<u64>, scribe: &super::predict
             let mut gfn = gfns.start;
             while gfn < gfns.end {
                 match touch_leaf(mmu, root, gfn, |value| NPT_ACCESSED & !value) {
-                    Some((level, more)) => {
+                    Ok((level, more)) => {
                         if more != 0 {
                             forced.push((as_id, level, round_down(gfn, level)));
                         }
                         gfn = round_down(gfn, level) + span(level);
                     }
-                    None => gfn += 1,
+                    Err(level) => gfn = round_down(gfn, level) + span(level),
                 }
             }
         }

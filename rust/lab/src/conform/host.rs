@@ -143,6 +143,9 @@ impl HostMemory {
 
     /// MADV_NOHUGEPAGE, or its end, for pages `[start, end)`.
     pub fn advise_small(&mut self, start: u64, end: u64, small: bool) {
+        if end <= start || end - start > PAGES_1G * 1024 {
+            return;
+        }
         for piece in start / PAGES_2M..end.div_ceil(PAGES_2M) {
             if small {
                 self.small.insert(piece);
@@ -154,6 +157,9 @@ impl HostMemory {
 
     /// The host has gathered pages `[start, end)` into huge ones (MADV_COLLAPSE).
     pub fn gathered(&mut self, start: u64, end: u64) {
+        if end <= start || end - start > PAGES_1G * 1024 {
+            return;
+        }
         for piece in start.div_ceil(PAGES_2M)..end / PAGES_2M {
             if self.kind_at(piece * PAGES_2M) == Some(Kind::Transparent) {
                 self.known.insert(piece, 2);

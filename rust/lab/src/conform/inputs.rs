@@ -32,6 +32,8 @@ pub enum Landed {
 /// One thing that happened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum What {
+    /// Was found to belong elsewhere.
+    Nothing,
     /// The operation itself.
     Script,
     /// A vCPU enters the guest: requests are serviced, a root is loaded.
@@ -120,6 +122,7 @@ impl What {
     /// Its name in results.
     pub fn name(&self) -> &'static str {
         match self {
+            What::Nothing => "nothing",
             What::Script => "operation",
             What::Enter => "enter",
             What::Leave => "leave",

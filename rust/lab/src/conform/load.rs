@@ -49,6 +49,8 @@ pub struct Case {
     pub recorded: Recorded,
     /// Operations that cannot be carried out, and why.
     pub skipped: Vec<(u32, String)>,
+    /// Numbers of operations that the trace has and the script has not.
+    pub strangers: Vec<u64>,
 }
 
 /// The trace of the recording in `dir`.
@@ -70,8 +72,8 @@ struct Thread {
     fault: Option<Fault>,
     /// Index of the input of a fault in its mapping part.
     mapping: Option<usize>,
-    /// Announced and not begun.
-    notice: Option<What>,
+    /// Announced, and not known to have begun: index of its input.
+    notice: Option<usize>,
     /// Invalidations that it is inside of.
     notified: u32,
     /// A walk was begun and its own restart is still to be printed.
@@ -88,7 +90,9 @@ struct Fault {
 
 struct Loader {
     script: Script,
-    ids: HashMap<(u32, Vec<u8>), u32>,
+    ids: HashMap<u32, u32>,
+    /// Operations of the trace that the script does not know.
+    strangers: Vec<u64>,
     names: Vec<String>,
     threads: Vec<Thread>,
     inputs: Vec<Input>,
@@ -135,6 +139,7 @@ pub fn load(dir: &Path, cancelled: &dyn Fn() -> bool) -> Result<Case, ConformErr
     if has_faults {
         loader.inputs.retain(|input| !matches!(input.what, What::Walk { .. }));
     }
+    loader.inputs.retain(|input| input.what != What::Nothing);
     interleave(&loader.script, &mut loader.inputs, &loader.changes, loader.names.len(), has_entries);
     Ok(Case {
         name: part(Some(&whole)),
@@ -147,6 +152,7 @@ pub fn load(dir: &Path, cancelled: &dyn Fn() -> bool) -> Result<Case, ConformErr
         has_entries,
         recorded,
         skipped,
+        strangers: loader.strangers,
     })
 }
 
@@ -156,6 +162,7 @@ impl Loader {
         Self {
             script,
             ids: HashMap::new(),
+            strangers: Vec::new(),
             names: Vec::new(),
             threads: Vec::new(),
             inputs: Vec::new(),
@@ -167,11 +174,12 @@ impl Loader {
     }
 
     fn thread(&mut self, pid: u32, comm: &[u8]) -> u32 {
-        if let Some(&id) = self.ids.get(&(pid, comm.to_vec())) {
+        // By its number: a thread may rename itself.
+        if let Some(&id) = self.ids.get(&pid) {
             return id;
         }
         let id = self.threads.len() as u32;
-        self.ids.insert((pid, comm.to_vec()), id);
+        self.ids.insert(pid, id);
         self.names.push(format!("{}-{pid}", String::from_utf8_lossy(comm)));
         self.threads.push(Thread::default());
         id
@@ -187,7 +195,11 @@ impl Loader {
 
     fn never_began(&self) -> Vec<(u32, String)> {
         let missing = self.begun.iter().enumerate().filter(|(_, begun)| !**begun);
-        missing.map(|(at, _)| (at as u32, "the trace has no begin of it".to_owned())).collect()
+        let open = self.threads.iter().filter(|thread| thread.waiting).filter_map(|thread| thread.ops.last());
+        missing
+            .map(|(at, _)| (at as u32, "the trace has no begin of it".to_owned()))
+            .chain(open.map(|&op| (op, "the trace has no end of it".to_owned())))
+            .collect()
     }
 
     fn push(&mut self, thread: u32, line: u64, what: What) -> usize {
@@ -240,13 +252,17 @@ impl Loader {
                 let writes =
                     matches!(self.kind(self.op_of(thread)), "touch" | "pre_fault_memory" | "host_write");
                 let inner = writes || self.threads[t].notified > 1;
-                self.threads[t].notice = Some(What::Unmap { start, end, inner });
+                let at = self.push(thread, line, What::Unmap { start, end, inner });
+                self.threads[t].notice = Some(at);
                 // Without probes of begin and end an announcement is all there is.
                 self.threads[t].notified = self.threads[t].notified.max(1);
             }
             Seen::UnmapBegin => self.threads[t].notified += 1,
             Seen::UnmapEnd => self.threads[t].notified = self.threads[t].notified.saturating_sub(1),
-            Seen::Age { start, end } => self.threads[t].notice = Some(What::Age { start, end }),
+            Seen::Age { start, end } => {
+                let at = self.push(thread, line, What::Age { start, end });
+                self.threads[t].notice = Some(at);
+            }
             Seen::Smm { vcpu, entering } => {
                 if self.kind(self.op_of(thread)) == "set_smm" {
                     self.threads[t].waiting = false;
@@ -298,7 +314,11 @@ impl Loader {
     /// What this line proves to have begun.
     fn before(&mut self, thread: u32, line: u64, seen: &Seen<'_>) {
         let t = thread as usize;
-        if let Some(notice) = self.threads[t].notice.take() {
+        if let Some(at) = self.threads[t].notice.take()
+            && matches!(seen, Seen::Locked { .. } | Seen::Walk { .. })
+        {
+            // It has the lock now; what others did since the announcement came before it.
+            let notice = std::mem::replace(&mut self.inputs[at].what, What::Nothing);
             self.push(thread, line, notice);
         }
         if self.threads[t].enters && !matches!(seen, Seen::Begin(_)) {
@@ -332,8 +352,15 @@ impl Loader {
     }
 
     fn begin(&mut self, thread: u32, line: u64, number: u64) {
-        let Some(op) = self.script.index(number) else { return };
+        let Some(op) = self.script.index(number) else {
+            self.strangers.push(number);
+            return;
+        };
         self.begun[op as usize] = true;
+        // The one before has no end, and did nothing under the lock: it is over.
+        if std::mem::take(&mut self.threads[thread as usize].waiting) {
+            self.push(thread, line, What::Script);
+        }
         let t = &mut self.threads[thread as usize];
         t.ops.push(op);
         t.fault = None;

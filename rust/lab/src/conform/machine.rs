@@ -8,7 +8,7 @@ use tdpmmu_spte::KernelProfile;
 use tdpmmu_vm::{Vm, VmConfig};
 
 use super::host::HostMemory;
-use super::predict::Scribe;
+use super::predict::{Ear, Scribe};
 use super::script::Params;
 
 /// One VM of the recording.
@@ -95,6 +95,11 @@ impl World {
         }
     }
 
+    /// The VM made last: the first of which an exiting process takes leave.
+    pub fn newest(&self) -> Option<Arc<Machine>> {
+        self.machines().live.values().next_back().cloned()
+    }
+
     /// Every live VM.
     pub fn all(&self) -> Vec<Arc<Machine>> {
         self.machines().live.values().cloned().collect()
@@ -115,7 +120,7 @@ impl World {
         config.host_pages = 1 << 18;
         config.max_tables = 1 << 18;
         config.task = self.task_config();
-        config.observer = Some(self.scribe.clone());
+        config.observer = Some(Arc::new(Ear { scribe: self.scribe.clone(), vm: id }));
         config.eager_page_split = params.eager_page_split;
         config.nx_huge_pages = params.nx_huge_pages;
         config.host_level =

@@ -176,14 +176,14 @@ fn carry_out(case: &Case, profile: KernelProfile, control: &Control) -> Result<B
             std::thread::park_timeout(std::time::Duration::from_millis(1));
         }
     });
+    // Works that are held back would hold up the end of VMs that the recording left alive, or that a failure did.
+    world.scribe.free_works(true);
     if control.cancelled() {
         return Err(ConformError::Cancelled);
     }
     if let Some(failure) = stage.failure() {
         return Err(engine(failure));
     }
-    // VMs that the recording left alive.
-    world.scribe.free_works(true);
     let mut book = world.scribe.take_book();
     book.yields = stage.yields();
     Ok(book)

@@ -64,27 +64,34 @@ pub fn bits_of(value: u64) -> u64 {
     value & !PFN
 }
 
+/// Where an entry is: address space, level, gfn.
+type Place = (u8, u8, u64);
+
 /// Gives names, in the order of events.
 #[derive(Default)]
 pub struct Names {
-    tables: HashMap<u64, u64>,
-    installed: HashMap<(u8, u8, u64), u64>,
+    /// By VM and frame: the place that points to the table, and its number there.
+    tables: HashMap<(u64, u64), (Place, u64)>,
+    installed: HashMap<Place, u64>,
 }
 
 impl Names {
-    /// The change `old -> new`, named.
-    pub fn change(&mut self, root: u32, as_id: u8, gfn: u64, level: u8, old: u64, new: u64) -> Change {
+    /// The change `old -> new`, named. `vm`: whose page numbers these are, where they are not the machine's.
+    pub fn change(&mut self, vm: u64, root: u32, at: (u8, u64, u8), old: u64, new: u64) -> Change {
+        let (as_id, gfn, level) = at;
+        let place = (as_id, level, gfn);
         let old = if is_table(old, level) {
-            let name = self.tables.get(&(old & PFN)).copied().unwrap_or(NO_TABLE);
-            bits_of(old) | name << 12
+            // A table that hangs elsewhere, or was never seen to be installed, has no name here.
+            let known = self.tables.get(&(vm, old & PFN)).filter(|(there, _)| *there == place);
+            bits_of(old) | known.map_or(NO_TABLE, |(_, name)| *name) << 12
         } else {
             old
         };
         let new = if is_table(new, level) {
-            let count = self.installed.entry((as_id, level, gfn)).or_default();
+            let count = self.installed.entry(place).or_default();
             let name = *count;
             *count += 1;
-            self.tables.insert(new & PFN, name);
+            self.tables.insert((vm, new & PFN), (place, name));
             bits_of(new) | name << 12
         } else {
             new
@@ -115,9 +122,9 @@ mod tests {
         let run = |pages: [u64; 2]| {
             let mut names = Names::default();
             [
-                names.change(0, 0, 0x200, 2, 0, pages[0] << 12 | 0x827),
-                names.change(0, 0, 0x200, 2, pages[0] << 12 | 0x827, 0),
-                names.change(0, 0, 0x200, 2, 0, pages[1] << 12 | 0x827),
+                names.change(0, 0, (0, 0x200, 2), 0, pages[0] << 12 | 0x827),
+                names.change(0, 0, (0, 0x200, 2), pages[0] << 12 | 0x827, 0),
+                names.change(0, 0, (0, 0x200, 2), 0, pages[1] << 12 | 0x827),
             ]
         };
         assert_eq!(run([7, 9]), run([100, 3]));
@@ -129,9 +136,9 @@ mod tests {
     fn frames_of_leaves_are_kept_unless_they_were_invented() {
         let mut names = Names::default();
         let mut changes = [
-            names.change(0, 0, 1, 1, 0, 0x1234e67),
-            names.change(0, 0, 2, 1, 0, 0x9999e67),
-            names.change(0, 0, 1, 1, 0x1234e67, 0x5a0),
+            names.change(0, 0, (0, 1, 1), 0, 0x1234e67),
+            names.change(0, 0, (0, 2, 1), 0, 0x9999e67),
+            names.change(0, 0, (0, 1, 1), 0x1234e67, 0x5a0),
         ];
         assert_eq!(changes[0].new, 0x1234e67);
         rename_frames(changes.iter_mut());

@@ -7,7 +7,7 @@
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fmt::Write as _;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -84,11 +84,10 @@ pub struct Book {
     /// Notes of the driver: inputs it could not carry out.
     pub notes: Vec<(u32, String)>,
     names: Names,
-    roots: HashMap<u32, u32>,
+    roots: HashMap<(u64, u32), u32>,
     root_counts: [u32; 2],
     /// Places whose Accessed bit was set by the driver, for the input at hand.
     forced: HashSet<(u8, u8, u64)>,
-    tables: HashMap<u32, u32>,
 }
 
 /// Works of the zap queue: how many were queued, begun, ended, and how many may begin.
@@ -173,14 +172,28 @@ impl Scribe {
     }
 }
 
-impl Observer for Scribe {
+/// The scribe's ear in one VM: page numbers mean something within one only.
+pub struct Ear {
+    /// Who writes.
+    pub scribe: Arc<Scribe>,
+    /// Unique among the VMs of a case.
+    pub vm: u64,
+}
+
+impl Observer for Ear {
     fn event(&self, _task: u32, event: &Event) {
+        self.scribe.hear(self.vm, event);
+    }
+}
+
+impl Scribe {
+    fn hear(&self, vm: u64, event: &Event) {
         match *event {
             Event::SpteChanged { as_id, root, gfn, level, old, new, .. } => {
                 let mut book = self.book();
                 let book = &mut *book;
-                let root = book.roots.get(&root).copied().unwrap_or(NO_ROOT);
-                let change = book.names.change(root, as_id, gfn, level, old, new);
+                let root = book.roots.get(&(vm, root)).copied().unwrap_or(NO_ROOT);
+                let change = book.names.change(vm, root, (as_id, gfn, level), old, new);
                 let optional = !book.forced.is_empty() && book.forced.contains(&(as_id, level, gfn));
                 let input = current().map_or(NO_INPUT, |(_, input)| input);
                 book.transitions.push(Predicted { input, change, optional });
@@ -191,13 +204,12 @@ impl Observer for Scribe {
                 let as_id = Role(role).as_id();
                 let n = book.root_counts[usize::from(as_id)];
                 book.root_counts[usize::from(as_id)] += 1;
-                book.roots.insert(root, root_name(as_id, n));
+                book.roots.insert((vm, root), root_name(as_id, n));
             }
-            Event::TableAlloc { table, level, gfn } => {
+            Event::TableAlloc { level, gfn, .. } => {
                 let input = current().map_or(NO_INPUT, |(_, input)| input);
                 let mut book = self.book();
                 book.lives.push(PredictedLife { input, birth: true, level, gfn });
-                book.tables.insert(table, input);
             }
             Event::TableUnlink { level, gfn, .. } => {
                 let input = current().map_or(NO_INPUT, |(_, input)| input);

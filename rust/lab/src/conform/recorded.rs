@@ -102,7 +102,7 @@ impl Recorded {
         match *event {
             Event::SpteChanged { as_id, gfn, level, old, new } => {
                 let root = self.current.get(&thread).copied().unwrap_or(NO_ROOT);
-                let change = self.names.change(root, as_id, gfn, level, old, new);
+                let change = self.names.change(0, root, (as_id, gfn, level), old, new);
                 self.transitions.push(Transition { line, thread, op, change });
             }
             Event::GetPage { page, created: true } => {

@@ -4,7 +4,7 @@
 //! may have more of them than the predicted one, never fewer, and the new value exactly those more; where a table gives way to a leaf, the
 //! leaf inherits what hardware did to the children.
 
-use crate::conform::names::{Change, NO_ROOT, NO_TABLE, is_leaf, is_table, table_of};
+use crate::conform::names::{Change, NO_ROOT, is_leaf, is_table};
 
 const ACCESSED: u64 = 1 << 5;
 const DIRTY: u64 = 1 << 6;
@@ -26,10 +26,6 @@ pub fn agrees(recorded: &Change, predicted: &Change) -> bool {
 fn added(recorded: u64, predicted: u64, level: u8) -> Option<u64> {
     if recorded == predicted {
         return Some(0);
-    }
-    if is_table(recorded, level) && is_table(predicted, level) {
-        let unknown = table_of(recorded) == NO_TABLE || table_of(predicted) == NO_TABLE;
-        return (unknown && (recorded ^ predicted) & 0xfff == 0).then_some(0);
     }
     let differ = recorded ^ predicted;
     let hardware = differ & !(ACCESSED | DIRTY) == 0 && differ & predicted == 0;

@@ -89,6 +89,21 @@ pub fn compare_lives(case: &Case, book: &Book, report: &mut CaseReport) {
                 predicted: Vec::new(),
             });
         }
+        if count.differences > 0 {
+            let what = if birth { "births" } else { "deaths" };
+            report.list(Mismatch {
+                operation: 0,
+                kind: String::new(),
+                cause: what.to_owned(),
+                thread: String::new(),
+                line: 0,
+                rule: format!("{what} of tables, all threads and workers together"),
+                expected: format!("{} recorded", count.expected),
+                got: format!("{} of them predicted, {} differences", count.matched, count.differences),
+                recorded: Vec::new(),
+                predicted: Vec::new(),
+            });
+        }
         report.differences += count.differences;
         if birth {
             report.births = Some(count);

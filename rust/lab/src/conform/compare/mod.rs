@@ -82,6 +82,15 @@ pub fn compare(case: &mut Case, profile: (String, &'static str), mut book: Book)
             .skipped
             .push(Skipped { operation: case.script.operations[*op as usize].number, why: why.clone() });
     }
+    for &operation in &case.strangers {
+        let why = "script.json does not know it".to_owned();
+        report.skipped.push(Skipped { operation, why });
+    }
+    if case.recorded.lost > 0 {
+        let why =
+            format!("events were lost in {} places: what they were cannot be compared", case.recorded.lost);
+        report.skipped.push(Skipped { operation: 0, why });
+    }
     for (input, why) in &book.notes {
         let input = case.inputs[*input as usize];
         let operation = number_of(case, input.op);

@@ -31,6 +31,7 @@ fn judge_aging(recorded: &[Entry], predicted: &[Entry]) -> Verdict {
         let found = (next..predicted.len()).find(|&p| agrees(&one.change, &predicted[p].change));
         match found {
             Some(p) => {
+                verdict.extra += skipped(&predicted[next..p]);
                 if predicted[p].optional {
                     verdict.undetermined += 1;
                 } else {
@@ -44,7 +45,17 @@ fn judge_aging(recorded: &[Entry], predicted: &[Entry]) -> Verdict {
             }
         }
     }
+    verdict.extra += skipped(&predicted[next..]);
+    if verdict.extra > 0 {
+        let at = predicted.iter().position(|entry| !entry.optional).unwrap_or(0);
+        verdict.first.get_or_insert((recorded.len().min(at), at));
+    }
     verdict
+}
+
+/// Predicted aging events that hardware had no part in.
+fn skipped(predicted: &[Entry]) -> u64 {
+    predicted.iter().filter(|entry| !entry.optional).count() as u64
 }
 
 #[cfg(test)]
@@ -72,6 +83,8 @@ mod tests {
     fn an_aging_event_that_hardware_decides_may_be_absent_and_no_other_may_appear() {
         let verdict = judge(&entries(&[1, 101]), &entries(&[1, 100, 101, 102]), true);
         assert_eq!((verdict.matched, verdict.undetermined, verdict.missing, verdict.extra), (1, 1, 0, 0));
+        let verdict = judge(&entries(&[101]), &entries(&[1, 101]), true);
+        assert_eq!((verdict.undetermined, verdict.extra), (1, 1), "KVM had set that Accessed itself");
         let verdict = judge(&entries(&[101, 100]), &entries(&[100, 101]), true);
         assert_eq!((verdict.undetermined, verdict.missing), (1, 1), "in order");
     }
