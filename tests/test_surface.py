@@ -623,7 +623,6 @@ OTHERS = (
     ("6.1", {"any_table_steps_down": False}),
     ("6.1", {"mmu_owns_roots": False}),
     ("5.18", {"mmu_owns_roots": True}),
-    ("5.18", {"drops_all_roots": True}),
     ("5.18", {"unmap_frees_tables": True}),
     ("5.18", {"protects_what_is_writable": True}),
     ("5.18", {"marks_again": True}),
