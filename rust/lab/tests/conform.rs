@@ -4,7 +4,7 @@ mod recorded;
 
 use std::path::{Path, PathBuf};
 
-use recorded::{Tape, folder, memslot, run, shipped, small_vm, small_vm_with, with_scripts};
+use recorded::{Tape, folder, memslot, run, shipped, small_vm, small_vm_with, with_scripts, with_yields};
 use tdpmmu_lab::conform::{CaseReport, ConformError, ConformOptions, blank, predict};
 
 fn agreed(dir: &Path) -> CaseReport {
@@ -251,6 +251,21 @@ fn a_walk_gives_way_where_it_was_recorded_to() {
     let case = run(&dir, None).expect("a recording");
     assert!(case.passed(), "{:#?}", case.mismatches);
     assert_eq!((case.expected, case.races, case.yields, case.yields_taken), (21, 1, 1, 1));
+}
+
+#[test]
+fn walks_that_yield_anywhere_come_to_the_same() {
+    for (case, seed, places) in [
+        ("6.1/e5_ring", 1, false),
+        ("6.12/k_nx", 2, true),
+        ("7.2/b_huge", 3, false),
+        ("7.2/g_roots", 4, true),
+    ] {
+        let (dir, yields) = with_yields(case, &format!("yields_{seed}"), seed, places);
+        let report = agreed(&dir);
+        assert!(yields > 10, "{case} seed {seed}: {yields} yields");
+        assert_eq!((report.yields, report.yields_taken), (yields, yields), "{case} seed {seed}");
+    }
 }
 
 #[test]

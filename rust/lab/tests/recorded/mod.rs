@@ -145,3 +145,67 @@ pub fn small_vm_with(slots: &[&str]) -> Tape {
     );
     tape
 }
+
+/// A line's thread, event and text.
+fn parts(line: &str) -> Option<(&str, &str, &str)> {
+    let (head, rest) = line.split_once(": ")?;
+    let (event, text) = rest.split_once(": ")?;
+    Some((head.split(" [").next()?.trim(), event, text))
+}
+
+/// A level-1 change of a present leaf that is not torn down: its gfn.
+fn walked(event: &str, text: &str) -> Option<u64> {
+    let w: Vec<&str> = text.split(' ').collect();
+    let hex = |at: usize| u64::from_str_radix(w.get(at)?, 16).ok();
+    let frozen = [0x5a0, 0x8000_0000_0000_05a0, 0x8000_0000_0000_01a0];
+    let present = event == "kvm_tdp_mmu_spte_changed" && w.get(6) == Some(&"1") && hex(8)? & 0x800 != 0;
+    (present && !frozen.contains(&hex(10)?)).then(|| hex(4)).flatten()
+}
+
+/// Copies a recording and lets its walks give mmu_lock up at places drawn from `seed`, as the kernel would print it; `places`: with the gfn. Returns the copy and the number of yields.
+pub fn with_yields(case: &str, name: &str, seed: u64, places: bool) -> (PathBuf, u64) {
+    use std::io::Read;
+    let (from, to) = (shipped(case), folder(name).join(case));
+    std::fs::create_dir_all(&to).expect("the folder can be made");
+    for file in ["script.json", "params.txt"] {
+        let text = std::fs::read(from.join(file)).expect("the recording is there");
+        std::fs::write(to.join(file), text).expect("the copy can be written");
+    }
+    let mut text = String::new();
+    let file = std::fs::File::open(from.join("trace.txt.gz")).expect("the recording is there");
+    flate2::read::MultiGzDecoder::new(file).read_to_string(&mut text).expect("gzip text");
+    let lines: Vec<&str> =
+        text.lines().filter(|line| parts(line).is_none_or(|(_, event, _)| event != "hcs")).collect();
+    let (mut out, mut yields, mut dice, mut op) = (String::new(), 0, seed, String::new());
+    for (at, line) in lines.iter().enumerate() {
+        let _ = writeln!(out, "{line}");
+        let Some((thread, event, text)) = parts(line) else { continue };
+        let head = &line[..line.find(": ").expect("a head")];
+        if let Some(begun) = text.strip_prefix("OP ").filter(|text| text.contains(" begin ")) {
+            op = begun.split(' ').nth(2).unwrap_or("").to_owned();
+        }
+        if event == "iter_start" {
+            let _ = writeln!(out, "{head}: iter_restart: (tdp_iter_restart+0x0/0x80 [kvm])");
+            continue;
+        }
+        let next = lines.get(at + 1).and_then(|line| parts(line)).filter(|next| next.0 == thread);
+        let (Some(here), Some(there)) = (walked(event, text), next.and_then(|next| walked(next.1, next.2)))
+        else {
+            continue;
+        };
+        // Walks that may yield; those of CLEAR and GET may not.
+        if here >= there
+            || matches!(op.as_str(), "get_dirty_log" | "clear_dirty_log" | "touch" | "reset_dirty_rings")
+        {
+            continue;
+        }
+        dice = dice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        if dice >> 33 & 31 == 0 {
+            yields += 1;
+            let place = if places { format!(" gfn=0x{there:x}") } else { String::new() };
+            let _ = writeln!(out, "{head}: iter_restart: (tdp_iter_restart+0x0/0x80 [kvm]){place}");
+        }
+    }
+    std::fs::write(to.join("trace.txt"), out).expect("the copy can be written");
+    (to, yields)
+}
