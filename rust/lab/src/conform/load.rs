@@ -93,6 +93,8 @@ struct Loader {
     ids: HashMap<u32, u32>,
     /// Operations of the trace that the script does not know.
     strangers: Vec<u64>,
+    /// Operations without an end.
+    unended: Vec<u32>,
     names: Vec<String>,
     threads: Vec<Thread>,
     inputs: Vec<Input>,
@@ -133,6 +135,14 @@ pub fn load(dir: &Path, cancelled: &dyn Fn() -> bool) -> Result<Case, ConformErr
         recorded.take(thread, loader.op_of(thread), &head, &event);
     }
     reader.finish()?;
+    if loader.inputs.is_empty() || loader.script.operations.is_empty() {
+        return Err(ConformError::Malformed {
+            path: dir.join("script.json"),
+            line: 0,
+            rule: "a recording has operations, and its trace their marks",
+            got: format!("{} operations, {} inputs", loader.script.operations.len(), loader.inputs.len()),
+        });
+    }
     recorded.close();
     let skipped = loader.never_began();
     let (has_faults, has_entries) = (loader.has_faults, loader.has_entries);
@@ -163,6 +173,7 @@ impl Loader {
             script,
             ids: HashMap::new(),
             strangers: Vec::new(),
+            unended: Vec::new(),
             names: Vec::new(),
             threads: Vec::new(),
             inputs: Vec::new(),
@@ -195,7 +206,9 @@ impl Loader {
 
     fn never_began(&self) -> Vec<(u32, String)> {
         let missing = self.begun.iter().enumerate().filter(|(_, begun)| !**begun);
+        // One that was open when the recording stopped may have done its part; one that waits has not.
         let open = self.threads.iter().filter(|thread| thread.waiting).filter_map(|thread| thread.ops.last());
+        let open = self.unended.iter().chain(open);
         missing
             .map(|(at, _)| (at as u32, "the trace has no begin of it".to_owned()))
             .chain(open.map(|&op| (op, "the trace has no end of it".to_owned())))
@@ -254,8 +267,6 @@ impl Loader {
                 let inner = writes || self.threads[t].notified > 1;
                 let at = self.push(thread, line, What::Unmap { start, end, inner });
                 self.threads[t].notice = Some(at);
-                // Without probes of begin and end an announcement is all there is.
-                self.threads[t].notified = self.threads[t].notified.max(1);
             }
             Seen::UnmapBegin => self.threads[t].notified += 1,
             Seen::UnmapEnd => self.threads[t].notified = self.threads[t].notified.saturating_sub(1),
@@ -314,19 +325,25 @@ impl Loader {
     /// What this line proves to have begun.
     fn before(&mut self, thread: u32, line: u64, seen: &Seen<'_>) {
         let t = thread as usize;
+        let acts = matches!(seen, Seen::Locked { .. } | Seen::Walk { .. });
+        let mut noticed = false;
         if let Some(at) = self.threads[t].notice.take()
-            && matches!(seen, Seen::Locked { .. } | Seen::Walk { .. })
+            && acts
         {
             // It has the lock now; what others did since the announcement came before it.
             let notice = std::mem::replace(&mut self.inputs[at].what, What::Nothing);
             self.push(thread, line, notice);
+            noticed = true;
         }
         if self.threads[t].enters && !matches!(seen, Seen::Begin(_)) {
             self.threads[t].enters = false;
             self.push(thread, line, What::Enter);
         }
-        let acts = matches!(seen, Seen::Locked { .. } | Seen::Walk { .. });
-        if acts && self.threads[t].waiting && self.threads[t].notified == 0 && self.locks(self.op_of(thread))
+        if acts
+            && !noticed
+            && self.threads[t].waiting
+            && self.threads[t].notified == 0
+            && self.locks(self.op_of(thread))
         {
             self.threads[t].waiting = false;
             self.push(thread, line, What::Script);
@@ -362,6 +379,8 @@ impl Loader {
             self.push(thread, line, What::Script);
         }
         let t = &mut self.threads[thread as usize];
+        // Operations of one thread follow each other.
+        self.unended.append(&mut t.ops);
         t.ops.push(op);
         t.fault = None;
         t.mapping = None;

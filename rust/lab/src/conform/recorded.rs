@@ -134,6 +134,12 @@ impl Recorded {
             Event::Probe(Probe::ZapRootWorkRet) => self.works = self.works.saturating_sub(1),
             Event::Mark(Mark::Begin { number, kind, .. }) => {
                 let runs = matches!(kind, b"touch" | b"pre_fault_memory");
+                // Operations of one thread follow each other: one without an end is over.
+                let over: Vec<u64> =
+                    self.open.iter().filter(|(_, span)| span.thread == thread).map(|(&n, _)| n).collect();
+                for span in over.iter().filter_map(|n| self.open.remove(n)) {
+                    self.spans.push(Span { end: line, ..span });
+                }
                 self.open.insert(number, Span { begin: line, end: u64::MAX, thread, runs });
             }
             Event::Mark(Mark::End { number, .. }) => {

@@ -103,6 +103,17 @@ impl Script {
             rule: "script.json must be {\"ops\": [{\"op\", \"kind\", \"t0_ns\", \"params\", \"result\"}]}",
             got: e.to_string(),
         })?;
+        if let Some(op) = raw.ops.iter().find(|op| {
+            let errno = op.result.as_ref().and_then(|result| result.get("errno"));
+            errno.is_some_and(|errno| errno.as_i64().is_none())
+        }) {
+            return Err(ConformError::Malformed {
+                path,
+                line: 0,
+                rule: "an operation's errno is a whole number",
+                got: format!("another value in operation {}", op.op),
+            });
+        }
         let mut operations: Vec<Operation> = raw.ops.into_iter().map(operation).collect();
         // Listed by completion; several can be open at once.
         operations.sort_by_key(|op| (op.t0_ns, op.number));

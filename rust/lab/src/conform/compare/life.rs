@@ -118,9 +118,9 @@ pub fn compare_statistics(case: &Case, book: &Book, report: &mut CaseReport) {
     let ours: HashMap<u64, &VmStats> = book.stats.iter().map(|(line, _, stats)| (*line, stats)).collect();
     let kicked = first_kick(case);
     for stat in &case.recorded.stats {
-        let (Some(ours), Ok(theirs)) =
-            (ours.get(&stat.line), serde_json::from_slice::<Map<String, Value>>(&stat.json))
-        else {
+        let theirs = serde_json::from_slice::<Map<String, Value>>(&stat.json);
+        let (Some(ours), Ok(theirs)) = (ours.get(&stat.line), theirs) else {
+            report.statistics.skipped += 1;
             continue;
         };
         if stat.moving {
