@@ -117,7 +117,7 @@ def test_a_recording_comes_from_standard_input(cli: Cli) -> None:
     ("content", "message"),
     [
         (GOOD.encode("utf-16"), "UTF-16"),
-        (b"\x17\x08Dtracing6\0" + bytes(100), "trace-cmd report"),
+        (b"\x17\x08Dtracing6\0" + bytes(100), "damaged trace.dat"),
         (b"\x7fELF" + bytes(200), "not ftrace text"),
         (gzip.compress(GOOD.encode() * 50)[:-40], "gzip"),
         (HEAD.encode() + b" bash-1 [000] d..2 1.000001: sched_switch: prev_comm=bash\n", "sched_switch"),

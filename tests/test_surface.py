@@ -335,6 +335,18 @@ class Surface(RuleBasedStateMachine):
         self.pair.check()
         self.recover_nx(ratio)
 
+    @operation(2, needs_slots=True, at=AT, place=PLACES, log=st.booleans())
+    def protect_what_is_written(self, at: int, place: int, log: bool) -> None:
+        """Shadow paging protects a page for good, whether logging has protected it before or not."""
+        self.pair.access(0, self.gfn(at, place), write=True)
+        self.set_dirty_log(at, log)
+        self.pair.check()
+        for _ in range(2):
+            self.write_protect(at, place)
+            self.pair.check()
+        self.pair.access(0, self.gfn(at, place), write=True)
+        self.pair.check()
+
     @operation(2, needs_slots=True, at=AT, place=PLACES, nx=st.booleans(), then=KINDS)
     def small_pages_become_a_huge_one(self, at: int, place: int, nx: bool, then: tuple[bool, bool]) -> None:
         """khugepaged: the next fault finds a table, where nothing but the mitigation may keep it."""
