@@ -517,8 +517,8 @@ impl<'a> Actor<'a> {
     /// What advice does to a VM arrives as notifications; what it promises for later does not.
     fn madvise(&mut self, op: &Operation) -> Result<(), String> {
         let at = |key: &str| op.number_of(key).unwrap_or(0);
-        let start = at("hva") + at("off");
-        let (start, end) = (start / PAGE, (start + at("len")) / PAGE);
+        let start = at("hva").saturating_add(at("off"));
+        let (start, end) = (start / PAGE, start.saturating_add(at("len")) / PAGE);
         let mut host = self.world.host();
         match op.text_of("advice") {
             "MADV_COLLAPSE" => host.gathered(start, end),

@@ -340,7 +340,7 @@ impl Loader {
             self.push(thread, line, What::Enter);
         }
         if acts
-            && !noticed
+            && (!noticed || self.kind(self.op_of(thread)) == "destroy_vm")
             && self.threads[t].waiting
             && self.threads[t].notified == 0
             && self.locks(self.op_of(thread))
@@ -360,6 +360,7 @@ impl Loader {
                 | "reset_dirty_rings"
                 | "write_file"
                 | "enable_cap"
+                | "destroy_vm"
         )
     }
 
