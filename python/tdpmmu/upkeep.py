@@ -88,7 +88,8 @@ class UpkeepOperations(Checked):
         Args:
             gfns: a range with step 1, in 4 KiB pages.
             as_id: whose memslots translate the range to host memory; all that map that memory are aged.
-            flush: also flush TLBs where a leaf was young. Without it a vCPU may go on and not set the bit.
+            flush: as reclaim does it: TLBs are flushed where a leaf was young (kernels up to 6.12). Without
+                a flush a vCPU may go on and not set the bit again.
 
         Raises:
             InvalidArgument: a range with a step, beyond the last gfn, or partly without a memslot.

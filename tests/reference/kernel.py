@@ -33,6 +33,8 @@ class Kernel:
     recovery_skips_logged: bool = True
     #: A fault on a page that logs marks it whenever it makes the leaf writable (6.1), also over one that was.
     marks_again: bool = True
+    #: Aging for reclaim flushes what was young (up to 6.12).
+    aging_flushes: bool = False
     change_pte: bool = False
     #: An unmap takes the tables along that lie inside its range (up to 5.17).
     unmap_frees_tables: bool = False
@@ -49,7 +51,9 @@ class Kernel:
 
 V7_2 = Kernel("7.2", "sync", dirty_always=True, leaves_alone=True)
 V6_18 = replace(V7_2, name="6.18")
-V6_12 = replace(V6_18, name="6.12", dirty_always=False, leaves_alone=False, collapse="tables")
+V6_12 = replace(
+    V6_18, name="6.12", dirty_always=False, leaves_alone=False, collapse="tables", aging_flushes=True
+)
 V6_9 = replace(V6_12, name="6.9", clear_splits_last=False, slot_zap_quirk=False, change_pte=True)
 V6_6 = replace(V6_9, name="6.6")
 V6_1 = replace(V6_6, name="6.1", fault_splits=False, any_table_steps_down=True, recovery_skips_logged=False)

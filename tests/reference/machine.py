@@ -351,7 +351,7 @@ class Machine:
                     young |= bool(tree.leafs[key].flags & A)  # type: ignore[union-attr]
                     if clear:
                         tree.leafs[key].flags &= ~A  # type: ignore[union-attr]
-        if flush and young:
+        if flush and young and self.kernel.aging_flushes:
             self._flush()
         return young
 
