@@ -120,6 +120,24 @@ def test_a_recording_without_a_script_is_3_and_says_so(cli: Cli, tmp_path: Path)
     assert str(place) in caught.value.path
 
 
+def test_a_folder_of_recordings_stands_for_those_with_a_script(cli: Cli, tmp_path: Path) -> None:
+    kernel = SMALL[0].parent.name
+    place = tmp_path / "traces" / kernel
+    shutil.copytree(SMALL[0], place / "whole")
+    shutil.copytree(SMALL[0], place / "bare")
+    (place / "bare" / "script.json").unlink()
+    for folder in (place, place.parent):
+        ran = cli("conform", folder, "--json")
+        assert ran.code == 0, ran.err
+        assert [case["name"] for case in json.loads(ran.out)["cases"]] == ["whole"]
+        assert "bare has no script.json" in ran.err
+    # Asked for by name, it is refused, and the others are run all the same.
+    ran = cli("conform", place / "bare", place / "whole", "--json")
+    assert ran.code == 3
+    assert [case["name"] for case in json.loads(ran.out)["cases"]] == ["whole"]
+    assert "bare: script.json is missing" in ran.err
+
+
 def test_a_broken_script_is_3_with_its_line(cli: Cli, tmp_path: Path) -> None:
     place = copy(SMALL[0], tmp_path)
     text = (place / "script.json").read_text().splitlines(keepends=True)

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from tdpmmu import _names, _native
 from tdpmmu.bench import between, check_timeout
 from tdpmmu.recorded import ConformReport, Replay
 
-__all__ = ["blank", "conform", "predict", "replay"]
+__all__ = ["blank", "conform", "predict", "recordings_in", "replay"]
+
+_TRACES = ("trace.txt.gz", "trace.txt")
+_SCRIPT = "script.json"
 
 
 def replay(
@@ -69,6 +73,33 @@ def replay(
     return Replay.from_raw(json.loads(text))
 
 
+def recordings_in(
+    paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+) -> tuple[list[Path], list[Path]]:
+    """Return the recordings that folders hold: those with a script, and those without one. No units.
+
+    A folder that is a recording, or holds none, is taken as it is. Of a folder of recordings, or of folders
+    of them (`kvm-traces`, `kvm-traces/6.12`), its recordings are taken, in the order of their names; only
+    those appear in the second list, where nobody asked for the recording by its name.
+
+    Raises:
+        OSError: a folder cannot be listed.
+    """
+    given = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+    scripted: list[Path] = []
+    bare: list[Path] = []
+    for path in map(Path, given):
+        found = [] if _is_recording(path) else [p for depth in ("*", "*/*") for p in path.glob(depth)]
+        found = sorted(p for p in found if _is_recording(p))
+        bare += [p for p in found if not (p / _SCRIPT).exists()]
+        scripted += [p for p in found if (p / _SCRIPT).exists()] if found else [path]
+    return scripted, bare
+
+
+def _is_recording(path: Path) -> bool:
+    return any((path / name).exists() for name in (*_TRACES, _SCRIPT))
+
+
 def conform(
     paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
     *,
@@ -82,7 +113,8 @@ def conform(
     computed.
 
     Args:
-        paths: folders with `trace.txt.gz`, `script.json` and `params.txt`; one or many.
+        paths: folders with `trace.txt.gz`, `script.json` and `params.txt`, one or many; a folder of such
+            folders stands for those in it that have a script (`recordings_in`).
         profile: kernel profile, `NAME[,switch=value]`; None is the name of the folder above it.
         progress: called as `progress(phase, fraction)` on the calling thread.
         timeout: seconds; None is for ever.
@@ -97,8 +129,8 @@ def conform(
         StallError: not finished within `timeout` seconds.
         InternalError: the engine did not come to an end.
     """
-    given = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
-    folders = [os.fspath(path) for path in given]
+    scripted, _ = recordings_in(paths)
+    folders = [os.fspath(path) for path in scripted]
     if profile is not None:
         _names.profile(profile)
     text = _native.conform(folders, profile=profile, progress=progress, timeout=check_timeout(timeout))

@@ -42,9 +42,10 @@ def conform(
 ) -> int:
     """Run recordings' operations through the engine and compare every SPTE transition with what KVM did.
 
-    DIR holds trace.txt.gz, script.json and params.txt. Taken from it are operations, the host's answers and
-    the order of events; every value is computed. Exit 1 when something differs: the first differences are
-    shown with both sequences.
+    DIR holds trace.txt.gz, script.json and params.txt, or folders that do. Taken from it are operations, the
+    host's answers and the order of events; every value is computed. Exit 1 when something differs: the first
+    differences are shown with both sequences. A recording without a script is refused (exit 3) after the
+    others have run.
     """
     if (predict or blank is not None) and len(folders) != 1:
         raise click.UsageError("--predict and --blank take one recording")
@@ -90,11 +91,19 @@ def _run(
         if out.as_json or out.path is None:
             sys.stdout.write(text)
         return 0
+    scripted, bare = recording.recordings_in(folders)
+    for folder in bare:
+        say(f"note: {folder} has no script.json; replay --check can verify it")
+    refused = [folder for folder in scripted if folder.is_dir() and not (folder / "script.json").exists()]
+    if len(refused) < len(scripted):
+        scripted = [folder for folder in scripted if folder not in refused]
     with progress(out.quiet) as report:
-        result = recording.conform(folders, profile=profile, progress=report, timeout=timeout)
+        result = recording.conform(scripted, profile=profile, progress=report, timeout=timeout)
     out.emit(result, recorded_table.render_conform)
+    for folder in refused:
+        say(f"error: {folder}: script.json is missing; a recording without its script cannot be predicted")
     if result.ok:
-        return 0
+        return 3 if refused else 0
     wrong = [case for case in result.cases if not case.ok]
     say(
         f"check failed: {units.format_count(len(wrong))} of {units.format_count(len(result.cases))} "
