@@ -65,7 +65,7 @@ pub fn bits_of(value: u64) -> u64 {
 }
 
 /// Where an entry is: address space, level, gfn.
-type Place = (u8, u8, u64);
+pub type Place = (u8, u8, u64);
 
 /// Gives names, in the order of events.
 #[derive(Default)]
@@ -100,14 +100,32 @@ impl Names {
     }
 }
 
-/// Gives the frames of leaves names by their first appearance: for recordings that do not tell them.
-pub fn rename_frames<'a>(changes: impl Iterator<Item = &'a mut Change>) {
-    let mut frames = HashMap::new();
-    for change in changes {
-        for value in [&mut change.old, &mut change.new] {
-            if is_leaf(*value, change.level) {
-                let next = frames.len() as u64;
-                *value = bits_of(*value) | *frames.entry(*value & PFN).or_insert(next) << 12;
+/// Names for frames of leaves in recordings that do not tell them: the place of a frame's first appearance, and how many appeared there before it. Given out for both
+/// sides by one of these; not by order, since of racing vCPUs nobody knows which was first.
+#[derive(Default)]
+pub struct FrameNames {
+    numbers: HashMap<(Place, u64), u64>,
+}
+
+impl FrameNames {
+    /// Renames the frames of one side.
+    pub fn rename<'a>(&mut self, changes: impl Iterator<Item = &'a mut Change>) {
+        let mut frames: HashMap<u64, u64> = HashMap::new();
+        let mut appeared: HashMap<Place, u64> = HashMap::new();
+        for change in changes {
+            let place = (change.as_id, change.level, change.gfn);
+            for value in [&mut change.old, &mut change.new] {
+                if !is_leaf(*value, change.level) {
+                    continue;
+                }
+                let name = *frames.entry(*value & PFN).or_insert_with(|| {
+                    let before = appeared.entry(place).or_default();
+                    let next = self.numbers.len() as u64;
+                    let name = *self.numbers.entry((place, *before)).or_insert(next);
+                    *before += 1;
+                    name
+                });
+                *value = bits_of(*value) | name << 12;
             }
         }
     }
@@ -141,8 +159,25 @@ mod tests {
             names.change(0, 0, (0, 1, 1), 0x1234e67, 0x5a0),
         ];
         assert_eq!(changes[0].new, 0x1234e67);
-        rename_frames(changes.iter_mut());
+        FrameNames::default().rename(changes.iter_mut());
         assert_eq!((changes[0].new, changes[1].new), (0xe67, 0x1e67));
         assert_eq!((changes[2].old, changes[2].new), (0xe67, 0x5a0));
+    }
+
+    #[test]
+    fn invented_frames_are_the_same_up_to_order_and_two_of_them_are_never_one() {
+        let run = |frames: &mut FrameNames, order: &[(u64, u64)]| {
+            let mut names = Names::default();
+            let change = |&(gfn, pfn): &(u64, u64)| names.change(0, 0, (0, gfn, 1), 0, pfn << 12 | 0xe67);
+            let mut changes: Vec<Change> = order.iter().map(change).collect();
+            frames.rename(changes.iter_mut());
+            changes.sort_unstable();
+            changes
+        };
+        let mut frames = FrameNames::default();
+        let first = run(&mut frames, &[(1, 0x50), (2, 0x60), (3, 0x50)]);
+        assert_eq!(first, run(&mut frames, &[(2, 7), (1, 9), (3, 9)]));
+        assert_ne!(first, run(&mut frames, &[(1, 9), (2, 9), (3, 9)]), "merged");
+        assert_ne!(first, run(&mut frames, &[(1, 7), (2, 8), (3, 9)]), "split");
     }
 }

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 
 use tdpmmu_trace::{Event, Head, Mark, Probe, RootArg};
 
-use super::names::{Change, NO_ROOT, Names};
+use super::names::{Change, NO_ROOT, NO_TABLE, Names, Place, bits_of, is_table, table_of};
 
 /// An SPTE transition, and who made it.
 #[derive(Clone, Copy, Debug)]
@@ -84,6 +84,8 @@ pub struct Recorded {
     /// Tables' deaths are recorded.
     pub has_deaths: bool,
     names: Names,
+    /// Removals of tables that no installation was printed for yet: where, whose frame, index.
+    orphans: HashMap<(Place, u64), usize>,
     roots: HashMap<u64, u32>,
     root_counts: [u32; 2],
     current: HashMap<u32, u32>,
@@ -104,6 +106,7 @@ impl Recorded {
                 let root = self.current.get(&thread).copied().unwrap_or(NO_ROOT);
                 let change = self.names.change(0, root, (as_id, gfn, level), old, new);
                 self.transitions.push(Transition { line, thread, op, change });
+                self.adopt((as_id, level, gfn), change, old, new);
             }
             Event::GetPage { page, created: true } => {
                 self.has_births = true;
@@ -152,6 +155,19 @@ impl Recorded {
                 self.stats.push(Stat { line, number, json: json.to_vec(), moving });
             }
             _ => {}
+        }
+    }
+
+    /// An event is printed after its compare-exchange: where vCPUs race, a table's removal can be printed before its installation, and gets its name then.
+    fn adopt(&mut self, place: Place, change: Change, old: u64, new: u64) {
+        if is_table(change.old, place.1) && table_of(change.old) == NO_TABLE {
+            self.orphans.insert((place, table_of(old)), self.transitions.len() - 1);
+        }
+        if is_table(change.new, place.1)
+            && let Some(at) = self.orphans.remove(&(place, table_of(new)))
+        {
+            let early = &mut self.transitions[at].change;
+            early.old = bits_of(early.old) | table_of(change.new) << 12;
         }
     }
 

@@ -88,9 +88,11 @@ pub fn build(case: &Case, book: &Book) -> BTreeMap<Key, Group> {
         races.get(at).filter(|&&(begin, _)| begin <= line).map(|_| at as u32)
     };
     let by_thread = inputs_by_thread(case);
+    let heads = heads_of_walks(case);
     let key_of_input = |input: u32| {
         // One run of the recovery thread is announced once for each table.
         let input = book.covered.get(&input).copied().unwrap_or(input);
+        let input = heads[input as usize];
         let it = &case.inputs[input as usize];
         match race_at(it.line) {
             Some(race) if !matches!(it.what, What::Age { .. }) => Key::Race(race),
@@ -150,6 +152,21 @@ pub fn build(case: &Case, book: &Book) -> BTreeMap<Key, Group> {
         }
     }
     groups
+}
+
+/// Without fault events nothing tells a walk that only looks (a fast fault, an MMIO exit) from the one that maps after it: the walks of a thread that follow each other are
+/// one sequence. For each input the first of those it belongs to, itself if it is no such walk.
+fn heads_of_walks(case: &Case) -> Vec<u32> {
+    let mut last: Vec<Option<u32>> = vec![None; case.threads.len()];
+    let mut heads = Vec::with_capacity(case.inputs.len());
+    for (at, input) in case.inputs.iter().enumerate() {
+        let before = &mut last[input.thread as usize];
+        let walks = matches!(input.what, What::Walk { .. });
+        let head = before.filter(|_| walks).unwrap_or(at as u32);
+        *before = walks.then_some(head);
+        heads.push(head);
+    }
+    heads
 }
 
 fn inputs_by_thread(case: &Case) -> Vec<Vec<u32>> {

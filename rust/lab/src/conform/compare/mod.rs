@@ -24,7 +24,7 @@ use std::collections::BTreeMap;
 
 use super::inputs::NO_OP;
 use super::load::Case;
-use super::names::{Change, rename_frames};
+use super::names::{Change, FrameNames};
 use super::predict::{Book, change_text};
 use super::report::{CaseReport, KindCount, Mismatch, Skipped};
 use groups::{Group, Key};
@@ -63,8 +63,9 @@ pub struct Verdict {
 /// Compares a recording with the book of its prediction.
 pub fn compare(case: &mut Case, profile: (String, &'static str), mut book: Book) -> CaseReport {
     if !case.has_faults {
-        rename_frames(case.recorded.transitions.iter_mut().map(|t| &mut t.change));
-        rename_frames(book.transitions.iter_mut().map(|t| &mut t.change));
+        let mut frames = FrameNames::default();
+        frames.rename(case.recorded.transitions.iter_mut().map(|t| &mut t.change));
+        frames.rename(book.transitions.iter_mut().map(|t| &mut t.change));
     }
     let mut report = CaseReport::new(case, profile);
     report.yields_taken = book.yields;
