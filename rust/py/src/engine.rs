@@ -188,6 +188,8 @@ pub fn replay(request: &ReplayRequest, control: &Control) -> Result<String, Faul
         check: request.check,
         strict: request.strict,
         vm_of: request.vm_of,
+        record: request.perfetto.is_some(),
+        shapes: request.what_if.is_some(),
         progress: Some(&told),
         ..ReplayOptions::default()
     };
