@@ -186,7 +186,9 @@ def _what_if(result: Replay) -> str:
     head = [f"what if {raw.get('design', '?')}", "at", "SPTEs", "recorded", "caller", "vCPU", "background"]
     lines = [render(head, rows).rstrip()] if rows else [f"what if {raw.get('design', '?')}: no zap to run"]
     for skipped in raw.get("skipped") or ():
-        lines.append(f"not run: {format_count(int(skipped.get('zaps') or 0))} zaps: {skipped.get('why')}")
+        lines.append(
+            f"not run: {format_count(int(skipped.get('zaps') or 0))} of the zaps: {skipped.get('why')}"
+        )
     if raw.get("note"):
         lines.append(str(raw["note"]))
     return "\n".join(lines)
