@@ -107,6 +107,10 @@ impl Recorded {
                 let change = self.names.change(0, root, (as_id, gfn, level), old, new);
                 self.transitions.push(Transition { line, thread, op, change });
                 self.adopt((as_id, level, gfn), change, old, new);
+                // Without the probe of an item's begin, a workqueue's thread that changes entries serves the zap queue: nothing else of KVM's does so there.
+                if head.comm.starts_with(b"kworker/") && !self.workers.contains(&thread) {
+                    self.workers.push(thread);
+                }
             }
             Event::GetPage { page, created: true } => {
                 self.has_births = true;
