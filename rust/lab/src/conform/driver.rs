@@ -76,7 +76,7 @@ impl<'a> Actor<'a> {
 
     /// The vCPU that an input of a guest means.
     fn guest(&self, input: &Input) -> Option<u32> {
-        let of_op = || self.operation(input.op)?.number_of("vcpu").map(|vcpu| vcpu as u32);
+        let of_op = || u32::try_from(self.operation(input.op)?.number_of("vcpu")?).ok();
         match input.what {
             What::Enter | What::Walk { .. } => of_op(),
             What::Fault { vcpu, .. } => Some(vcpu),
@@ -472,7 +472,9 @@ impl<'a> Actor<'a> {
                 return Err(format!("operation {}: {key} is missing, or no number", op.number));
             }
         }
-        let (as_id, id) = (get("as") as u8, get("slot") as u16);
+        let small = |key: &str| format!("operation {}: {key} {} is out of range", op.number, get(key));
+        let as_id = u8::try_from(get("as")).map_err(|_| small("as"))?;
+        let id = u16::try_from(get("slot")).map_err(|_| small("slot"))?;
         let flags = get("flags");
         let region = Region {
             id,
