@@ -133,6 +133,10 @@ pub fn run(scenario: &Scenario, control: &Control, judge: Option<Arc<Judge>>) ->
     let result = shared.prepare().and_then(|()| shared.all_threads());
     let queue = vm.mmu().design().queue_ns();
     if let Some(judge) = &judge {
+        // A worker may still be at the roots that were lost last: their pages go to RCU after the barrier that the judge waits for.
+        if let Some(queue) = vm.mmu().design().queue() {
+            queue.flush();
+        }
         judge.check_quiet(vm.mmu(), &vm.task("judge", TaskRole::Observer));
     }
     // The end of the VM is on the timeline only where it is what is measured.
