@@ -191,7 +191,6 @@ pub fn replay(request: &ReplayRequest, control: &Control) -> Result<String, Faul
         record: request.perfetto.is_some(),
         shapes: request.what_if.is_some(),
         progress: Some(&told),
-        ..ReplayOptions::default()
     };
     let input = if stdin { Input::Stdin } else { Input::File(request.path.clone()) };
     let mut report =
