@@ -14,6 +14,7 @@ use std::{
 };
 
 use crate::{
+    bug::Bug,
     rcu::{QuickSection, RcuConfig, RcuStats},
     site::Site,
     timeline::Timeline,
@@ -94,6 +95,11 @@ pub trait Platform: Sized + Send + Sync + 'static {
     /// Errors: what the host says.
     fn unpin() -> io::Result<()> {
         Ok(())
+    }
+    /// Is this defect of the museum switched on? `false` for all on a platform without a museum: what stands behind the question is compiled out.
+    #[inline(always)]
+    fn bug(_bug: Bug) -> bool {
+        false
     }
     /// Starts a thread. Errors: what the host says, and a NUL in `name`.
     fn spawn(name: &str, body: Box<dyn FnOnce() + Send>) -> io::Result<JoinHandle>;

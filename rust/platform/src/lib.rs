@@ -15,6 +15,7 @@
 #![warn(missing_docs)]
 
 pub mod api;
+pub mod bug;
 pub mod clock;
 #[cfg_attr(loom, allow(dead_code))]
 mod futex;
@@ -44,6 +45,7 @@ pub use crate::{
         Exclusive, Join, JoinHandle, Mode, NIL, Platform, RawRwLock, RcuDomain, RcuReader, Reclaim, Shared,
         Switches,
     },
+    bug::Bug,
     histogram::{Histogram, Summary},
     meter::{Histograms, HoldSums, Meter, MeterSnapshot, Phase},
     mmu_lock::{Guard, MmuLock},
