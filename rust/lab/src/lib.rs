@@ -18,6 +18,7 @@
 //! | `micro/` | populate, fault, walk, rcu, dirty: one operation against its limit |
 //! | `conform/` | the engine against recordings of real KVM, transition by transition |
 //! | `what_if/` | the zaps of a recording through another design |
+//! | `faults/` | what goes wrong on purpose |
 //! | `limits/` | the host's physical limits |
 //! | `fit.rs` | a line through measurements, and its errors |
 //! | `result.rs` | the schema |
@@ -32,6 +33,7 @@ mod control;
 mod error;
 pub mod experiment;
 pub mod export;
+pub mod faults;
 pub mod fit;
 pub mod guest;
 pub mod host;
