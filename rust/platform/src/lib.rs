@@ -17,6 +17,7 @@
 pub mod api;
 pub mod bug;
 pub mod clock;
+pub mod fault;
 #[cfg_attr(loom, allow(dead_code))]
 mod futex;
 pub mod histogram;
@@ -46,6 +47,7 @@ pub use crate::{
         Switches,
     },
     bug::Bug,
+    fault::{Fault, Faults, InjectedPanic},
     histogram::{Histogram, Summary},
     meter::{Histograms, HoldSums, Meter, MeterSnapshot, Phase},
     mmu_lock::{Guard, MmuLock},

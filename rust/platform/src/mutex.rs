@@ -61,7 +61,7 @@ impl<P: Platform, T: ?Sized> Mutex<P, T> {
 
     #[cold]
     fn lock_contended(&self) {
-        for _ in 0..100 {
+        for _ in 0..if P::SPINS { 100 } else { 0 } {
             if self.state.load(Ordering::Relaxed) == FREE
                 && self.state.compare_exchange(FREE, HELD, Ordering::Acquire, Ordering::Relaxed).is_ok()
             {

@@ -11,7 +11,6 @@
 
 use std::{
     any::Any,
-    cell::Cell,
     collections::VecDeque,
     io,
     panic::{self, AssertUnwindSafe},
@@ -107,11 +106,6 @@ impl<T> State<T> {
     }
 }
 
-thread_local! {
-    /// The queue that this thread serves, by the address of its shared part.
-    static SERVES: Cell<usize> = const { Cell::new(0) };
-}
-
 impl<P: Platform, T: Send + 'static> WorkQueue<P, T> {
     /// A queue whose `workers` threads call `run` on each item. Errors: a thread could not be started (those
     /// started before have ended again), or `workers` is 0.
@@ -180,7 +174,7 @@ impl<P: Platform, T: Send + 'static> WorkQueue<P, T> {
             let (shared, body) = (self.shared.clone(), self.body.clone());
             let work = move || {
                 P::background();
-                SERVES.set(Arc::as_ptr(&shared).addr());
+                P::set_serving(Arc::as_ptr(&shared).addr());
                 body(&shared, index);
             };
             match P::spawn(&format!("{}/{index}", self.name), Box::new(work)) {
@@ -286,7 +280,7 @@ impl<P: Platform, T: Send + 'static> WorkQueue<P, T> {
         state.held.clear();
         drop(state);
         self.nudge();
-        if SERVES.get() == Arc::as_ptr(&self.shared).addr() {
+        if P::serving() == Arc::as_ptr(&self.shared).addr() {
             return;
         }
         let mut payload = None;
@@ -371,6 +365,9 @@ impl<P: Platform, T> Shared<P, T> {
     /// Looks for more work for a while before sleeping: waking a sleeper costs the queueing task (a vCPU) far more than
     /// the word that it writes anyway. True: there is more.
     fn linger(&self, seen: u32) -> bool {
+        if !P::SPINS {
+            return false;
+        }
         let until = P::ticks() + P::ns_to_ticks(LINGER_NS);
         while P::ticks() < until {
             if self.work.load(Ordering::Relaxed) != seen {

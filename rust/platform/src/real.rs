@@ -5,6 +5,7 @@
 
 use std::{
     any::Any,
+    cell::Cell,
     io,
     sync::atomic::{AtomicU32, AtomicU64, Ordering, fence},
 };
@@ -135,6 +136,16 @@ impl Platform for Real {
         sched::pin(cpu)
     }
 
+    #[inline]
+    fn serving() -> usize {
+        SERVES.get()
+    }
+
+    #[inline]
+    fn set_serving(what: usize) {
+        SERVES.set(what);
+    }
+
     fn spawn(name: &str, body: Box<dyn FnOnce() + Send>) -> io::Result<JoinHandle> {
         // std panics on a NUL in a thread's name; an error is what the caller can handle.
         if name.contains('\0') {
@@ -146,6 +157,10 @@ impl Platform for Real {
         let handle = std::thread::Builder::new().name(name.to_owned()).spawn(body)?;
         Ok(JoinHandle::new(OsThread(handle)))
     }
+}
+
+thread_local! {
+    static SERVES: Cell<usize> = const { Cell::new(0) };
 }
 
 struct OsThread(std::thread::JoinHandle<()>);

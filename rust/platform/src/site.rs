@@ -113,6 +113,18 @@ sites! {
     Mutex,
     /// A spinning wait without a better name.
     Spin,
+    /// A user reference of the VM, or its being closed.
+    Users,
+    /// Tables for a fault are allocated.
+    AllocFault,
+    /// A table for a root is allocated.
+    AllocRoot,
+    /// A table for a split is allocated.
+    AllocSplit,
+    /// Tables for a bulk population are allocated.
+    AllocBulk,
+    /// A memslot's arrays are allocated.
+    AllocSlot,
 }
 
 #[cfg(test)]

@@ -186,7 +186,7 @@ impl<P: Platform> Task<P> {
             (None, Preempt::Full) => Gate::Contention,
             (None, Preempt::None | Preempt::Voluntary) => Gate::Slice,
         };
-        let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
+        let id = P::task_id().unwrap_or_else(|| NEXT_ID.fetch_add(1, Ordering::Relaxed));
         let recording = config.record.then(|| Recording::new(id, name, role));
         Task {
             reader,
@@ -211,7 +211,7 @@ impl<P: Platform> Task<P> {
         }
     }
 
-    /// Unique within the process.
+    /// Unique within the process, or within the simulated world.
     pub fn id(&self) -> u32 {
         self.id
     }
@@ -312,9 +312,14 @@ impl<P: Platform> Task<P> {
         }
         match self.gate {
             Gate::Contention => {
-                (self.force_in.get() != 0 && self.forced()) || lock.is_contended() || self.need_resched()
+                (self.force_in.get() != 0 && self.forced())
+                    || lock.is_contended()
+                    || P::asked_to_yield()
+                    || self.need_resched()
             }
-            Gate::Slice => (self.force_in.get() != 0 && self.forced()) || self.need_resched(),
+            Gate::Slice => {
+                (self.force_in.get() != 0 && self.forced()) || P::asked_to_yield() || self.need_resched()
+            }
             Gate::Paced => at().is_some_and(|at| self.paced(at)),
         }
     }
