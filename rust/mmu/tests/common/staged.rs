@@ -154,6 +154,12 @@ impl Platform for Staged {
         IS_WORKER.set(true);
         Real::background();
     }
+    fn serving() -> usize {
+        Real::serving()
+    }
+    fn set_serving(what: usize) {
+        Real::set_serving(what);
+    }
     fn spawn(name: &str, body: Box<dyn FnOnce() + Send>) -> io::Result<JoinHandle> {
         Real::spawn(name, body)
     }
