@@ -120,6 +120,8 @@ pub trait Platform: Sized + Send + Sync + 'static {
     }
     /// Waiters look again for a while before they sleep. Where a schedule decides who runs, they sleep at once.
     const SPINS: bool = true;
+    /// Bulk work may leave the platform: threads of a pool, non-temporal stores.
+    const BULK: bool = true;
     /// The schedule wants the calling task to give way at this reschedule check, whatever its slice and the lock say.
     #[inline(always)]
     fn asked_to_yield() -> bool {
@@ -134,6 +136,22 @@ pub trait Platform: Sized + Send + Sync + 'static {
     fn serving() -> usize;
     /// See [`Platform::serving`].
     fn set_serving(what: usize);
+    /// The number of the simulated world that the caller is in; 0 in the real one.
+    #[inline(always)]
+    fn world() -> u64 {
+        0
+    }
+    /// A rule was broken. A simulated run ends at its next point.
+    #[inline(always)]
+    fn violation(_rule: &'static str, _what: &str) {}
+    /// The run is over and its tasks are being unwound: nothing is to be waited for any more, nothing finished.
+    #[inline(always)]
+    fn abandoned() -> bool {
+        false
+    }
+    /// Gives names to the words of a region, for logs: `name` is told the offset in bytes. Ends with [`Platform::forget_words`].
+    #[inline(always)]
+    fn name_words(_base: *const u8, _bytes: usize, _name: Arc<dyn Fn(usize) -> String + Send + Sync>) {}
     /// The region that begins at `base` is about to be unmapped.
     #[inline(always)]
     fn forget_words(_base: *const u8) {}
