@@ -298,14 +298,14 @@ impl<P: Platform> Vm<P> {
         let mut words = vec![0; slot.pages.div_ceil(64) as usize];
         if self.protocol.manual.load(Ordering::Relaxed) {
             for (n, word) in words.iter_mut().enumerate() {
-                *word = dirty.word(n);
+                *word = dirty.word::<P>(n);
             }
         } else {
             let take = |n| {
-                words[n] = dirty.take_word(n);
+                words[n] = dirty.take_word::<P>(n);
                 words[n]
             };
-            self.take_for_clean(task, slot, 0..dirty.words(), |n| dirty.word(n), take);
+            self.take_for_clean(task, slot, 0..dirty.words(), |n| dirty.word::<P>(n), take);
             // After the unlock: who reads an entry as protected and flushes nothing is served by this flush, since MMU-writable was left.
             if words.iter().any(|&word| word != 0) {
                 self.mmu().flush(task, Some(slot.gfns()));
@@ -351,9 +351,9 @@ impl<P: Platform> Vm<P> {
         self.sync_hardware_logs();
         // Bits beyond the slot's end are never set.
         let (from, mut cleared) = ((first_page / 64) as usize, 0);
-        let peek = |n| dirty.word(n) & words[n - from];
+        let peek = |n| dirty.word::<P>(n) & words[n - from];
         let take = |n| {
-            let mask = dirty.clear_word(n, words[n - from]);
+            let mask = dirty.clear_word::<P>(n, words[n - from]);
             cleared += u64::from(mask.count_ones());
             mask
         };

@@ -201,7 +201,7 @@ impl<'v, P: Platform> Vcpu<'v, P> {
         let tracked = slot.is_some_and(|slot| slot.flags.log_dirty);
         // The memslot stays as long as our read section, its bitmap with it: no lock that vCPUs share.
         let mark = |gfn| match slot.and_then(|slot| slot.dirty.as_ref()) {
-            Some(dirty) => dirty.mark(gfn),
+            Some(dirty) => dirty.mark::<P>(gfn),
             None => {
                 if let Some(slot) = slot.filter(|_| tracked) {
                     self.vm.side().push_dirty(slot.id, as_id, gfn - slot.base);

@@ -24,7 +24,7 @@
 //! | `slot.rs`, `slots.rs` | a memslot; the set, its rules and its publication |
 //! | `notifier.rs`, `notify.rs` | mmu_notifier: its sequence; its callbacks |
 //! | `invalidate.rs` | the modelled host takes pages away, or maps larger ones |
-//! | `host.rs`, `frames.rs` | the host's primary MMU; frames and their owners |
+//! | `host.rs`, `frames.rs`, `mmap_lock.rs` | the host's primary MMU; frames and their owners; its lock |
 //! | `populate.rs` | filling memory, in bulk or by racing faults |
 //! | `side.rs` | the MMU's upcalls |
 //! | `lazy.rs` | lazily committed arrays (`unsafe`) |
@@ -43,6 +43,7 @@ pub mod host;
 mod hwlog;
 mod invalidate;
 mod lazy;
+mod mmap_lock;
 pub mod notifier;
 mod notify;
 mod nx;

@@ -7,6 +7,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 
+use tdpmmu_platform::{Platform, Site};
 use tdpmmu_spte::geometry::{LEVEL_1G, LEVEL_2M, LEVEL_4K, span};
 
 use crate::VmError;
@@ -118,14 +119,14 @@ impl DirtyBitmap {
 
     /// Marks `gfn`; a gfn outside is ignored. Spares the atomic when the bit is there already.
     #[inline]
-    pub fn mark(&self, gfn: u64) {
+    pub fn mark<P: Platform>(&self, gfn: u64) {
         let index = gfn.wrapping_sub(self.base);
         if index < self.pages
             && let Some(word) = self.words.get((index / 64) as usize)
         {
             let bit = 1 << (index % 64);
-            if word.load(Relaxed) & bit == 0 {
-                word.fetch_or(bit, Relaxed);
+            if P::load(word, Site::DirtyBitmap) & bit == 0 {
+                P::fetch_or(word, bit, Site::DirtyBitmap);
             }
         }
     }
@@ -138,23 +139,25 @@ impl DirtyBitmap {
     }
 
     /// Takes (reads and clears) the 64 bits from `base + 64 * word`.
-    pub fn take_word(&self, word: usize) -> u64 {
-        self.words.get(word).map_or(0, |w| if w.load(Relaxed) == 0 { 0 } else { w.swap(0, Relaxed) })
+    pub fn take_word<P: Platform>(&self, word: usize) -> u64 {
+        self.words.get(word).map_or(0, |w| {
+            if P::load(w, Site::DirtyBitmap) == 0 { 0 } else { P::swap(w, 0, Site::DirtyBitmap) }
+        })
     }
 
     /// Clears those of the 64 bits from `base + 64 * word` that `mask` names; returns which of them were set.
-    pub fn clear_word(&self, word: usize, mask: u64) -> u64 {
+    pub fn clear_word<P: Platform>(&self, word: usize, mask: u64) -> u64 {
         match self.words.get(word) {
-            Some(cell) if mask != 0 && cell.load(Relaxed) & mask != 0 => {
-                cell.fetch_and(!mask, Relaxed) & mask
+            Some(cell) if mask != 0 && P::load(cell, Site::DirtyBitmap) & mask != 0 => {
+                P::fetch_and(cell, !mask, Site::DirtyBitmap) & mask
             }
             _ => 0,
         }
     }
 
     /// The 64 bits from `base + 64 * word`.
-    pub fn word(&self, word: usize) -> u64 {
-        self.words.get(word).map_or(0, |w| w.load(Relaxed))
+    pub fn word<P: Platform>(&self, word: usize) -> u64 {
+        self.words.get(word).map_or(0, |w| P::load(w, Site::DirtyBitmap))
     }
 
     /// Words of 64 pages.
@@ -227,6 +230,8 @@ impl LpageInfo {
 
 #[cfg(test)]
 mod tests {
+    use tdpmmu_platform::Real;
+
     use super::*;
 
     fn slot(base: u64, pages: u64, hva: u64) -> MemSlot {
@@ -277,12 +282,12 @@ mod tests {
     fn dirty_bits_are_taken_once_and_stay_inside_the_slot() {
         let dirty = DirtyBitmap::new(100, 70).expect("small");
         for gfn in [99, 100, 163, 164, 169, 170] {
-            dirty.mark(gfn);
+            dirty.mark::<Real>(gfn);
         }
         assert_eq!(dirty.count(), 4);
-        assert_eq!(dirty.take_word(0), 1 | 1 << 63);
-        assert_eq!(dirty.take_word(1), 1 | 1 << 5);
-        assert_eq!((dirty.count(), dirty.take_word(0)), (0, 0));
+        assert_eq!(dirty.take_word::<Real>(0), 1 | 1 << 63);
+        assert_eq!(dirty.take_word::<Real>(1), 1 | 1 << 5);
+        assert_eq!((dirty.count(), dirty.take_word::<Real>(0)), (0, 0));
     }
 
     #[test]

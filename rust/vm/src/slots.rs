@@ -16,10 +16,10 @@
 //! The rules of an update, as KVM_SET_USER_MEMORY_REGION has them, are in [`plan`]: a pure function from the present set and the wish to the change.
 
 use std::ops::{Deref, Range};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tdpmmu_platform::{Platform, RcuConfig, RcuDomain, RcuReader, Reclaim, Site};
+use tdpmmu_platform::{Mutex, MutexGuard, Platform, RcuConfig, RcuDomain, RcuReader, Reclaim, Site};
 use tdpmmu_spte::mmio::GENERATION_MASK;
 
 use crate::VmError;
@@ -243,7 +243,7 @@ pub struct Memslots<P: Platform> {
     active: AtomicPtr<SlotSet>,
     generations: [AtomicU64; ADDRESS_SPACES],
     /// mn_active_invalidate_count. The set is only ever swapped under this lock, at 0.
-    invalidations: Mutex<u64>,
+    invalidations: Mutex<P, u64>,
     /// Slots with a dirty bitmap (nr_memslots_dirty_logging).
     logging: AtomicU64,
     srcu: Arc<P::Rcu>,
@@ -270,11 +270,11 @@ impl<P: Platform> Memslots<P> {
     /// The generation of an address space, with [`UPDATE_IN_PROGRESS`] while a publication is under way.
     #[inline]
     pub fn generation(&self, as_id: u8) -> u64 {
-        self.generations[usize::from(as_id) % ADDRESS_SPACES].load(Ordering::Acquire)
+        P::load(&self.generations[usize::from(as_id) % ADDRESS_SPACES], Site::SlotsLock)
     }
 
-    fn locked(&self) -> MutexGuard<'_, u64> {
-        self.invalidations.lock().unwrap_or_else(PoisonError::into_inner)
+    fn locked(&self) -> MutexGuard<'_, P, u64> {
+        self.invalidations.lock()
     }
 
     fn with_set<R>(&self, read: impl FnOnce(&SlotSet) -> R) -> R {
@@ -315,7 +315,7 @@ impl<P: Platform> Memslots<P> {
         if self.any_logs() {
             self.with_set(|set| {
                 if let Some(dirty) = set.find(as_id, gfn).and_then(|slot| slot.dirty.as_ref()) {
-                    dirty.mark(gfn);
+                    dirty.mark::<P>(gfn);
                 }
             });
         }
@@ -332,7 +332,7 @@ impl<P: Platform> Memslots<P> {
     /// Publishes `set` and waits until no reader uses an older one. The generation of `as_id` is still the old one, in progress, until [`Memslots::settle`].
     fn publish(&self, as_id: u8, mut set: SlotSet) -> Swapped {
         let space = usize::from(as_id) % ADDRESS_SPACES;
-        let before = self.generations[space].load(Ordering::Relaxed);
+        let before = P::load(&self.generations[space], Site::SlotsLock);
         let generation = (before + ADDRESS_SPACES as u64) & !UPDATE_IN_PROGRESS;
         set.generations[space] = generation;
         let logging = set.iter().filter(|slot| slot.flags.log_dirty).count() as u64;
@@ -342,7 +342,8 @@ impl<P: Platform> Memslots<P> {
             if *running == 0 {
                 // Bits are marked from before the first fault that can see the bitmap.
                 self.logging.fetch_max(logging, Ordering::Relaxed);
-                self.generations[space].store(before | UPDATE_IN_PROGRESS, Ordering::Release);
+                P::store(&self.generations[space], before | UPDATE_IN_PROGRESS, Site::SlotsLock);
+                P::locked(Site::SlotsLock);
                 break self.active.swap(new, Ordering::AcqRel);
             }
             drop(running);
@@ -357,7 +358,7 @@ impl<P: Platform> Memslots<P> {
     }
 
     fn settle(&self, swapped: Swapped) {
-        self.generations[swapped.space].store(swapped.generation, Ordering::Release);
+        P::store(&self.generations[swapped.space], swapped.generation, Site::SlotsLock);
     }
 
     /// Ends the SRCU thread.
@@ -435,6 +436,7 @@ impl<P: Platform> SlotReader<P> {
     #[inline]
     pub fn enter(&self) -> SlotGuard<'_, P> {
         self.reader.enter();
+        P::point(Site::SlotsLock);
         // SAFETY: loaded inside the read section; `publish` frees a replaced set only after a grace period, which this section
         // holds up until the guard leaves it.
         let set = unsafe { &*self.slots.active.load(Ordering::Acquire) };

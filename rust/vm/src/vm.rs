@@ -8,9 +8,7 @@
 //! and wait until none is in the guest }, unlock, let the design finish. What designs differ in is behind `invalidate`, `in_lock` and `finish`.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{
-    Arc, Mutex as StdMutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError,
-};
+use std::sync::{Arc, Mutex as StdMutex, TryLockError};
 
 use tdpmmu_mmu::{Leftovers, MmuConfig, MmuError, TdpMmu, design};
 use tdpmmu_platform::{
@@ -25,6 +23,7 @@ use crate::dirty::{DirtyMode, Protocol};
 use crate::frames::FrameStats;
 use crate::host::PrimaryMmu;
 use crate::hwlog::HardwareLog;
+use crate::mmap_lock::{MmapLock, MmapRead, MmapWrite};
 use crate::request::{self, VcpuState};
 use crate::ring::Rings;
 use crate::root_cache::RootCache;
@@ -128,7 +127,7 @@ pub struct Vm<P: Platform> {
     reload: u64,
     observer: Option<Arc<dyn Observer>>,
     task: TaskConfig,
-    pub(crate) mmap_lock: RwLock<()>,
+    mmap_lock: MmapLock<P>,
     pub(crate) counts: Vec<FaultCounts>,
     pub(crate) protocol: Protocol,
     pub(crate) host_level: Option<HostLevel>,
@@ -137,7 +136,7 @@ pub struct Vm<P: Platform> {
     /// Somebody holds a file descriptor of this VM.
     open_fd: AtomicBool,
     closing: AtomicBool,
-    closed: StdMutex<Option<CloseReport>>,
+    closed: Mutex<P, Option<CloseReport>>,
 }
 
 impl<P: Platform> Vm<P> {
@@ -237,14 +236,14 @@ impl<P: Platform> Vm<P> {
             reload,
             observer: config.observer,
             task: config.task,
-            mmap_lock: RwLock::new(()),
+            mmap_lock: MmapLock::new(),
             counts,
             protocol,
             host_level: config.host_level,
             slot_zap_all: AtomicBool::new(true),
             open_fd: AtomicBool::new(true),
             closing: AtomicBool::new(false),
-            closed: StdMutex::new(None),
+            closed: Mutex::new(None),
         })
     }
 
@@ -376,15 +375,15 @@ impl<P: Platform> Vm<P> {
     }
 
     /// For who changes what the host maps.
-    pub(crate) fn lock_mmap(&self, task: &Task<P>) -> RwLockWriteGuard<'_, ()> {
+    pub(crate) fn lock_mmap(&self, task: &Task<P>) -> MmapWrite<'_, P> {
         let _waiting = task.phase(Phase::LockWait);
-        self.mmap_lock.write().unwrap_or_else(PoisonError::into_inner)
+        self.mmap_lock.write()
     }
 
     /// For who only needs it to stay, and the VM to stay open.
-    pub(crate) fn share_mmap(&self, task: &Task<P>) -> RwLockReadGuard<'_, ()> {
+    pub(crate) fn share_mmap(&self, task: &Task<P>) -> MmapRead<'_, P> {
         let _waiting = task.phase(Phase::LockWait);
-        self.mmap_lock.read().unwrap_or_else(PoisonError::into_inner)
+        self.mmap_lock.read()
     }
 
     /// kvm_mmu_zap_all_fast; the caller holds slots_lock.
@@ -430,7 +429,7 @@ impl<P: Platform> Vm<P> {
     /// [`VmError::Busy`] while a thread holds a vCPU handle: the VM is as open as before and its vCPUs run on. Stop them
     /// ([`Vm::stop_vcpus`]), drop the handle, and call again.
     pub fn close(&self) -> Result<CloseReport, VmError> {
-        let mut closed = self.closed.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut closed = self.closed.lock();
         if let Some(report) = &*closed {
             return Ok(report.clone());
         }
