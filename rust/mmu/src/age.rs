@@ -12,7 +12,7 @@
 
 use std::ops::Range;
 
-use tdpmmu_platform::{Exclusive, Phase, Platform, Shared, Site, Task};
+use tdpmmu_platform::{Bug, Exclusive, Phase, Platform, Shared, Site, Task};
 use tdpmmu_spte::{Aging, AgingWrite, RootSet, Spte};
 
 use crate::TdpMmu;
@@ -84,7 +84,9 @@ impl<P: Platform> TdpMmu<P> {
         let aged = |spte: Spte| {
             if hardware { Spte(spte.raw() & !format.accessed) } else { format.access_track(spte) }
         };
-        let (was, now) = if !locked && (!hardware || self.profile().aging_write != AgingWrite::And) {
+        // 6.15: a blind AND, beside a frozen value that has the bit.
+        let blind = self.profile().aging_write == AgingWrite::And || P::bug(Bug::B31);
+        let (was, now) = if !locked && (!hardware || !blind) {
             let Some(was) = self.age_by_exchange(cell, at.level, old, hardware, &aged) else { return };
             (was, aged(was))
         } else if hardware && self.profile().aging_write != AgingWrite::SetPath {

@@ -22,7 +22,7 @@
 
 use std::ops::Range;
 
-use tdpmmu_platform::{Guard, Phase, Platform, Shared, Site, Task};
+use tdpmmu_platform::{Bug, Guard, Phase, Platform, Shared, Site, Task};
 use tdpmmu_spte::geometry::{ENTRIES, LEVEL_1G, LEVEL_2M, LEVEL_4K};
 use tdpmmu_spte::{Collapse, Spte};
 
@@ -168,7 +168,8 @@ impl<P: Platform> Entry<'_, '_, '_, P, Shared> {
     fn could_be_leaf(&self, slot: &Range<u64>, max_level: &dyn Fn(u64) -> u8) -> bool {
         self.level() <= LEVEL_1G
             && self.old().is_table(self.level())
-            && slot.contains(&self.gfn())
+            // 5.10-6.5: an upper entry that begins before the slot was asked for too.
+            && (slot.contains(&self.gfn()) || P::bug(Bug::B41))
             && max_level(self.gfn()) >= self.level()
     }
 }

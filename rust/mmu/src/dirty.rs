@@ -19,7 +19,7 @@
 
 use std::ops::Range;
 
-use tdpmmu_platform::{Guard, Phase, Platform, Shared, Site, Task};
+use tdpmmu_platform::{Bug, Guard, Phase, Platform, Shared, Site, Task};
 use tdpmmu_spte::geometry::round_down;
 use tdpmmu_spte::{DirtyOrWrite, FormatKind, Role, RootSet, Spte};
 
@@ -83,16 +83,23 @@ impl<P: Platform> TdpMmu<P> {
     fn logs_by_write(&self, root: u32) -> bool {
         let (format, layout) = (self.format(), self.profile().role_layout);
         let role = layout.unpack(Role(self.pool().meta(root).role()));
-        !format.ad_bits || role.ad_disabled || (format.kind == FormatKind::Ept && role.guest_mode)
+        // 5.10-6.8: D of an L2's entries too, though PML does not write those down.
+        let logged_by_pml = !role.guest_mode || P::bug(Bug::B18);
+        !format.ad_bits || role.ad_disabled || (format.kind == FormatKind::Ept && !logged_by_pml)
     }
 
     /// The mask of the bit that goes from `old`.
     #[inline]
     pub(crate) fn log_mask(&self, bit: LogBit, old: Spte) -> u64 {
+        if !old.is_present() {
+            self.violation("dirty logging asked which bit to take from an entry that is not present");
+        }
         match bit {
             LogBit::Entry { wrprot } => self.format().dirty_log_bit(old, wrprot),
             LogBit::Root(mask) => {
-                if mask != self.format().write && self.format().needs_write_protect(old) {
+                // The test came with the fix of the bug.
+                if mask != self.format().write && self.format().needs_write_protect(old) && !P::bug(Bug::B18)
+                {
                     self.violation("Dirty was to be cleared on a leaf that dirty logging must write-protect");
                 }
                 mask
@@ -115,10 +122,11 @@ impl<P: Platform> TdpMmu<P> {
         let mut changed = 0;
         let mut walk = Walk::new(self, guard, root, min_level, gfns, Yield::Allowed);
         'next: while let Some(mut entry) = walk.next_entry() {
+            let mut lost = false;
             // Who loses the entry to somebody else looks at it again, and checks again.
             loop {
                 let block = batched && entry.level() == 1;
-                let leaf = entry.old().is_leaf(entry.level());
+                let leaf = entry.old().is_leaf(entry.level()) || lost && taken_for_leaf::<P>(entry.old());
                 if checks == Checks::Leaves && !leaf && !block {
                     continue 'next;
                 }
@@ -137,11 +145,17 @@ impl<P: Platform> TdpMmu<P> {
                     changed += 1;
                     continue 'next;
                 }
+                lost = true;
             }
         }
         walk.finish_and_flush();
         changed
     }
+}
+
+/// After a lost race nothing is taken for a leaf that is none. Up to 5.17 not even presence was asked again, up to 6.7 not the kind.
+fn taken_for_leaf<P: Platform>(seen: Spte) -> bool {
+    P::bug(Bug::B15) || P::bug(Bug::B16) && seen.is_present()
 }
 
 impl<P: Platform> Entry<'_, '_, '_, P, Shared> {

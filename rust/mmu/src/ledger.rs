@@ -7,7 +7,7 @@
 //! the stack, and [`Ledger::settle`] pays them at the latest before the unlock. Frames gather as runs: guests are backed by
 //! contiguous memory more often than not, and a run costs one atomic OR per 64 pages where a page would cost one each.
 
-use tdpmmu_platform::{Platform, RcuDomain};
+use tdpmmu_platform::{Bug, Platform, RcuDomain};
 use tdpmmu_spte::Spte;
 use tdpmmu_table::DeadChain;
 
@@ -98,11 +98,19 @@ impl Ledger {
         }
         if let Some((head, tail, count)) = self.dead.take(mmu.pool()) {
             mmu.tables_unlinked(u64::from(count));
+            if P::bug(Bug::C04) {
+                tdpmmu_platform::Reclaim::reclaim(mmu.pool(), head);
+                return;
+            }
+            if P::bug(Bug::C06) {
+                mmu.rcu().defer(head, tail, count);
+            }
             mmu.rcu().defer(head, tail, count);
         }
     }
 
-    fn is_settled(&self) -> bool {
+    /// Nothing is pending.
+    pub(crate) fn is_settled(&self) -> bool {
         self.leaves.iter().all(|&d| d == 0)
             && self.dirty.count == 0
             && self.accessed.count == 0

@@ -56,7 +56,7 @@ use std::sync::atomic::{AtomicI64, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex as StdMutex, PoisonError};
 
 use tdpmmu_platform::{
-    MmuLock, Observer, Phase, Platform, RcuConfig, RcuDomain, Role as TaskRole, Task, TaskConfig,
+    Bug, MmuLock, Observer, Phase, Platform, RcuConfig, RcuDomain, Role as TaskRole, Task, TaskConfig,
 };
 use tdpmmu_spte::geometry::max_gfn;
 use tdpmmu_spte::{Format, KernelProfile, Ownership, Passes, Role, WriteBack};
@@ -152,6 +152,12 @@ impl<P: Platform> TdpMmu<P> {
         let pool = Arc::new(pool.observed(config.observer.clone()).clocked(P::ticks));
         let reclaim: Arc<dyn tdpmmu_platform::Reclaim> = pool.clone();
         let rcu = P::Rcu::try_new(reclaim, config.rcu.clone()).map_err(MmuError::Thread)?;
+        let mut config = config;
+        if P::bug(Bug::B30) {
+            // 5.10-6.3: who creates a root owns it alone, and with the last vCPU it goes.
+            config.ownership = Ownership::Vcpu;
+            config.design = Arc::new(design::AsyncWorker::new(&DesignOptions::default()));
+        }
         let design = Arc::clone(&config.design);
         let mmu = Arc::new(Self {
             lock: MmuLock::new(),

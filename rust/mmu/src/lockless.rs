@@ -6,7 +6,7 @@
 //! **Mechanism.** The fast fault may hit a leaf in a table that was unlinked meanwhile; harmless, as teardown exchanges volatile leaves atomically and the memory is not
 //! recycled before the section ends.
 
-use tdpmmu_platform::{Platform, RcuGuard, Site, Task};
+use tdpmmu_platform::{Bug, Platform, RcuGuard, Site, Task};
 use tdpmmu_spte::Spte;
 use tdpmmu_spte::geometry::{ENTRIES, index, round_down};
 
@@ -51,7 +51,7 @@ impl<P: Platform> TdpMmu<P> {
     /// The entries that translate `gfn` under `root`.
     #[inline]
     pub fn walk_lockless(&self, task: &Task<P>, root: u32, gfn: u64) -> LocklessWalk {
-        let _rcu = task.rcu_read();
+        let _rcu = (!P::bug(Bug::C05)).then(|| task.rcu_read());
         let mut walk =
             LocklessWalk { sptes: [Spte(0); MAX_LEVEL as usize + 1], table: root, level: self.root_level() };
         loop {

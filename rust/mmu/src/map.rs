@@ -11,11 +11,11 @@
 
 use std::sync::atomic::Ordering;
 
-use tdpmmu_platform::{Event, Guard, Platform, Shared, Site, Task};
+use tdpmmu_platform::{Bug, Event, Guard, Platform, Shared, Site, Task};
 use tdpmmu_spte::geometry::{ENTRIES, index, round_down, span};
 use tdpmmu_spte::{
-    Access, AdMode, AtomicZapOrder, FormatKind, MadeLeaf, MakeLeaf, MarkDirty, ReplaceFlushSpan, Role,
-    SplitInFault, Spte,
+    Access, AdMode, AtomicZapOrder, FormatKind, LEVEL_1G, MadeLeaf, MakeLeaf, MarkDirty, ReplaceFlushSpan,
+    Role, SplitInFault, Spte,
 };
 use tdpmmu_table::{PoolError, TableCache};
 
@@ -263,8 +263,14 @@ impl<P: Platform> TdpMmu<P> {
             let slot = index(fault.gfn, level);
             let old = Spte(P::load(&self.pool().entries(table)[slot], Site::SpteRead));
             task.count(1, 0);
-            if self.format().is_frozen(old) {
-                return Err(MapOutcome::Retry);
+            // 6.2-rc: the goal was tested first.
+            if self.format().is_frozen(old) && !(P::bug(Bug::B27) && level == goal) {
+                // 6.2-rc: who fell out of the loop here went on to the leaf step.
+                return if P::bug(Bug::B28) && level <= LEVEL_1G {
+                    Ok((table, old, level))
+                } else {
+                    Err(MapOutcome::Retry)
+                };
             }
             if level == goal {
                 if level == 1 || !old.is_table(level) || !self.nx_huge_pages() || !self.nx_keeps_table(old) {
@@ -358,6 +364,9 @@ impl<P: Platform> TdpMmu<P> {
         }
         if P::cmpxchg(cell, old.raw(), new.raw(), Site::SpteInstall).is_err() {
             task.meter().count_retries(1);
+            if P::bug(Bug::C12) {
+                self.leaves_made(cache, at.level, 1);
+            }
             return MapOutcome::Retry;
         }
         task.count(0, 1);

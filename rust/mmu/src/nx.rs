@@ -12,7 +12,7 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
-use tdpmmu_platform::{Exclusive, Guard, Mode, NIL, Phase, Platform, Shared, Site, Task};
+use tdpmmu_platform::{Bug, Exclusive, Guard, Mode, NIL, Phase, Platform, Shared, Site, Task};
 use tdpmmu_spte::geometry::span;
 use tdpmmu_spte::{LockMode, NxZap, Spte};
 use tdpmmu_table::TableFlag;
@@ -82,12 +82,18 @@ impl<P: Platform> TdpMmu<P> {
     /// to 6.1 any table will do (bug-history 42). The caller knows that the mitigation is on.
     pub(crate) fn nx_keeps_table(&self, entry: Spte) -> bool {
         !self.profile().nx_adjust_flag_test
+            || P::bug(Bug::B42)
             || self.pool().meta(entry.pfn() as u32).has(TableFlag::NxDisallowed)
+    }
+
+    /// Is a table's flag written before the table is linked? (5.12-6.1 wrote all of a table's books after the link, and did not look again.)
+    fn nx_flags_first(&self) -> bool {
+        self.profile().nx_flag_before_publish && !P::bug(Bug::B09)
     }
 
     /// Before `table` is linked for a fetch under the mitigation.
     pub(crate) fn nx_before_link(&self, table: u32) {
-        if self.profile().nx_flag_before_publish {
+        if self.nx_flags_first() {
             self.pool().meta(table).set(TableFlag::NxDisallowed);
         }
     }
@@ -96,7 +102,7 @@ impl<P: Platform> TdpMmu<P> {
     pub(crate) fn nx_after_link(&self, table: u32) {
         let meta = self.pool().meta(table);
         let _turn = self.pages_lock();
-        if !self.profile().nx_flag_before_publish {
+        if !self.nx_flags_first() {
             // Both sides set their own flag and then look for the other's, in one word: at least one of them sees both.
             meta.set(TableFlag::NxDisallowed);
             if meta.has(TableFlag::Unlinked) {
@@ -108,7 +114,7 @@ impl<P: Platform> TdpMmu<P> {
             }
         }
         // Teardown may have been here between the link and our turn: then the flag is gone.
-        if meta.has(TableFlag::NxDisallowed) {
+        if meta.has(TableFlag::NxDisallowed) || P::bug(Bug::B26) {
             self.nx_append(table);
         }
     }
@@ -184,12 +190,16 @@ impl<P: Platform> TdpMmu<P> {
             let meta = self.pool().meta(table);
             let root = self.root_of(table);
             let at = At { as_id: self.as_id(root), root, gfn: meta.gfn(), level: meta.level() + 1 };
-            if self.profile().nx_skips_dirty_slots && logged(at.as_id, at.gfn) {
+            // 6.3-6.4-rc: the slot of address space 0, whatever the root's.
+            let as_id = if P::bug(Bug::B34) { 0 } else { at.as_id };
+            if self.profile().nx_skips_dirty_slots && logged(as_id, at.gfn) {
                 let _turn = self.pages_lock();
                 self.nx_forget(table);
-            } else if self.zap_candidate(guard, table, at) {
-                zapped += 1;
-                owes = true;
+            } else {
+                let gone = self.zap_candidate(guard, table, at);
+                zapped += u64::from(gone);
+                // 5.12-rc kept the last answer alone; 5.10-5.11 none.
+                owes = (gone || owes && !P::bug(Bug::B03)) && !P::bug(Bug::B02);
             }
             if guard.should_yield() {
                 if std::mem::take(&mut owes) {

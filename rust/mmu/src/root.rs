@@ -12,7 +12,7 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use tdpmmu_platform::{
-    Event, Guard, Mode, Moment, Mutex, MutexGuard, NIL, Owner, Platform, RcuDomain, Site, Task,
+    Bug, Event, Guard, Mode, Moment, Mutex, MutexGuard, NIL, Owner, Platform, RcuDomain, Site, Task,
 };
 use tdpmmu_spte::{LockMode, Ownership, Role as RootRole};
 use tdpmmu_table::{PoolError, TableCache, TableFlag};
@@ -211,6 +211,12 @@ impl<P: Platform> TdpMmu<P> {
         let task = guard.task();
         let mut at = self.next_root(task, None, which);
         while let Some(root) = at {
+            if P::bug(Bug::C11) {
+                self.put_root(task, root, Owner::Iterator, Held::from(&mut *guard));
+                body(guard, root);
+                at = self.next_root(task, Some(root), which);
+                continue;
+            }
             body(guard, root);
             // The next reference first: the one we hold keeps our place on the list.
             at = self.next_root(task, Some(root), which);
@@ -219,7 +225,8 @@ impl<P: Platform> TdpMmu<P> {
     }
 
     fn next_root(&self, task: &Task<P>, prev: Option<u32>, which: Which) -> Option<u32> {
-        let _rcu = task.rcu_read();
+        // 5.12-rc: the list was read outside of the section.
+        let _rcu = (!P::bug(Bug::B06)).then(|| task.rcu_read());
         let mut at = match prev {
             None => self.first_root(),
             Some(root) => self.next_listed(root),
@@ -247,7 +254,9 @@ impl<P: Platform> TdpMmu<P> {
     ) -> Result<u32, PoolError> {
         self.top_up(task, cache)?;
         let mut stale = Vec::new();
-        match self.profile().root_load_lock {
+        // 5.10-6.8.
+        let mode = if P::bug(Bug::B40) { LockMode::Exclusive } else { self.profile().root_load_lock };
+        match mode {
             LockMode::Exclusive => {
                 let mut guard = self.lock.write(task);
                 let loaded = self.find_root(task, role, &mut stale).map_or_else(

@@ -10,10 +10,10 @@
 
 use std::ops::Range;
 
-use tdpmmu_platform::{Event, Exclusive, Guard, Mode, Moment, NIL, Phase, Platform};
+use tdpmmu_platform::{Bug, Event, Exclusive, Guard, Mode, Moment, NIL, Phase, Platform};
 
-use tdpmmu_spte::RootSet;
 use tdpmmu_spte::geometry::span;
+use tdpmmu_spte::{Passes, RootSet};
 
 use crate::TdpMmu;
 use crate::debt::FlushDebt;
@@ -40,7 +40,14 @@ impl<P: Platform> TdpMmu<P> {
         }
         let cpu = if task.config().measure { P::thread_cpu_ns() } else { 0 };
         let mut zapped = false;
-        for level in self.passes().iter(self.root_level()) {
+        let passes = match () {
+            // 5.13-5.17: 512 GiB in one RCU section.
+            () if P::bug(Bug::B20) => Passes::ROOT,
+            // 5.18-6.8: a GiB between two checks.
+            () if P::bug(Bug::B39) => Passes::ROOT_1G,
+            () => self.passes(),
+        };
+        for level in passes.iter(self.root_level()) {
             zapped |= self.zap_pass(guard, root, level, yields, owes);
         }
         if task.config().measure {
@@ -122,7 +129,8 @@ impl<P: Platform> TdpMmu<P> {
         let empty = self.format().empty();
         // 6.9+ owes nothing for an invalid root: no guest runs on it (fcdffe97f80e).
         let owes = self.profile().invalid_root_owes_flush || !self.is_obsolete(root);
-        let whole_tables = self.profile().unmap_frees_tables;
+        // 5.18-rc1: leaves only, where callers had relied on the tables going too.
+        let whole_tables = self.profile().unmap_frees_tables && !P::bug(Bug::B24);
         let _work = guard.task().phase(Phase::SpteWork);
         let mut walk = Walk::new(self, guard, root, 1, range.clone(), yields);
         walk.inherit(debt);
@@ -142,8 +150,10 @@ impl<P: Platform> TdpMmu<P> {
             } else if whole_tables && entry.old().is_table(entry.level()) {
                 let (gfn, level) = (entry.gfn(), entry.level());
                 if range.start <= gfn && gfn + span(level) <= range.end && entry.set(empty).is_ok() {
+                    // 5.12-5.15 began at the last child's gfn, as its loop had left it.
+                    let from = if P::bug(Bug::B08) { gfn + span(level) - span(level - 1) } else { gfn };
                     // Now, while the ledger still holds the tables: a guest may walk them from its caches until it is flushed.
-                    self.flush(walk.task, Some(gfn..gfn + span(level)));
+                    self.flush(walk.task, Some(from..gfn + span(level)));
                 }
             }
         }
@@ -173,7 +183,9 @@ impl<P: Platform> TdpMmu<P> {
         debt: FlushDebt,
     ) -> FlushDebt {
         let yields = if may_block { Yield::Allowed } else { Yield::Never };
-        let which = if self.profile().unmap_invalid_roots { Which::All } else { Which::Valid };
+        // 5.13-5.17: the filter was inside of the iterator, for everybody.
+        let all = self.profile().unmap_invalid_roots && !P::bug(Bug::B13);
+        let which = if all { Which::All } else { Which::Valid };
         self.zap_leafs_of(guard, which, Some(as_id), &range, yields, debt)
     }
 
@@ -188,18 +200,27 @@ impl<P: Platform> TdpMmu<P> {
         mut debt: FlushDebt,
     ) -> FlushDebt {
         guard.set_debt(debt.is_owed());
-        self.for_each_root(guard, which, |guard, root| {
+        let mut visit = |guard: &mut Guard<'_, P, Exclusive>, root| {
             if as_id.is_none_or(|as_id| self.as_id(root) == as_id) {
+                // 5.10-5.11 began each root without the debt of those before, and added up at the end.
+                let kept = if P::bug(Bug::B01) { std::mem::take(&mut debt) } else { FlushDebt::none() };
                 // The walk takes it over, and pays it before it yields.
-                guard.set_debt(false);
+                guard.set_debt(kept.is_owed());
                 debt = self.zap_leafs(guard, root, gfns.clone(), yields, std::mem::take(&mut debt));
+                debt.merge(kept);
             }
             // Our reference is the last one: the put that follows may zap the root, and give the lock up (F1, also for what an earlier root owes).
             if self.refs(root) == 1 {
                 self.pay(guard.task(), &mut debt);
             }
             guard.set_debt(debt.is_owed());
-        });
+        };
+        if P::bug(Bug::B10) {
+            // 5.13-5.15 took the iterator of those who do not yield: no reference on the root that is visited.
+            self.listed_roots().for_each(|root| visit(guard, root));
+        } else {
+            self.for_each_root(guard, which, visit);
+        }
         // From here on it is the caller's.
         guard.set_debt(false);
         debt

@@ -19,7 +19,7 @@
 use std::ops::Range;
 use std::sync::atomic::AtomicU64;
 
-use tdpmmu_platform::{Exclusive, Guard, Platform, Shared, Site};
+use tdpmmu_platform::{Bug, Exclusive, Guard, Platform, Shared, Site};
 
 /// mmu_invalidate_seq, mmu_invalidate_in_progress and the range, for one address space numbering of gfns.
 #[derive(Debug, Default)]
@@ -64,6 +64,8 @@ impl Invalidation {
     /// Must a fault on `gfn` that sampled `seq` try again? Definite, because mmu_lock is held.
     #[inline]
     pub fn must_retry<P: Platform>(&self, _lock: &Guard<'_, P, Shared>, gfn: u64, seq: u64) -> bool {
+        // 5.16-6.2: an int, which the compare extends by its sign.
+        let seq = if P::bug(Bug::B29) { seq as i32 as u64 } else { seq };
         self.looks_stale::<P>(gfn, seq)
     }
 
@@ -77,7 +79,7 @@ impl Invalidation {
         let overlaps = P::load(&self.in_progress, Site::NotifierSeq) != 0
             && gfns.start < P::load(&self.end, Site::NotifierSeq)
             && P::load(&self.start, Site::NotifierSeq) < gfns.end;
-        overlaps || P::load(&self.seq, Site::NotifierSeq) != seq
+        overlaps || P::load(&self.seq, Site::NotifierSeq) != seq && !P::bug(Bug::C07)
     }
 
     /// The same question without the lock: a hint that saves work (6.8 and later), never a permission.
@@ -89,7 +91,12 @@ impl Invalidation {
         {
             return true;
         }
-        P::load(&self.seq, Site::NotifierSeq) != seq
+        P::load(&self.seq, Site::NotifierSeq) != seq && !P::bug(Bug::C07)
+    }
+
+    /// A VM that has seen `seq` invalidations already; before its first fault.
+    pub fn start_at<P: Platform>(&self, seq: u64) {
+        P::store(&self.seq, seq, Site::NotifierEnd);
     }
 
     /// Ended invalidations so far.

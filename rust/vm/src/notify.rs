@@ -9,7 +9,7 @@
 use std::ops::Range;
 
 use tdpmmu_mmu::FlushDebt;
-use tdpmmu_platform::{Event, Platform, Task};
+use tdpmmu_platform::{Bug, Event, Platform, Task};
 
 use crate::{Vm, VmError};
 
@@ -49,6 +49,9 @@ impl<P: Platform> Vm<P> {
             let mut debt = FlushDebt::none();
             for (as_id, gfns) in ranges {
                 debt = mmu.unmap_owing(&mut guard, as_id, gfns, may_block, debt);
+            }
+            if P::bug(Bug::C03) {
+                debt.take();
             }
             mmu.pay(task, &mut debt);
         }

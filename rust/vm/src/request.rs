@@ -19,7 +19,7 @@
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use tdpmmu_platform::{Phase, Platform, Site, Task};
+use tdpmmu_platform::{Bug, Phase, Platform, Site, Task};
 
 /// Not in the guest.
 pub const OUTSIDE: u64 = 0;
@@ -81,7 +81,9 @@ impl VcpuState {
     pub fn enter_guest<P: Platform>(&self) -> bool {
         let word = self.mode.load(Ordering::Relaxed);
         P::store(&self.mode, (word & !MODE_MASK) + ENTRY + IN_GUEST, Site::VcpuMode);
-        P::fence(Site::VcpuMode);
+        if !P::bug(Bug::B44a) {
+            P::fence(Site::VcpuMode);
+        }
         if P::load(&self.requests, Site::VcpuRequest) == 0 {
             return true;
         }
@@ -230,10 +232,18 @@ pub fn make_all_cpus_request<P: Platform, V: AsRef<VcpuState>>(
     let _phase = (task.meter().phase() != Phase::Flush).then(|| task.phase(Phase::KickWait));
     let begin = P::ticks();
     let mut kicks = Kicks::default();
+    if P::bug(Bug::C01) {
+        for vcpu in vcpus {
+            let _ = vcpu.as_ref().kick::<P>();
+        }
+    }
     for vcpu in vcpus {
         vcpu.as_ref().request::<P>(bits);
     }
     P::fence(Site::VcpuRequest);
+    if P::bug(Bug::C01) {
+        return kicks;
+    }
     for vcpu in vcpus {
         let vcpu = vcpu.as_ref();
         if bits & NO_WAKEUP == 0 {
@@ -241,7 +251,7 @@ pub fn make_all_cpus_request<P: Platform, V: AsRef<VcpuState>>(
         }
         kicks.kicked += u32::from(vcpu.kick::<P>().is_some());
     }
-    if kicks.kicked != 0 && bits & WAIT != 0 {
+    if kicks.kicked != 0 && bits & WAIT != 0 && !P::bug(Bug::C14) {
         // Second round: every kick is on its way before the first wait. Who is in the guest unkicked has entered since then,
         // saw its request first, and is neither kicked again nor waited for.
         for vcpu in vcpus {

@@ -9,7 +9,7 @@
 
 use std::sync::MutexGuard;
 
-use tdpmmu_platform::{Platform, Task};
+use tdpmmu_platform::{Bug, Platform, Task};
 use tdpmmu_spte::Role;
 use tdpmmu_table::TableCache;
 
@@ -181,7 +181,9 @@ impl<'v, P: Platform> Vcpu<'v, P> {
         let root = self.vm.mmu().load_root(&self.task, &mut core.cache, role)?;
         core.roots.install(CachedRoot { root, role });
         // The page may have been a root before, and its translations may still be cached under its number (F6).
-        core.tlb.flush_root(root);
+        if !P::bug(Bug::C09) {
+            core.tlb.flush_root(root);
+        }
         core.loaded_at = P::ticks();
         core.stats.loads += 1;
         Ok(root)
@@ -336,7 +338,7 @@ impl<'v, P: Platform> Vcpu<'v, P> {
             let roots = self.core.roots.take_if(|root| mmu.is_obsolete(root));
             mmu.put_roots(&self.task, roots.as_slice());
         }
-        if bits & request::TLB_FLUSH != 0 {
+        if bits & request::TLB_FLUSH != 0 && !P::bug(Bug::C02) {
             self.core.tlb.flush();
         }
         true
@@ -447,6 +449,10 @@ impl<'v, P: Platform> Vcpu<'v, P> {
     /// Hardware has set Dirty: its log knows. A full one is an exit of its own; the access has been made.
     #[cold]
     fn log_dirtied(&mut self, gfn: u64) {
+        // Off while an L2 runs: the log would be of its own addresses, not L1's (5.10 on).
+        if self.vm.mmu().profile().role_layout.unpack(self.core.role).guest_mode {
+            return;
+        }
         if self.core.hardware_log.push(gfn) {
             self.leave();
         }

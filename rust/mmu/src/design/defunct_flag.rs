@@ -18,13 +18,18 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use tdpmmu_platform::{Exclusive, Guard, Owner, Platform, Site, Task};
+use tdpmmu_platform::{Bug, Exclusive, Guard, Owner, Platform, Site, Task};
 use tdpmmu_table::TableFlag;
 
 use super::{Held, ZapDesign};
 use crate::TdpMmu;
 use crate::root::Which;
 use crate::walk::Yield;
+
+/// Was its last reference put while it was valid? v3 dropped the flag: every invalid root was taken for one with a gift.
+fn is_defunct<P: Platform>(mmu: &TdpMmu<P>, root: u32) -> bool {
+    mmu.pool().meta(root).has(TableFlag::Defunct) && !P::bug(Bug::B21)
+}
 
 /// See the module text.
 #[derive(Default)]
@@ -52,7 +57,7 @@ impl<P: Platform> ZapDesign<P> for DefunctFlag {
     fn invalidate(&self, mmu: &TdpMmu<P>, guard: &mut Guard<'_, P, Exclusive>) {
         let task = guard.task();
         for root in mmu.listed_roots() {
-            if !mmu.pool().meta(root).has(TableFlag::Defunct) && mmu.get_root(task, root, Owner::Gift) {
+            if !is_defunct(mmu, root) && mmu.get_root(task, root, Owner::Gift) {
                 mmu.invalidate_root(task, root);
             }
         }
@@ -64,7 +69,7 @@ impl<P: Platform> ZapDesign<P> for DefunctFlag {
             if mmu.is_obsolete(root) {
                 mmu.zap_root(guard, root, Yield::Allowed);
                 P::fence(Site::RootInvalidate);
-                if mmu.pool().meta(root).has(TableFlag::Defunct) {
+                if is_defunct(mmu, root) {
                     self.met.store(true, Ordering::Relaxed);
                 } else {
                     mmu.put_root(task, root, Owner::Gift, Held::Shared(guard));

@@ -24,9 +24,11 @@ use std::sync::{Arc, Mutex as StdMutex, OnceLock, PoisonError, Weak};
 use std::thread;
 
 use tdpmmu_platform::queue::Serve;
-use tdpmmu_platform::{Event, Histogram, Mutex, MutexGuard, Owner, Platform, Role, Task, WorkQueue};
+use tdpmmu_platform::{Bug, Event, Histogram, Mutex, MutexGuard, Owner, Platform, Role, Task, WorkQueue};
 
 use super::{DesignOptions, Held, QueueKind, WorkerReport, check_worker_cpus};
+use tdpmmu_table::TableFlag;
+
 use crate::TdpMmu;
 use crate::walk::Yield;
 
@@ -65,7 +67,8 @@ impl<P: Platform> ZapQueue<P> {
     ) -> Self {
         Self {
             kind: options.queue.unwrap_or(own),
-            workers: options.workers.max(1),
+            // 5.18-6.5: unbound items, as many at once as there are CPUs.
+            workers: if P::bug(Bug::B38) { 8 } else { options.workers.max(1) },
             cpus: options.worker_cpus.clone(),
             work: Arc::new(work),
             place: OnceLock::new(),
@@ -105,6 +108,10 @@ impl<P: Platform> ZapQueue<P> {
     #[must_use = "what no worker takes must be done by the caller"]
     pub fn push(&self, mmu: &TdpMmu<P>, what: u32) -> bool {
         let Some((crew, client)) = self.place.get() else { return false };
+        // queue_work: an item that is pending is not queued again.
+        if P::bug(Bug::B23) && mmu.pool().meta(what).set(TableFlag::Scheduled) {
+            return true;
+        }
         if client.left.load(Ordering::Acquire) || self.kind == QueueKind::System && !mmu.get_user() {
             return false;
         }
@@ -173,6 +180,9 @@ impl<P: Platform> ZapQueue<P> {
         let Some((crew, client)) = self.place.get() else { return };
         client.left.store(true, Ordering::Release);
         crew.queue.release_for(client.id);
+        if P::bug(Bug::C10) {
+            return;
+        }
         crew.queue.flush_for(client.id);
         match self.kind {
             QueueKind::PerVm => crew.queue.shutdown(),
@@ -503,6 +513,9 @@ impl<P: Platform> Worker<P> {
         };
         tell(Event::WorkBegin { root: item.what, waited_ns });
         let begin = P::thread_cpu_ns();
+        if P::bug(Bug::B23) {
+            mmu.pool().meta(item.what).clear(TableFlag::Scheduled);
+        }
         (item.client.work)(mmu, &desk.task, item.what);
         desk.cpu_ns.set(desk.cpu_ns.get() + P::thread_cpu_ns().saturating_sub(begin));
         tell(Event::WorkEnd { root: item.what });

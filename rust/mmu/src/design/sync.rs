@@ -9,7 +9,7 @@
 //! without it a second fast zap would put a reference it does not own (that is bug-history 21 again). It changes under slots_lock
 //! only. A last put on a valid root cannot happen. The zap precedes the put, so the root is reachable by notifiers throughout.
 
-use tdpmmu_platform::{Exclusive, Guard, Owner, Platform, Task};
+use tdpmmu_platform::{Bug, Exclusive, Guard, Owner, Platform, Task};
 use tdpmmu_table::TableFlag;
 
 use super::{Held, ZapDesign};
@@ -47,7 +47,9 @@ impl<P: Platform> ZapDesign<P> for Sync {
         let mut guard = mmu.lock.read(task);
         mmu.for_each_root(&mut guard, Which::All, |guard, root| {
             if mmu.pool().meta(root).clear(TableFlag::Scheduled) {
-                mmu.zap_root(guard, root, Yield::Allowed);
+                if !P::bug(Bug::B22c) {
+                    mmu.zap_root(guard, root, Yield::Allowed);
+                }
                 mmu.put_root(task, root, Owner::Mmu, Held::Shared(guard));
             }
         });
