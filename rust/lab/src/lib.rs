@@ -18,6 +18,7 @@
 //! | `micro/` | populate, fault, walk, rcu, dirty: one operation against its limit |
 //! | `conform/` | the engine against recordings of real KVM, transition by transition |
 //! | `what_if/` | the zaps of a recording through another design |
+//! | `program/` | operations as data, for search, museum and torture |
 //! | `faults/` | what goes wrong on purpose |
 //! | `limits/` | the host's physical limits |
 //! | `fit.rs` | a line through measurements, and its errors |
@@ -41,6 +42,7 @@ pub mod limits;
 pub mod memory;
 mod micro;
 pub mod outcome;
+pub mod program;
 pub mod result;
 pub mod run;
 pub mod scenario;
