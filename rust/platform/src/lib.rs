@@ -52,7 +52,7 @@ pub use crate::{
     meter::{Histograms, HoldSums, Meter, MeterSnapshot, Phase},
     mmu_lock::{Guard, MmuLock},
     mutex::{Mutex, MutexGuard},
-    observer::{Event, NO_TASK, Observer, Owner},
+    observer::{Event, LockClass, NO_TASK, Observer, Owner},
     pace::{Pace, YieldPoint},
     queue::{Serve, WorkQueue},
     rcu::{Flavour, RcuConfig, RcuStats, Stall},

@@ -3,6 +3,9 @@
 //! The choke point for SPTE changes, the root lifecycle, the locks and RCU report what they did. With no observer
 //! a report costs one predictable branch: the event is built only once somebody is known to listen.
 //! An observer is called with locks held and inside RCU sections: it must not call back into the MMU, nor sleep.
+//!
+//! Some reports lie on paths that a nanosecond matters to (each read section, each guest entry, each translation that is cached or used, each
+//! reschedule check). These are made only for an observer that says so: [`Observer::wants_detail`].
 
 /// Whom a reference on a root belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -17,6 +20,34 @@ pub enum Owner {
     Iterator,
     /// A work item that tears down.
     Work,
+}
+
+/// The locks above and below mmu_lock, by class, for who checks their order. mmu_lock itself is told by [`Event::Lock`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum LockClass {
+    /// kvm->slots_lock.
+    Slots,
+    /// The host's mmap_lock.
+    Mmap,
+    /// The lock of root list and NX list.
+    Pages,
+    /// A work queue's own.
+    Queue,
+    /// mmu_lock; never told as a class.
+    Mmu,
+}
+
+impl LockClass {
+    /// Its name in reports.
+    pub const fn name(self) -> &'static str {
+        match self {
+            LockClass::Slots => "slots_lock",
+            LockClass::Mmap => "mmap_lock",
+            LockClass::Pages => "pages_lock",
+            LockClass::Queue => "queue lock",
+            LockClass::Mmu => "mmu_lock",
+        }
+    }
 }
 
 /// What happened. Gfns are guest frame numbers in 4 KiB units, tables and roots are pool indices.
@@ -115,9 +146,10 @@ pub enum Event {
         start: u64,
         end: u64,
     },
-    /// A released host frame may be re-issued from here on.
+    /// Released host frames `pfn .. pfn + count`, each with its owner's tag, may be re-issued from here on.
     FrameRelease {
         pfn: u64,
+        count: u64,
     },
     /// A vCPU was kicked.
     Kick {
@@ -136,12 +168,213 @@ pub enum Event {
         reader: u32,
         ns: u64,
     },
+
+    /// The task asks for a flush of gfns `start..end` (everything when `end` is `u64::MAX`): what changed before this is covered by it.
+    FlushBegin {
+        start: u64,
+        end: u64,
+    },
+    /// The flush that the task asked for last has been delivered everywhere.
+    FlushEnd {
+        start: u64,
+        end: u64,
+    },
+    /// The invalidation of gfns `start..end` holds faults off from here on; told with mmu_lock held exclusive.
+    NotifierActive {
+        start: u64,
+        end: u64,
+    },
+    /// The host's change is complete: who looks a page up from here on finds the new state. Told with mmu_lock held exclusive, before the
+    /// sequence moves.
+    NotifierEnding {
+        start: u64,
+        end: u64,
+    },
+    /// A fault has sampled the notifier's sequence and is about to ask the host for the page of `gfn`.
+    LookUp {
+        as_id: u8,
+        gfn: u64,
+    },
+    /// The host's answer to the task's last look-up: the frame of `gfn` and the level that may be mapped at most.
+    Resolved {
+        as_id: u8,
+        gfn: u64,
+        pfn: u64,
+        level: u8,
+    },
+    /// The fault begins again from the start.
+    FaultRetry {
+        as_id: u8,
+        gfn: u64,
+    },
+    /// A write-back or a guest's access reached frame `pfn` (with the tag that the mapping was made for), which belongs to somebody else by now.
+    FrameStale {
+        pfn: u64,
+        what: &'static str,
+    },
+    /// Dirty (or else Accessed) of SPTEs that mapped `pfn .. pfn + count` has reached the host.
+    WriteBack {
+        pfn: u64,
+        count: u64,
+        dirty: bool,
+    },
+    /// Gfns `start..end` are logged from here on: the call that turned it on is about to return. `all_set`: every page counts as dirty.
+    LogBegin {
+        as_id: u8,
+        start: u64,
+        end: u64,
+        all_set: bool,
+    },
+    /// Gfns `start..end` are logged no more: logging was turned off, or the slot is going.
+    LogEnd {
+        as_id: u8,
+        start: u64,
+        end: u64,
+    },
+    /// The log (bitmap or ring) knows that `gfn` is dirty.
+    DirtyMark {
+        as_id: u8,
+        gfn: u64,
+    },
+    /// The marks `base + n` of each bit n of `mask` were taken from the log, for the report of this task.
+    DirtyTake {
+        as_id: u8,
+        base: u64,
+        mask: u64,
+    },
+    /// The call that took marks of gfns `start..end` is about to return what it took.
+    LogReturn {
+        as_id: u8,
+        start: u64,
+        end: u64,
+    },
+    /// `gfn` is not to be written without the slow path having been asked: write protection of leaves of `level` and above is about to return.
+    WriteProtected {
+        as_id: u8,
+        gfn: u64,
+        level: u8,
+    },
+    /// `table` became a candidate of the NX recovery; told under pages_lock.
+    NxListed {
+        table: u32,
+    },
+    /// `table` is no candidate any more; told under pages_lock.
+    NxUnlisted {
+        table: u32,
+    },
+    /// A set of memslots in which gfns `start..end` are INVALID (`going`), or have settled again, is seen by all.
+    SlotPublish {
+        as_id: u8,
+        start: u64,
+        end: u64,
+        going: bool,
+    },
+    /// A VM with so many vCPUs; `writes_back`: Dirty and Accessed reach the host when SPTEs are removed.
+    VmBegin {
+        vcpus: u32,
+        writes_back: bool,
+    },
+    /// No vCPU runs any more, nor ever will: no flush is owed from here on.
+    VmEnd,
+    /// The VM's tables are gone: nobody may work on them from here on.
+    VmGone,
+    /// User references of the VM (kvm->users_count) after a change.
+    Users {
+        users: u32,
+    },
+
+    /// Detail: the task's outermost RCU read section has begun.
+    RcuEnter,
+    /// Detail: the task's outermost RCU read section is about to end.
+    RcuLeave,
+    /// Detail: a reschedule check of a walk.
+    YieldCheck,
+    /// Detail: the task is about to do what might sleep.
+    MightSleep {
+        what: &'static str,
+    },
+    /// Detail: the root list is read.
+    ListRead,
+    /// Detail: a lock of this class was taken.
+    Acquire {
+        lock: LockClass,
+        shared: bool,
+    },
+    /// Detail: a lock of this class is about to be released.
+    Release {
+        lock: LockClass,
+    },
+    /// Detail: the vCPU is in the guest, on `root`, with no request pending.
+    GuestEnter {
+        vcpu: u32,
+        root: u32,
+    },
+    /// Detail: the vCPU uses no translation any more until its next entry.
+    GuestExit {
+        vcpu: u32,
+    },
+    /// Detail: the vCPU has emptied its translation caches.
+    TlbFlush {
+        vcpu: u32,
+    },
+    /// Detail: the vCPU has dropped what was tagged with `root`, as it loads it.
+    TlbFlushRoot {
+        vcpu: u32,
+        root: u32,
+    },
+    /// Detail: the vCPU has cached the leaf `spte` as the translation of `gfn`.
+    TlbFill {
+        vcpu: u32,
+        root: u32,
+        gfn: u64,
+        level: u8,
+        spte: u64,
+    },
+    /// Detail: the vCPU's walker has cached `table` as the table of `level` on the path to `gfn`, and is about to read it.
+    StructureFill {
+        vcpu: u32,
+        root: u32,
+        gfn: u64,
+        level: u8,
+        table: u32,
+    },
+    /// Detail: the vCPU's walker begins at `table`, which it has cached.
+    StructureUse {
+        vcpu: u32,
+        root: u32,
+        gfn: u64,
+        level: u8,
+        table: u32,
+    },
+    /// Detail: a guest's access to `gfn` has gone through to frame `pfn`.
+    GuestAccess {
+        vcpu: u32,
+        as_id: u8,
+        root: u32,
+        gfn: u64,
+        pfn: u64,
+        write: bool,
+    },
+    /// Detail: a leaf in `table` gained bits without mmu_lock: Accessed and Dirty by hardware, W or an access by the fast page fault.
+    SpteMarked {
+        root: u32,
+        table: u32,
+        gfn: u64,
+        level: u8,
+        old: u64,
+        new: u64,
+    },
 }
 
 /// Listens to what the MMU does. `task` is the id of the reporting task, [`NO_TASK`] where there is none.
 pub trait Observer: Send + Sync {
     /// Called at the event, in the reporting thread.
     fn event(&self, task: u32, event: &Event);
+
+    /// Are the reports marked "Detail" wanted too? Asked once, when a task or a VM is made: read sections then take their slower path.
+    fn wants_detail(&self) -> bool {
+        false
+    }
 }
 
 /// The task id of reports that come from no task (the RCU thread).

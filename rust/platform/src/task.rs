@@ -141,6 +141,10 @@ pub struct Task<P: Platform> {
     gate: Gate,
     timeline: Option<Arc<Timeline>>,
     observer: Option<Arc<dyn Observer>>,
+    /// The observer wants to hear of read sections and checks too.
+    detail: bool,
+    /// Measuring, or in detail observed: checks are noted.
+    noted: bool,
     meter: Meter,
     slice: Slice<P>,
     config: TaskConfig,
@@ -154,6 +158,7 @@ pub struct Task<P: Platform> {
     step_preempted: Cell<u64>,
     step_cpu: Cell<u64>,
     section_since: Cell<u64>,
+    vcpu: Cell<Option<usize>>,
     id: u32,
     name: Box<str>,
     role: Role,
@@ -177,8 +182,9 @@ impl<P: Platform> Task<P> {
     ) -> Self {
         let reader = rcu.register(name);
         let timed = config.measure || config.record;
-        if timed {
-            // Sections are timed, which the quick path does not.
+        let detail = observer.as_ref().is_some_and(|observer| observer.wants_detail());
+        if timed || detail {
+            // Sections are timed, or told, which the quick path does not.
             reader.set_slow();
         }
         let gate = match (&config.pace, config.preempt) {
@@ -195,6 +201,8 @@ impl<P: Platform> Task<P> {
             gate,
             timeline: rcu.timeline().cloned(),
             observer,
+            detail,
+            noted: config.measure || detail,
             meter: Meter::new::<P>(config.measure, recording),
             slice: Slice::new(config.tick_ns),
             force_in: Cell::new(config.force_yield.unwrap_or(0)),
@@ -205,6 +213,7 @@ impl<P: Platform> Task<P> {
             step_preempted: Cell::new(0),
             step_cpu: Cell::new(0),
             section_since: Cell::new(0),
+            vcpu: Cell::new(None),
             id,
             name: name.into(),
             role,
@@ -224,6 +233,17 @@ impl<P: Platform> Task<P> {
     /// The role given.
     pub fn role(&self) -> Role {
         self.role
+    }
+
+    /// The vCPU that this task runs (kvm_get_running_vcpu), if it runs one.
+    #[inline]
+    pub fn vcpu(&self) -> Option<usize> {
+        self.vcpu.get()
+    }
+
+    /// This task runs vCPU `vcpu` from now on.
+    pub fn set_vcpu(&self, vcpu: usize) {
+        self.vcpu.set(Some(vcpu));
     }
 
     /// The configuration given.
@@ -246,6 +266,14 @@ impl<P: Platform> Task<P> {
     #[inline(always)]
     pub fn is_observed(&self) -> bool {
         self.observer.is_some()
+    }
+
+    /// Reports an event to an observer that wants detail; `event` is built only then.
+    #[inline(always)]
+    pub fn detail(&self, event: impl FnOnce() -> Event) {
+        if self.detail {
+            self.observe(event);
+        }
     }
 
     /// Reports an event; `event` is built only if somebody listens.
@@ -307,8 +335,8 @@ impl<P: Platform> Task<P> {
     #[inline]
     pub fn should_yield_at(&self, lock: &MmuLock<P>, at: impl FnOnce() -> Option<YieldPoint>) -> bool {
         P::point(Site::LockYield);
-        if self.measure {
-            self.step_ends();
+        if self.noted {
+            self.check_noted();
         }
         match self.gate {
             Gate::Contention => {
@@ -322,6 +350,14 @@ impl<P: Platform> Task<P> {
             }
             Gate::Paced => at().is_some_and(|at| self.paced(at)),
         }
+    }
+
+    #[cold]
+    fn check_noted(&self) {
+        if self.measure {
+            self.step_ends();
+        }
+        self.detail(|| Event::YieldCheck);
     }
 
     #[cold]
@@ -347,6 +383,7 @@ impl<P: Platform> Task<P> {
     /// is given away here if need_resched. Outside locks and read sections only.
     #[inline]
     pub fn might_sleep(&self) {
+        self.detail(|| Event::MightSleep { what: "a point that might sleep" });
         debug_assert!(!self.holds_mmu_lock(), "{} might sleep with mmu_lock held", self.name);
         debug_assert!(!self.in_rcu(), "{} might sleep inside an RCU read section", self.name);
         if self.config.preempt != Preempt::None && self.need_resched() {
@@ -448,6 +485,9 @@ impl<P: Platform> Task<P> {
     #[cold]
     fn rcu_enter_slow(&self) {
         self.reader.enter();
+        if self.reader.depth() == 1 {
+            self.detail(|| Event::RcuEnter);
+        }
         if self.timed {
             self.section_begins();
         }
@@ -457,6 +497,9 @@ impl<P: Platform> Task<P> {
     fn rcu_leave_slow(&self) {
         if self.timed {
             self.section_ends();
+        }
+        if self.reader.depth() == 1 {
+            self.detail(|| Event::RcuLeave);
         }
         self.reader.leave();
     }
