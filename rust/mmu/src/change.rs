@@ -15,7 +15,7 @@
 use std::ops::Range;
 use std::sync::atomic::AtomicU64;
 
-use tdpmmu_platform::{Event, Mode, Platform, Site, Task};
+use tdpmmu_platform::{Bug, Event, Mode, Platform, Site, Task};
 use tdpmmu_spte::geometry::{ENTRIES, span};
 use tdpmmu_spte::{Format, Spte};
 
@@ -42,7 +42,8 @@ pub(crate) fn exchange<P: Platform>(
     new: Spte,
     level: u8,
 ) -> Spte {
-    if old.is_leaf(level) && mmu.format().is_volatile(old) {
+    // Up to 5.17 every leaf was stored over under the exclusive lock.
+    if old.is_leaf(level) && mmu.format().is_volatile(old) && !P::bug(Bug::B14) {
         Spte(P::swap(cell, new.raw(), Site::SpteZap))
     } else {
         P::store(cell, new.raw(), Site::SpteZap);

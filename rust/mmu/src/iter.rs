@@ -60,7 +60,8 @@ impl TdpIter {
         iter
     }
 
-    fn restart<P: Platform>(&mut self, pool: &TablePool) {
+    /// Back to the root's entry of `target`, as after a yield.
+    pub(crate) fn restart<P: Platform>(&mut self, pool: &TablePool) {
         self.yielded = false;
         self.yielded_at = Some(self.target);
         self.level = self.root_level;

@@ -401,6 +401,10 @@ impl<P: Platform> TdpMmu<P> {
         if left != Leftovers::default() {
             self.violation(&format!("the VM ended with {left:?}"));
         }
+        let candidates = self.nx_splits();
+        if candidates != 0 {
+            self.violation(&format!("the VM ended with {candidates} tables on the NX list"));
+        }
         left
     }
 }

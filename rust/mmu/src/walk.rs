@@ -10,7 +10,7 @@
 
 use std::ops::Range;
 
-use tdpmmu_platform::{Guard, Mode, Platform, RcuGuard, Shared, Site, Task, YieldPoint};
+use tdpmmu_platform::{Bug, Guard, Mode, Platform, RcuGuard, Shared, Site, Task, YieldPoint};
 use tdpmmu_spte::geometry::{round_down, span};
 use tdpmmu_spte::{AtomicZapOrder, Spte};
 
@@ -103,14 +103,22 @@ impl<'w, 'a, P: Platform, M: Mode> Walk<'w, 'a, P, M> {
         if self.yields == Yield::Never {
             return false;
         }
+        // 5.10 looked only after it had changed something.
+        if P::bug(Bug::B04a) && self.ledger.is_settled() {
+            return false;
+        }
         let iter = &self.iter;
-        let at = || {
-            iter.may_yield().then(|| YieldPoint { root: iter.root(), gfn: iter.gfn(), level: iter.level() })
-        };
-        if !self.task.should_yield_at(&self.mmu.lock, at) || !self.iter.may_yield() {
+        // 5.10 did not remember where it had yielded last.
+        let moved = iter.may_yield() || P::bug(Bug::B04b);
+        let at = || moved.then(|| YieldPoint { root: iter.root(), gfn: iter.gfn(), level: iter.level() });
+        if !self.task.should_yield_at(&self.mmu.lock, at) || !moved {
             return false;
         }
         self.ledger.settle(self.mmu);
+        if P::bug(Bug::B07) {
+            // 5.12-5.17: then the flush may come after the grace period.
+            drop(self.rcu.take());
+        }
         self.mmu.pay(self.task, &mut self.debt);
         let callers = self.tell_debt();
         drop(self.rcu.take());
@@ -118,6 +126,10 @@ impl<'w, 'a, P: Platform, M: Mode> Walk<'w, 'a, P, M> {
         self.guard.set_debt(callers);
         self.rcu = Some(self.task.rcu_read());
         self.iter.mark_yielded();
+        if P::bug(Bug::B05) {
+            // 5.10-5.15: the loop then steps on from there.
+            self.iter.restart::<P>(self.mmu.pool());
+        }
         true
     }
 

@@ -11,7 +11,7 @@
 
 use std::ops::Range;
 
-use tdpmmu_platform::{Exclusive, Guard, Platform, Site, Task};
+use tdpmmu_platform::{Bug, Exclusive, Guard, Platform, Site, Task};
 use tdpmmu_spte::Spte;
 
 use crate::TdpMmu;
@@ -45,7 +45,8 @@ impl<P: Platform> TdpMmu<P> {
     ) -> bool {
         let task = guard.task();
         let gone = self.format().write | self.format().mmu_writable;
-        let looked_at = if self.profile().protect_gfn_needs_w { self.format().write } else { gone };
+        let needs_w = self.profile().protect_gfn_needs_w || P::bug(Bug::B17);
+        let looked_at = if needs_w { self.format().write } else { gone };
         let _rcu = task.rcu_read();
         let mut changed = false;
         for root in self.roots_of_gfn(as_id) {

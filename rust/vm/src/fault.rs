@@ -20,12 +20,11 @@
 //! caller: for who replays a real host.
 
 use tdpmmu_mmu::{FastOutcome, Frame, MapFault, MapOutcome};
-use tdpmmu_platform::{Platform, Task};
+use tdpmmu_platform::{Bug, Platform, Task};
 use tdpmmu_spte::mmio::GENERATION_MASK;
 use tdpmmu_spte::{LEVEL_4K, Spte};
 use tdpmmu_table::TableCache;
 
-use crate::ring::Running;
 use crate::slot::MemSlot;
 use crate::slots::UPDATE_IN_PROGRESS;
 use crate::stats::FaultCounts;
@@ -151,7 +150,7 @@ impl<'v, P: Platform> Vcpu<'v, P> {
         let (vm, counts) = (self.vm, self.counts());
         vm.mmu().top_up(&self.task, &mut self.core.cache)?;
         let seq = vm.side().invalidation.sample::<P>();
-        let _running = self.run_ring()?;
+        self.check_ring()?;
         let VcpuCore { slots, cache, role, .. } = &mut *self.core;
         let (slots, as_id) = (slots.enter(), role.as_id());
         let slot = slots.find(as_id, access.gfn).map(|slot| &**slot);
@@ -172,7 +171,7 @@ impl<'v, P: Platform> Vcpu<'v, P> {
         let root = self.root()?;
         let (vm, counts) = (self.vm, self.counts());
         vm.mmu().top_up(&self.task, &mut self.core.cache)?;
-        let _running = self.run_ring()?;
+        self.check_ring()?;
         let VcpuCore { slots, cache, role, .. } = &mut *self.core;
         let (slots, as_id) = (slots.enter(), role.as_id());
         let slot = slots.find(as_id, access.gfn).map(|slot| &**slot);
@@ -195,7 +194,7 @@ impl<'v, P: Platform> Vcpu<'v, P> {
         }
         let as_id = self.core.role.as_id();
         // A ring without room is the slow path's to tell.
-        let Ok(_running) = self.run_ring() else { return None };
+        self.check_ring().ok()?;
         let slots = self.core.slots.enter();
         let slot = slots.find(as_id, gfn);
         let tracked = slot.is_some_and(|slot| slot.flags.log_dirty);
@@ -204,7 +203,7 @@ impl<'v, P: Platform> Vcpu<'v, P> {
             Some(dirty) => dirty.mark::<P>(gfn),
             None => {
                 if let Some(slot) = slot.filter(|_| tracked) {
-                    self.vm.side().push_dirty(slot.id, as_id, gfn - slot.base);
+                    self.vm.side().push_dirty(&self.task, slot.id, as_id, gfn - slot.base);
                 }
             }
         };
@@ -230,7 +229,7 @@ impl<'v, P: Platform> Vcpu<'v, P> {
     ) -> Result<FaultOutcome, VmError> {
         let (vm, counts) = (self.vm, self.counts());
         let (mmu, side, rules) = (vm.mmu(), vm.side(), vm.rules());
-        let _running = self.run_ring()?;
+        self.check_ring()?;
         let VcpuCore { slots, cache, role, .. } = &mut *self.core;
         let (slots, as_id) = (slots.enter(), role.as_id());
         mmu.top_up(&self.task, cache)?;
@@ -264,13 +263,12 @@ impl<'v, P: Platform> Vcpu<'v, P> {
         Ok(vm.map(&self.task, counts, cache, root, &resolved, ended))
     }
 
-    /// What this thread dirties goes to this vCPU's ring, where there are rings.
+    /// What this task dirties goes to this vCPU's ring, where there are rings: is there room?
     #[inline(always)]
-    fn run_ring(&self) -> Result<Option<Running>, VmError> {
+    fn check_ring(&self) -> Result<(), VmError> {
         match &self.vm.side().rings {
-            None => Ok(None),
             Some(rings) if rings.full(self.id()) => Err(VmError::RingFull { vcpu: self.id() }),
-            Some(rings) => Ok(Some(rings.running(self.id()))),
+            _ => Ok(()),
         }
     }
 
@@ -377,7 +375,8 @@ impl<P: Platform> Vm<P> {
         let (mmu, side, rules) = (self.mmu(), self.side(), self.rules());
         let &Resolved { access, as_id, frame, goal, wanted, disallowed, tracked, prefetch, seq } = fault;
         let mut guard = mmu.lock.read(task);
-        if rules.stale_root_check && mmu.is_obsolete(root)
+        // 5.13-5.15 asked the notifier only, whatever had become of the root.
+        if rules.stale_root_check && mmu.is_obsolete(root) && !P::bug(Bug::B11)
             || seq.is_some_and(|seq| side.invalidation.must_retry(&guard, access.gfn, seq))
         {
             return counts.settled(FaultOutcome::Retry, prefetch);
