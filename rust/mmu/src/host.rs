@@ -22,8 +22,8 @@ pub trait MmuHost<P: Platform>: Send + Sync {
     }
     /// The host pages `[pfn, pfn + count)` were accessed through SPTEs that are going away (kernels up to 6.12).
     fn frames_accessed(&self, pfn: u64, count: u64);
-    /// `gfn` of address space `as_id` was made writable: the memslot's dirty bitmap wants to know.
-    fn gfn_dirty(&self, as_id: u8, gfn: u64);
+    /// `task` has made `gfn` of address space `as_id` writable: the memslot's dirty bitmap, or the ring of the vCPU that it runs, wants to know.
+    fn gfn_dirty(&self, task: &Task<P>, as_id: u8, gfn: u64);
 }
 
 /// A host without guests, frames or slots: for tests and for trees that are only built and torn down.
@@ -34,5 +34,5 @@ impl<P: Platform> MmuHost<P> for NoHost {
     fn flush_remote(&self, _task: &Task<P>, _range: Option<Range<u64>>) {}
     fn frames_dirty(&self, _pfn: u64, _count: u64) {}
     fn frames_accessed(&self, _pfn: u64, _count: u64) {}
-    fn gfn_dirty(&self, _as_id: u8, _gfn: u64) {}
+    fn gfn_dirty(&self, _task: &Task<P>, _as_id: u8, _gfn: u64) {}
 }

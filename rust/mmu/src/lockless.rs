@@ -6,7 +6,7 @@
 //! **Mechanism.** The fast fault may hit a leaf in a table that was unlinked meanwhile; harmless, as teardown exchanges volatile leaves atomically and the memory is not
 //! recycled before the section ends.
 
-use tdpmmu_platform::{Bug, Platform, RcuGuard, Site, Task};
+use tdpmmu_platform::{Bug, Event, Platform, RcuGuard, Site, Task};
 use tdpmmu_spte::Spte;
 use tdpmmu_spte::geometry::{ENTRIES, index, round_down};
 
@@ -52,6 +52,7 @@ impl<P: Platform> TdpMmu<P> {
     #[inline]
     pub fn walk_lockless(&self, task: &Task<P>, root: u32, gfn: u64) -> LocklessWalk {
         let _rcu = (!P::bug(Bug::C05)).then(|| task.rcu_read());
+        task.detail(|| Event::RcuRead { what: "the tables below a root" });
         let mut walk =
             LocklessWalk { sptes: [Spte(0); MAX_LEVEL as usize + 1], table: root, level: self.root_level() };
         loop {
@@ -103,7 +104,7 @@ impl<P: Platform> TdpMmu<P> {
         exec: bool,
         slot_tracked: bool,
     ) -> FastOutcome {
-        let mark = |gfn| self.host().gfn_dirty(as_id, gfn);
+        let mark = |gfn| self.host().gfn_dirty(task, as_id, gfn);
         self.fast_page_fault_marking(task, root, gfn, write, exec, slot_tracked, mark)
     }
 
@@ -142,6 +143,14 @@ impl<P: Platform> TdpMmu<P> {
             let cell = &self.pool().entries(walk.table)[index(gfn, level)];
             if P::cmpxchg(cell, old.raw(), new.raw(), Site::SpteFast).is_ok() {
                 task.count(0, 1);
+                task.detail(|| Event::SpteMarked {
+                    root,
+                    table: walk.table,
+                    gfn: round_down(gfn, level),
+                    level,
+                    old: old.raw(),
+                    new: new.raw(),
+                });
                 if format.is_writable(new) && !format.is_writable(old) {
                     mark(round_down(gfn, level));
                 }

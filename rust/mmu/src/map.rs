@@ -349,7 +349,7 @@ impl<P: Platform> TdpMmu<P> {
                 let pfn = pfn & !(span(at.level) - 1);
                 let made = self.leaf_for(fault, at, pfn, writable, old);
                 if made.mark_dirty {
-                    marks = self.mark_made(at, old, fault);
+                    marks = self.mark_made(task, at, old, fault);
                 }
                 let outcome = if made.write_protected && fault.write {
                     MapOutcome::WriteProtected
@@ -381,7 +381,7 @@ impl<P: Platform> TdpMmu<P> {
         change::changed::<P, Shared>(self, task, &mut ledger, at, old, new);
         ledger.settle(self);
         if marks {
-            self.host().gfn_dirty(fault.as_id, fault.gfn);
+            self.host().gfn_dirty(task, fault.as_id, fault.gfn);
         }
         if old.is_table(at.level) {
             // Small translations with other permissions may be cached.
@@ -416,12 +416,12 @@ impl<P: Platform> TdpMmu<P> {
     /// W is about to be granted in a slot that logs dirty pages: the maker marks the gfn now, or (true) its bookkeeping will, once the entry is
     /// written, if it gained W.
     #[cold]
-    fn mark_made(&self, at: At, old: Spte, fault: &MapFault) -> bool {
+    fn mark_made(&self, task: &Task<P>, at: At, old: Spte, fault: &MapFault) -> bool {
         match self.profile().mark_dirty {
             // The W bit of an MMIO entry is no permission: another frame comes in its place.
             MarkDirty::Always => at.level == 1 && !(old.is_present() && self.format().is_writable(old)),
             MarkDirty::ExclusiveOnly | MarkDirty::Never => {
-                self.host().gfn_dirty(fault.as_id, fault.gfn);
+                self.host().gfn_dirty(task, fault.as_id, fault.gfn);
                 false
             }
         }

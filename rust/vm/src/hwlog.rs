@@ -45,10 +45,9 @@ impl<P: Platform> Vcpu<'_, P> {
     #[cold]
     pub(crate) fn flush_hardware_log(&mut self) {
         let side = self.vm.side();
-        let _running = side.rings.as_ref().map(|rings| rings.running(self.id()));
         let as_id = self.core.role.as_id();
         for gfn in std::mem::take(&mut self.core.hardware_log.0) {
-            MmuHost::<P>::gfn_dirty(side, as_id, gfn);
+            MmuHost::<P>::gfn_dirty(side, &self.task, as_id, gfn);
         }
     }
 }

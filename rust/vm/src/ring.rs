@@ -8,14 +8,12 @@
 //! may push several. Resets of neighbours are gathered into masks of 64 pages around the first, forwards and backwards, as Linux 5.11 and later do:
 //! each mask costs one hold of mmu_lock exclusive and the walks of one CLEAR word.
 //!
-//! Pushing needs the vCPU that runs on this thread, as `kvm_get_running_vcpu` does: the fault pipeline leaves its number in a thread-local, only when the VM has rings.
+//! Who makes a page writable pushes to the ring of the vCPU that its task runs ([`Task::vcpu`]), as `kvm_get_running_vcpu` has it.
 
-use std::cell::Cell;
 use std::sync::atomic::AtomicU64;
-use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::Ordering::Relaxed;
 
-use tdpmmu_platform::{Platform, Task};
+use tdpmmu_platform::{Mutex, Platform, Site, Task};
 
 use crate::slot::MemSlot;
 use crate::{Vm, VmError};
@@ -57,7 +55,7 @@ impl Place {
 }
 
 /// One vCPU's ring. The counters only grow, each by one party; what lies behind a counter was written before it moved.
-struct Ring {
+struct Ring<P: Platform> {
     places: Box<[Place]>,
     /// Pushed: by the thread that runs the vCPU.
     dirty: AtomicU64,
@@ -66,10 +64,10 @@ struct Ring {
     /// Reset: under slots_lock.
     reset: AtomicU64,
     /// User space's side; the kernel has it to itself.
-    user: Mutex<()>,
+    user: Mutex<P, ()>,
 }
 
-impl Ring {
+impl<P: Platform> Ring<P> {
     fn new(entries: u32) -> Self {
         let count = || AtomicU64::new(0);
         Self {
@@ -89,7 +87,7 @@ impl Ring {
     /// As the thread that runs the vCPU sees it; others see a moment.
     #[inline]
     fn used(&self) -> u64 {
-        self.dirty.load(Relaxed).saturating_sub(self.reset.load(Acquire))
+        P::load(&self.dirty, Site::DirtyBitmap).saturating_sub(P::load(&self.reset, Site::DirtyBitmap))
     }
 
     #[inline]
@@ -99,26 +97,12 @@ impl Ring {
 }
 
 /// The rings of a VM.
-pub(crate) struct Rings {
+pub(crate) struct Rings<P: Platform> {
     soft_limit: u64,
-    rings: Vec<Ring>,
+    rings: Vec<Ring<P>>,
 }
 
-thread_local! {
-    /// The vCPU that runs on this thread, and the rings it pushes to.
-    static RUNNING: Cell<Option<(*const Rings, usize)>> = const { Cell::new(None) };
-}
-
-/// While it lives, what this thread dirties goes to one vCPU's ring.
-pub(crate) struct Running(Option<(*const Rings, usize)>);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        RUNNING.set(self.0);
-    }
-}
-
-impl Rings {
+impl<P: Platform> Rings<P> {
     /// Rings of `entries` for each of `vcpus`; `hardware_log`: pages arrive by hardware's own log too.
     ///
     /// # Errors
@@ -144,23 +128,13 @@ impl Rings {
         })
     }
 
-    /// This thread runs `vcpu` until the value is dropped.
-    pub(crate) fn running(&self, vcpu: usize) -> Running {
-        Running(RUNNING.replace(Some((std::ptr::from_ref(self), vcpu))))
-    }
-
-    /// The vCPU that this thread runs, if it is one of ours.
-    pub(crate) fn current(&self) -> Option<usize> {
-        RUNNING.get().and_then(|(rings, vcpu)| std::ptr::eq(rings, self).then_some(vcpu))
-    }
-
     /// Pushes an entry, on the thread that runs the vCPU; false: the ring was full, and the entry is not in it.
     #[inline]
     pub(crate) fn push(&self, vcpu: usize, entry: RingEntry) -> bool {
         let Some(ring) = self.rings.get(vcpu).filter(|ring| !ring.is_full()) else { return false };
-        let at = ring.dirty.load(Relaxed);
+        let at = P::load(&ring.dirty, Site::DirtyBitmap);
         ring.place(at).put(entry);
-        ring.dirty.store(at + 1, Release);
+        P::store(&ring.dirty, at + 1, Site::DirtyBitmap);
         true
     }
 
@@ -179,20 +153,21 @@ impl Rings {
     /// Takes what was pushed and not yet harvested.
     fn harvest(&self, vcpu: usize) -> Vec<RingEntry> {
         let Some(ring) = self.rings.get(vcpu) else { return Vec::new() };
-        let _turn = ring.user.lock().unwrap_or_else(PoisonError::into_inner);
-        let (from, until) = (ring.fetched.load(Relaxed), ring.dirty.load(Acquire));
+        let _turn = ring.user.lock();
+        let from = P::load(&ring.fetched, Site::DirtyBitmap);
+        let until = P::load(&ring.dirty, Site::DirtyBitmap);
         let taken = (from..until).map(|n| ring.place(n).get()).collect();
-        ring.fetched.store(until, Release);
+        P::store(&ring.fetched, until, Site::DirtyBitmap);
         taken
     }
 
     /// The next harvested entry, free from now on. One caller at a time: slots_lock.
     fn next_to_reset(&self, vcpu: usize) -> Option<RingEntry> {
         let ring = self.rings.get(vcpu)?;
-        let at = ring.reset.load(Relaxed);
-        (at != ring.fetched.load(Acquire)).then(|| {
+        let at = P::load(&ring.reset, Site::DirtyBitmap);
+        (at != P::load(&ring.fetched, Site::DirtyBitmap)).then(|| {
             let entry = ring.place(at).get();
-            ring.reset.store(at + 1, Release);
+            P::store(&ring.reset, at + 1, Site::DirtyBitmap);
             entry
         })
     }
@@ -226,7 +201,7 @@ impl Batch {
 }
 
 impl<P: Platform> Vm<P> {
-    fn rings(&self, what: &'static str) -> Result<&Rings, VmError> {
+    fn rings(&self, what: &'static str) -> Result<&Rings<P>, VmError> {
         self.side().rings.as_ref().ok_or(VmError::OtherLog { what, has: "bitmaps" })
     }
 
@@ -289,7 +264,11 @@ impl<P: Platform> Vm<P> {
 
 #[cfg(test)]
 mod tests {
+    use tdpmmu_platform::Real;
+
     use super::*;
+
+    type Rings = super::Rings<Real>;
 
     fn at(offset: u64) -> RingEntry {
         RingEntry { slot: 1, as_id: 0, offset }
@@ -369,19 +348,5 @@ mod tests {
             assert!(matches!(Rings::new(entries, 1, log), Err(VmError::Config { .. })), "{entries}");
         }
         assert!(Rings::new(1024, 1, true).is_ok() && Rings::new(65536, 1, false).is_ok());
-    }
-
-    #[test]
-    fn a_thread_pushes_to_the_rings_of_the_vcpu_that_it_runs() {
-        let (a, b) = (Rings::new(256, 4, false).expect("size"), Rings::new(256, 4, false).expect("size"));
-        assert_eq!(a.current(), None);
-        let outer = a.running(2);
-        {
-            let _inner = b.running(3);
-            assert_eq!((a.current(), b.current()), (None, Some(3)));
-        }
-        assert_eq!((a.current(), b.current()), (Some(2), None));
-        drop(outer);
-        assert_eq!(a.current(), None);
     }
 }

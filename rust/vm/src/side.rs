@@ -28,7 +28,7 @@ pub struct HostSide<P: Platform> {
     kick_wait_ns: AtomicU64,
     flushes: AtomicU64,
     flushes_that_kicked: AtomicU64,
-    pub(crate) rings: Option<Rings>,
+    pub(crate) rings: Option<Rings<P>>,
     lost_entries: AtomicU64,
 }
 
@@ -37,7 +37,7 @@ impl<P: Platform> HostSide<P> {
         primary: PrimaryMmu,
         slots: Arc<Memslots<P>>,
         vcpus: usize,
-        rings: Option<Rings>,
+        rings: Option<Rings<P>>,
     ) -> Self {
         Self {
             primary,
@@ -82,14 +82,14 @@ impl<P: Platform> HostSide<P> {
     }
 
     /// Pushes a page of a slot that logs, for who knows the slot; nothing without rings.
-    pub(crate) fn push_dirty(&self, slot: u16, as_id: u8, offset: u64) {
+    pub(crate) fn push_dirty(&self, task: &Task<P>, slot: u16, as_id: u8, offset: u64) {
         if let Some(rings) = &self.rings {
-            self.push(rings, RingEntry { slot, as_id, offset });
+            self.push(task, rings, RingEntry { slot, as_id, offset });
         }
     }
 
-    fn push(&self, rings: &Rings, entry: RingEntry) {
-        if !rings.current().is_some_and(|vcpu| rings.push(vcpu, entry)) {
+    fn push(&self, task: &Task<P>, rings: &Rings<P>, entry: RingEntry) {
+        if !task.vcpu().is_some_and(|vcpu| rings.push(vcpu, entry)) {
             self.lost_entries.fetch_add(1, Relaxed);
         }
     }
@@ -122,14 +122,14 @@ impl<P: Platform> MmuHost<P> for HostSide<P> {
         self.primary.frames().mark_accessed(pfn, count);
     }
 
-    fn gfn_dirty(&self, as_id: u8, gfn: u64) {
+    fn gfn_dirty(&self, task: &Task<P>, as_id: u8, gfn: u64) {
         let Some(rings) = &self.rings else { return self.slots.mark_dirty(as_id, gfn) };
         // Who has the slot in hand calls `push_dirty`, and takes no lock that vCPUs share.
         if !self.slots.any_logs() {
             return;
         }
         if let Some((slot, offset)) = self.slots.logging_slot(as_id, gfn) {
-            self.push(rings, RingEntry { slot, as_id, offset });
+            self.push(task, rings, RingEntry { slot, as_id, offset });
         }
     }
 }

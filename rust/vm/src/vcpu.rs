@@ -123,6 +123,7 @@ impl<'v, P: Platform> Vcpu<'v, P> {
         task: Task<P>,
         state: &'v VcpuState,
     ) -> Self {
+        task.set_vcpu(id);
         Self { vm, core, task, state, id, in_guest: false, seen: None, probe: None }
     }
 

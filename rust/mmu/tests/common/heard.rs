@@ -79,7 +79,7 @@ impl<P: Platform> MmuHost<P> for Ear {
         self.note(Heard::Accessed(pfn, count));
     }
 
-    fn gfn_dirty(&self, as_id: u8, gfn: u64) {
+    fn gfn_dirty(&self, _task: &Task<P>, as_id: u8, gfn: u64) {
         self.note(Heard::Marked(as_id, gfn));
     }
 }
