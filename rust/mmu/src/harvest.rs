@@ -186,7 +186,7 @@ impl<'a, P: Platform> Harvest<'_, 'a, P> {
         let (base, mask) = &mut self.written;
         if pfn & !63 != *base {
             if *mask != 0 {
-                self.mmu.host().frames_dirty_masked(*base, *mask);
+                self.mmu.frames_dirty_masked(*base, *mask);
             }
             (*base, *mask) = (pfn & !63, 0);
         }
@@ -197,7 +197,7 @@ impl<'a, P: Platform> Harvest<'_, 'a, P> {
     fn settle(&mut self) {
         let (base, mask) = std::mem::take(&mut self.written);
         if mask != 0 {
-            self.mmu.host().frames_dirty_masked(base, mask);
+            self.mmu.frames_dirty_masked(base, mask);
         }
         self.ledger.settle(self.mmu);
     }

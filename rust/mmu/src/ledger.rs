@@ -7,7 +7,7 @@
 //! the stack, and [`Ledger::settle`] pays them at the latest before the unlock. Frames gather as runs: guests are backed by
 //! contiguous memory more often than not, and a run costs one atomic OR per 64 pages where a page would cost one each.
 
-use tdpmmu_platform::{Bug, Platform, RcuDomain};
+use tdpmmu_platform::{Bug, Event, Platform, RcuDomain};
 use tdpmmu_spte::Spte;
 use tdpmmu_table::DeadChain;
 
@@ -35,9 +35,31 @@ impl Run {
         (done.count != 0).then_some(done)
     }
 
+    fn dirty<P: Platform>(self, mmu: &TdpMmu<P>) {
+        mmu.tell_somebody(|| Event::WriteBack { pfn: self.pfn, count: self.count, dirty: true });
+        mmu.host().frames_dirty(self.pfn, self.count);
+    }
+
+    fn accessed<P: Platform>(self, mmu: &TdpMmu<P>) {
+        mmu.tell_somebody(|| Event::WriteBack { pfn: self.pfn, count: self.count, dirty: false });
+        mmu.host().frames_accessed(self.pfn, self.count);
+    }
+
     fn take(&mut self) -> Option<Run> {
         let done = std::mem::take(self);
         (done.count != 0).then_some(done)
+    }
+}
+
+impl<P: Platform> TdpMmu<P> {
+    /// Write-back of Dirty for the frames `pfn + n` of each bit n of `mask`.
+    pub(crate) fn frames_dirty_masked(&self, pfn: u64, mask: u64) {
+        if self.observer().is_some() {
+            for n in (0..64).filter(|n| mask >> n & 1 != 0) {
+                self.tell_somebody(|| Event::WriteBack { pfn: pfn + n, count: 1, dirty: true });
+            }
+        }
+        self.host().frames_dirty_masked(pfn, mask);
     }
 }
 
@@ -70,10 +92,10 @@ impl Ledger {
         accessed: bool,
     ) {
         if dirty && let Some(run) = self.dirty.add(pfn, count) {
-            mmu.host().frames_dirty(run.pfn, run.count);
+            run.dirty(mmu);
         }
         if accessed && let Some(run) = self.accessed.add(pfn, count) {
-            mmu.host().frames_accessed(run.pfn, run.count);
+            run.accessed(mmu);
         }
     }
 
@@ -91,10 +113,10 @@ impl Ledger {
             }
         }
         if let Some(run) = self.dirty.take() {
-            mmu.host().frames_dirty(run.pfn, run.count);
+            run.dirty(mmu);
         }
         if let Some(run) = self.accessed.take() {
-            mmu.host().frames_accessed(run.pfn, run.count);
+            run.accessed(mmu);
         }
         if let Some((head, tail, count)) = self.dead.take(mmu.pool()) {
             mmu.tables_unlinked(u64::from(count));

@@ -56,7 +56,7 @@ use std::sync::atomic::{AtomicI64, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex as StdMutex, PoisonError};
 
 use tdpmmu_platform::{
-    Bug, MmuLock, Observer, Phase, Platform, RcuConfig, RcuDomain, Role as TaskRole, Task, TaskConfig,
+    Bug, Event, MmuLock, NO_TASK, Observer, Phase, Platform, RcuConfig, RcuDomain, Role as TaskRole, Task, TaskConfig,
 };
 use tdpmmu_spte::geometry::max_gfn;
 use tdpmmu_spte::{Format, KernelProfile, Ownership, Passes, Role, WriteBack};
@@ -237,6 +237,22 @@ impl<P: Platform> TdpMmu<P> {
         self.config.observer.as_deref()
     }
 
+    /// Reports an event of `task` to the MMU's observer, if there is one.
+    #[inline(always)]
+    pub fn tell(&self, task: &Task<P>, event: impl FnOnce() -> Event) {
+        if let Some(observer) = self.observer() {
+            observer.event(task.id(), &event());
+        }
+    }
+
+    /// As [`TdpMmu::tell`], where no task is at hand.
+    #[inline(always)]
+    pub(crate) fn tell_somebody(&self, event: impl FnOnce() -> Event) {
+        if let Some(observer) = self.observer() {
+            observer.event(P::task_id().unwrap_or(NO_TASK), &event());
+        }
+    }
+
     #[inline(always)]
     pub(crate) fn host(&self) -> &dyn MmuHost<P> {
         &*self.host
@@ -266,7 +282,7 @@ impl<P: Platform> TdpMmu<P> {
 
     /// A task ("current") for the calling thread, with the MMU's own settings.
     pub fn task(&self, name: &str, role: TaskRole) -> Task<P> {
-        Task::new(&self.rcu, name, role, self.config.task.clone())
+        Task::with_observer(&self.rcu, name, role, self.config.task.clone(), self.config.observer.clone())
     }
 
     /// Flushes remote TLBs now.
@@ -274,7 +290,10 @@ impl<P: Platform> TdpMmu<P> {
         let _flushing = task.phase(Phase::Flush);
         self.flushes.fetch_add(1, Ordering::Relaxed);
         task.meter().count_flushes(1);
+        let (start, end) = range.as_ref().map_or((0, u64::MAX), |gfns| (gfns.start, gfns.end));
+        self.tell(task, || Event::FlushBegin { start, end });
         self.host.flush_remote(task, range);
+        self.tell(task, || Event::FlushEnd { start, end });
     }
 
     /// Pays a debt, if one is open.
@@ -358,14 +377,21 @@ impl<P: Platform> TdpMmu<P> {
     /// Takes a user reference; false when none is left: the VM is dying, and nobody may begin to hold it.
     pub fn get_user(&self) -> bool {
         let more = |users: u32| (users != 0).then_some(users + 1);
-        self.users.fetch_update(Ordering::AcqRel, Ordering::Acquire, more).is_ok()
+        let had = self.users.fetch_update(Ordering::AcqRel, Ordering::Acquire, more);
+        if let Ok(had) = had {
+            self.tell_somebody(|| Event::Users { users: had + 1 });
+        }
+        had.is_ok()
     }
 
     /// Gives a user reference back; returns how many are left.
     pub fn put_user(&self) -> u32 {
         let less = |users: u32| users.checked_sub(1);
         match self.users.fetch_update(Ordering::AcqRel, Ordering::Acquire, less) {
-            Ok(users) => users - 1,
+            Ok(users) => {
+                self.tell_somebody(|| Event::Users { users: users - 1 });
+                users - 1
+            }
             Err(_) => {
                 self.violation("a user reference was given back that nobody held");
                 0
@@ -391,8 +417,10 @@ impl<P: Platform> TdpMmu<P> {
     /// VM destruction, after the last vCPU has put its roots: drains the design, waits for every table to be freed, and
     /// says what was left behind.
     pub fn uninit(&self, task: &Task<P>) -> Leftovers {
+        self.tell(task, || Event::VmEnd);
         self.design().drain(self, task);
         self.rcu.barrier();
+        self.tell(task, || Event::VmGone);
         let roots = {
             let _rcu = task.rcu_read();
             self.listed_roots().count() as u64

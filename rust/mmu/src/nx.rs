@@ -12,7 +12,7 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
-use tdpmmu_platform::{Bug, Exclusive, Guard, Mode, NIL, Phase, Platform, Shared, Site, Task};
+use tdpmmu_platform::{Bug, Event, Exclusive, Guard, Mode, NIL, Phase, Platform, Shared, Site, Task};
 use tdpmmu_spte::geometry::span;
 use tdpmmu_spte::{LockMode, NxZap, Spte};
 use tdpmmu_table::TableFlag;
@@ -131,6 +131,7 @@ impl<P: Platform> TdpMmu<P> {
         link.store(table, Ordering::Relaxed);
         self.nx.tail.store(table, Ordering::Relaxed);
         self.nx.splits.fetch_add(1, Ordering::Relaxed);
+        self.tell_somebody(|| Event::NxListed { table });
     }
 
     /// `table` leaves the list and loses its flag; under `pages_lock`.
@@ -146,6 +147,7 @@ impl<P: Platform> TdpMmu<P> {
         let back = if next == NIL { &self.nx.tail } else { &self.pool().meta(next).prev };
         back.store(prev, Ordering::Relaxed);
         self.nx.splits.fetch_sub(1, Ordering::Relaxed);
+        self.tell_somebody(|| Event::NxUnlisted { table });
     }
 
     /// Teardown of `table` begins: it was unlinked from its parent. One load of a header that teardown reads anyway, where there is nothing to do.

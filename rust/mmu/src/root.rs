@@ -227,6 +227,7 @@ impl<P: Platform> TdpMmu<P> {
     fn next_root(&self, task: &Task<P>, prev: Option<u32>, which: Which) -> Option<u32> {
         // 5.12-rc: the list was read outside of the section.
         let _rcu = (!P::bug(Bug::B06)).then(|| task.rcu_read());
+        task.detail(|| Event::RcuRead { what: "the list of roots" });
         let mut at = match prev {
             None => self.first_root(),
             Some(root) => self.next_listed(root),

@@ -243,6 +243,7 @@ impl<P: Platform> TdpMmu<P> {
 
     /// Everything, under the exclusive lock (the VM's memory goes away: no vCPU can run, no flush is owed).
     pub fn zap_all(&self, guard: &mut Guard<'_, P, Exclusive>) {
+        self.tell(guard.task(), || Event::VmEnd);
         self.for_each_root(guard, Which::All, |guard, root| self.zap_root(guard, root, Yield::Allowed));
     }
 

@@ -293,8 +293,10 @@ pub enum Event {
     MightSleep {
         what: &'static str,
     },
-    /// Detail: the root list is read.
-    ListRead,
+    /// Detail: what only RCU (or mmu_lock, held exclusive) keeps alive is read.
+    RcuRead {
+        what: &'static str,
+    },
     /// Detail: a lock of this class was taken.
     Acquire {
         lock: LockClass,
