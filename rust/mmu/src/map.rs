@@ -179,7 +179,7 @@ impl<P: Platform> TdpMmu<P> {
         fault: &MapFault,
     ) -> (MapOutcome, u8) {
         let task = guard.task();
-        let _rcu = task.rcu_read();
+        let _rcu = (!P::bug(Bug::C08)).then(|| task.rcu_read());
         match self.descend(task, cache, root, fault) {
             Ok((table, old, level)) => {
                 let cell = &self.pool().entries(table)[index(fault.gfn, level)];

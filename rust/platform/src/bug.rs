@@ -126,7 +126,7 @@ bugs! {
     B44c = "44c",
     /// A remote flush kicks before it requests.
     C01 = "C01",
-    /// A vCPU empties its TLB before it takes the request.
+    /// A vCPU takes the request and leaves its TLB as it is.
     C02 = "C02",
     /// A notifier ends without the flush that it owes.
     C03 = "C03",
@@ -138,7 +138,7 @@ bugs! {
     C06 = "C06",
     /// The notifier's sequence is not compared after mmu_lock was taken.
     C07 = "C07",
-    /// Range zaps hold mmu_lock shared.
+    /// A fault descends without an RCU section.
     C08 = "C08",
     /// A new root is used without a flush of its tag.
     C09 = "C09",

@@ -176,7 +176,13 @@ impl<P: Platform> Vm<P> {
     }
 
     fn stop_dirty_log(&self, task: &Task<P>, slot: &MemSlot) {
-        let level = |gfn| slot.max_level(gfn).min(self.host_level(slot.hva_of(gfn)));
+        let level = |gfn| {
+            if !slot.contains(gfn) {
+                self.mmu().violation("lpage_info was asked for a gfn outside of its slot");
+                return LEVEL_4K;
+            }
+            slot.max_level(gfn).min(self.host_level(slot.hva_of(gfn)))
+        };
         self.mmu().collapse(task, slot.as_id, slot.gfns(), &level);
     }
 

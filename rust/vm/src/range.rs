@@ -9,7 +9,7 @@
 
 use std::ops::Range;
 
-use tdpmmu_platform::{Platform, Task};
+use tdpmmu_platform::{Bug, Platform, Task};
 use tdpmmu_spte::LEVEL_4K;
 use tdpmmu_spte::geometry::{round_down, span};
 
@@ -44,13 +44,14 @@ impl<P: Platform> Vm<P> {
     /// # Errors
     /// [`VmError::BadRange`] where no memslot is; [`VmError::Closed`].
     pub fn write_protect_gfn(&self, task: &Task<P>, as_id: u8, gfn: u64) -> Result<bool, VmError> {
+        let early = P::bug(Bug::C13).then(|| self.mmu().lock.write(task));
         let slots = self.lock_slots(task);
         self.open()?;
         if slots.set().find(as_id, gfn).is_none() {
             let rule = "no memslot covers it";
             return Err(VmError::BadRange { as_id, start: gfn, end: gfn.saturating_add(1), rule });
         }
-        let mut guard = self.mmu().lock.write(task);
+        let mut guard = early.unwrap_or_else(|| self.mmu().lock.write(task));
         let changed = self.mmu().write_protect_gfn(&mut guard, as_id, gfn, LEVEL_4K);
         if changed {
             self.mmu().flush(task, Some(gfn..gfn + 1));
