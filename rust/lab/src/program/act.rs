@@ -41,7 +41,7 @@ pub enum Act {
     DropRoot,
     /// Puts every root.
     Unload,
-    /// Wants a root of role variant 0..=3 from now on: bit 0 CR0.WP toggled, bit 1 EFER.NX.
+    /// Wants a root of role variant 0..=7 from now on: bit 0 CR0.WP toggled, bit 1 EFER.NX, bit 2 an L2 (guest mode).
     SwitchRole {
         /// The variant.
         variant: u8,

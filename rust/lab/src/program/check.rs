@@ -195,7 +195,7 @@ impl Program {
                 Some("the host maps huge pages of 2M (level 2) or 1G (3)".into())
             }
             Act::SetHostLevel { gfn, pages, .. } => gfns(gfn, pages),
-            Act::SwitchRole { variant } if variant > 3 => Some("role variants are 0 to 3".into()),
+            Act::SwitchRole { variant } if variant > 7 => Some("role variants are 0 to 7".into()),
             Act::EnterSmm | Act::ExitSmm if !machine.smm => {
                 Some("the machine has no memory in SMM (machine.smm)".into())
             }

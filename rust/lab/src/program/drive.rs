@@ -61,6 +61,7 @@ impl<P: Platform> Stage<P> {
         let host = vm.side().primary.region(pages, 0, machine.host_level, true).map_err(refused("slots"))?;
         let stage = Arc::new(Self { vm, flags: Flags::default(), host, performed: Mutex::default() });
         let task = stage.vm.task("setup", TaskRole::Caller);
+        stage.vm.side().invalidation.start_at::<P>(machine.start_seq);
         for slot in &machine.slots {
             stage.vm.set_memslot(&task, &region(slot, host)).map_err(refused("slots"))?;
         }

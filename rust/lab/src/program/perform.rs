@@ -156,12 +156,13 @@ impl<'v, P: Platform> Hands<'v, P> {
     }
 }
 
-/// Role word of a variant: bit 0 toggles CR0.WP, bit 1 EFER.NX.
+/// Role word of a variant: bit 0 toggles CR0.WP, bit 1 EFER.NX, bit 2 is an L2 (guest mode).
 pub fn role<P: Platform>(vm: &Vm<P>, variant: u8) -> Role {
     let layout = vm.mmu().profile().role_layout;
     let mut fields = layout.unpack(vm.mmu().root_role(false));
     fields.cr0_wp ^= variant & 1 != 0;
     fields.efer_nx ^= variant & 2 != 0;
+    fields.guest_mode |= variant & 4 != 0;
     layout.pack(&fields)
 }
 
