@@ -56,7 +56,8 @@ use std::sync::atomic::{AtomicI64, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex as StdMutex, PoisonError};
 
 use tdpmmu_platform::{
-    Bug, Event, MmuLock, NO_TASK, Observer, Phase, Platform, RcuConfig, RcuDomain, Role as TaskRole, Task, TaskConfig,
+    Bug, Event, MmuLock, NO_TASK, Observer, Phase, Platform, RcuConfig, RcuDomain, Role as TaskRole, Site, Task,
+    TaskConfig,
 };
 use tdpmmu_spte::geometry::max_gfn;
 use tdpmmu_spte::{Format, KernelProfile, Ownership, Passes, Role, WriteBack};
@@ -376,6 +377,7 @@ impl<P: Platform> TdpMmu<P> {
 
     /// Takes a user reference; false when none is left: the VM is dying, and nobody may begin to hold it.
     pub fn get_user(&self) -> bool {
+        P::locked(Site::Users);
         let more = |users: u32| (users != 0).then_some(users + 1);
         let had = self.users.fetch_update(Ordering::AcqRel, Ordering::Acquire, more);
         if let Ok(had) = had {
@@ -386,6 +388,7 @@ impl<P: Platform> TdpMmu<P> {
 
     /// Gives a user reference back; returns how many are left.
     pub fn put_user(&self) -> u32 {
+        P::locked(Site::Users);
         let less = |users: u32| users.checked_sub(1);
         match self.users.fetch_update(Ordering::AcqRel, Ordering::Acquire, less) {
             Ok(users) => {
@@ -402,6 +405,7 @@ impl<P: Platform> TdpMmu<P> {
     /// Records that an invariant was found broken. Reported, never ignored: a result with violations is no result.
     #[cold]
     pub fn violation(&self, what: &str) {
+        P::violation("engine", what);
         let mut list = self.violations.lock().unwrap_or_else(PoisonError::into_inner);
         // The count matters, a million copies of the text do not.
         if list.len() < 1000 {

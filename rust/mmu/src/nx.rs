@@ -81,6 +81,7 @@ impl<P: Platform> TdpMmu<P> {
     /// Must a huge mapping be given up for the table that `entry` links, because the mitigation keeps it? 6.2 on asks the table's own flag; up
     /// to 6.1 any table will do (bug-history 42). The caller knows that the mitigation is on.
     pub(crate) fn nx_keeps_table(&self, entry: Spte) -> bool {
+        P::point(Site::TableMeta);
         !self.profile().nx_adjust_flag_test
             || P::bug(Bug::B42)
             || self.pool().meta(entry.pfn() as u32).has(TableFlag::NxDisallowed)
@@ -105,6 +106,7 @@ impl<P: Platform> TdpMmu<P> {
         if !self.nx_flags_first() {
             // Both sides set their own flag and then look for the other's, in one word: at least one of them sees both.
             meta.set(TableFlag::NxDisallowed);
+            P::locked(Site::TableMeta);
             if meta.has(TableFlag::Unlinked) {
                 meta.clear(TableFlag::NxDisallowed);
                 self.violation(
@@ -154,8 +156,12 @@ impl<P: Platform> TdpMmu<P> {
     #[inline]
     pub(crate) fn nx_unlinked(&self, table: u32) {
         let meta = self.pool().meta(table);
-        if self.nx.used.load(Ordering::Relaxed) && !self.profile().nx_flag_before_publish {
-            meta.set(TableFlag::Unlinked);
+        if self.nx.used.load(Ordering::Relaxed) {
+            if !self.profile().nx_flag_before_publish {
+                P::locked(Site::TableMeta);
+                meta.set(TableFlag::Unlinked);
+            }
+            P::point(Site::TableMeta);
         }
         if meta.has(TableFlag::NxDisallowed) {
             let _turn = self.pages_lock();

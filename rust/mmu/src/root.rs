@@ -69,11 +69,13 @@ impl<P: Platform> TdpMmu<P> {
     /// role.invalid of a root (or of a page that was one).
     #[inline]
     pub fn is_obsolete(&self, root: u32) -> bool {
+        P::point(Site::TableMeta);
         self.pool().meta(root).has(TableFlag::Invalid)
     }
 
     /// References of a root.
     pub fn refs(&self, root: u32) -> u32 {
+        P::point(Site::RootRef);
         self.pool().meta(root).refs.load(Ordering::Acquire)
     }
 
@@ -113,7 +115,7 @@ impl<P: Platform> TdpMmu<P> {
 
     /// Takes a reference unless the count is zero (the root is on its way out).
     pub fn get_root(&self, task: &Task<P>, root: u32, owner: Owner) -> bool {
-        P::point(Site::RootRef);
+        P::locked(Site::RootRef);
         let got = self
             .pool()
             .meta(root)
@@ -127,7 +129,7 @@ impl<P: Platform> TdpMmu<P> {
 
     /// Drops a reference; true when it was the last. A reference that nobody holds is refused and counted.
     fn drop_ref(&self, task: &Task<P>, root: u32, owner: Owner) -> bool {
-        P::point(Site::RootRef);
+        P::locked(Site::RootRef);
         let refs = &self.pool().meta(root).refs;
         let had =
             refs.fetch_update(Ordering::AcqRel, Ordering::Acquire, |refs| refs.checked_sub(1)).unwrap_or(0);
@@ -176,23 +178,25 @@ impl<P: Platform> TdpMmu<P> {
 
     /// Sets role.invalid; true for the one caller that made the transition.
     pub fn invalidate_root(&self, task: &Task<P>, root: u32) -> bool {
-        P::point(Site::RootInvalidate);
+        P::locked(Site::RootInvalidate);
         let meta = self.pool().meta(root);
         let layout = self.profile().role_layout;
         let was = meta.swap_role(RootRole(meta.role()).with_invalid(layout).0);
         let first = !RootRole(was).invalid(layout);
-        meta.set(TableFlag::Invalid);
         if first {
             task.mark(Moment::RootInvalidate, root);
             if let Some(observer) = self.observer() {
                 observer.event(task.id(), &Event::RootInvalidate { root });
             }
         }
+        P::locked(Site::RootInvalidate);
+        meta.set(TableFlag::Invalid);
         first
     }
 
     /// Re-arms the count of a root that went to zero inside this lock hold (5.18-6.3: the owner of the transition keeps it for the worker).
     pub fn rearm_root(&self, task: &Task<P>, root: u32) {
+        P::point(Site::RootRef);
         self.pool().meta(root).refs.store(1, Ordering::Release);
         if let Some(observer) = self.observer() {
             observer.event(task.id(), &Event::RootGet { root, refs: 1, owner: Owner::Work });
@@ -306,7 +310,10 @@ impl<P: Platform> TdpMmu<P> {
         let _rcu = task.rcu_read();
         let mut at = self.first_root();
         while let Some(root) = at {
-            let fits = || self.pool().meta(root).role() == role.0;
+            let fits = || {
+                P::point(Site::RootInvalidate);
+                self.pool().meta(root).role() == role.0
+            };
             if fits() && self.get_root(task, root, Owner::Vcpu) {
                 if fits() {
                     return Some(root);

@@ -10,7 +10,7 @@
 
 use std::ops::Range;
 
-use tdpmmu_platform::{Bug, Event, Exclusive, Guard, Mode, Moment, NIL, Phase, Platform};
+use tdpmmu_platform::{Bug, Event, Exclusive, Guard, Mode, Moment, NIL, Phase, Platform, Site};
 
 use tdpmmu_spte::geometry::span;
 use tdpmmu_spte::{Passes, RootSet};
@@ -249,6 +249,7 @@ impl<P: Platform> TdpMmu<P> {
 
     /// First step of a fast zap, under slots_lock and the exclusive lock: after it no valid root is left (except in designs that keep them).
     pub fn fast_zap_invalidate(&self, guard: &mut Guard<'_, P, Exclusive>) {
+        P::point(Site::FastZap);
         guard.task().mark(Moment::FastZapBegin, NIL);
         if let Some(observer) = self.observer() {
             observer.event(guard.task().id(), &Event::FastZapBegin);
@@ -263,6 +264,7 @@ impl<P: Platform> TdpMmu<P> {
 
     /// Last step, lock released: returns when nothing is mapped under the roots that were valid at the beginning.
     pub fn fast_zap_finish(&self, task: &tdpmmu_platform::Task<P>) {
+        P::point(Site::FastZap);
         self.design().finish(self, task);
         task.mark(Moment::FastZapEnd, NIL);
         if let Some(observer) = self.observer() {

@@ -71,13 +71,15 @@ pub struct Guard<'a, P: Platform, M: Mode> {
     task: &'a Task<P>,
     /// When the hold began, in ticks; of a shared hold only while measuring.
     since: u64,
+    /// The raw lock is held: false before it was taken, and while it is given up. A panic in between must not unlock it.
+    held: bool,
     debt: Cell<bool>,
     _mode: PhantomData<M>,
 }
 
 impl<'a, P: Platform, M: Mode> Guard<'a, P, M> {
     fn unlocked(lock: &'a MmuLock<P>, task: &'a Task<P>) -> Self {
-        Guard { lock, task, since: 0, debt: Cell::new(false), _mode: PhantomData }
+        Guard { lock, task, since: 0, held: false, debt: Cell::new(false), _mode: PhantomData }
     }
 
     /// The holder.
@@ -164,6 +166,7 @@ impl<'a, P: Platform, M: Mode> Guard<'a, P, M> {
         } else {
             self.lock.raw.lock_exclusive_or(wait);
         }
+        self.held = true;
         let waited = scope.is_some();
         drop(scope);
         if self.timed() {
@@ -198,6 +201,7 @@ impl<'a, P: Platform, M: Mode> Guard<'a, P, M> {
 
     #[inline]
     fn unlock(&mut self) {
+        self.held = false;
         self.task.observe(|| Event::Unlock { shared: M::SHARED, debt: self.debt.get() });
         self.task.lock_dropped();
         let until = if self.timed() { P::ticks().max(self.since) } else { 0 };
@@ -246,6 +250,8 @@ impl<P: Platform, M: Mode> fmt::Debug for Guard<'_, P, M> {
 impl<P: Platform, M: Mode> Drop for Guard<'_, P, M> {
     #[inline]
     fn drop(&mut self) {
-        self.unlock();
+        if self.held {
+            self.unlock();
+        }
     }
 }

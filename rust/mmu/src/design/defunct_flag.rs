@@ -28,6 +28,7 @@ use crate::walk::Yield;
 
 /// Was its last reference put while it was valid? v3 dropped the flag: every invalid root was taken for one with a gift.
 fn is_defunct<P: Platform>(mmu: &TdpMmu<P>, root: u32) -> bool {
+    P::point(Site::TableMeta);
     mmu.pool().meta(root).has(TableFlag::Defunct) && !P::bug(Bug::B21)
 }
 
@@ -47,6 +48,7 @@ impl<P: Platform> ZapDesign<P> for DefunctFlag {
         if !mmu.invalidate_root(task, root) {
             return mmu.retire_root(task, root);
         }
+        P::locked(Site::TableMeta);
         mmu.pool().meta(root).set(TableFlag::Defunct);
         P::fence(Site::RootInvalidate);
         mmu.rearm_root(task, root);

@@ -34,7 +34,7 @@ mod system_workqueue;
 
 use std::sync::Weak;
 
-use tdpmmu_platform::{Event, Exclusive, Guard, Histogram, Moment, Platform, Shared, Task};
+use tdpmmu_platform::{Event, Exclusive, Guard, Histogram, Moment, Platform, Shared, Site, Task};
 use tdpmmu_spte::{KernelProfile, Passes};
 
 pub use async_worker::AsyncWorker;
@@ -228,6 +228,7 @@ pub struct WorkerReport {
 impl<P: Platform> TdpMmu<P> {
     /// Reports that the zap of `root` has been promised: once in its life, at the transition from valid to invalid (P-1).
     pub fn note_scheduled(&self, task: &Task<P>, root: u32) {
+        P::point(Site::RootSchedule);
         task.mark(Moment::RootSchedule, root);
         if let Some(observer) = self.observer() {
             observer.event(task.id(), &Event::RootSchedule { root });

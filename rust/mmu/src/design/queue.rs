@@ -24,7 +24,9 @@ use std::sync::{Arc, Mutex as StdMutex, OnceLock, PoisonError, Weak};
 use std::thread;
 
 use tdpmmu_platform::queue::Serve;
-use tdpmmu_platform::{Bug, Event, Histogram, Mutex, MutexGuard, Owner, Platform, Role, Task, WorkQueue};
+use tdpmmu_platform::{
+    Bug, Event, Histogram, Mutex, MutexGuard, Owner, Platform, Role, Site, Task, WorkQueue,
+};
 
 use super::{DesignOptions, Held, QueueKind, WorkerReport, check_worker_cpus};
 use tdpmmu_table::TableFlag;
@@ -86,7 +88,7 @@ impl<P: Platform> ZapQueue<P> {
         let client = Client::new(mmu, self.work.clone());
         let crew = match self.kind {
             QueueKind::PerVm => {
-                let crew = Crew::start("tdp_mmu_zap_wq", Some(client.clone()), self.workers, &self.cpus)?;
+                let crew = Crew::start("tdp_mmu_zap_wq", Some(client.clone()), self.workers, &self.cpus, None)?;
                 // Every worker has its task before the first root is scheduled, and a report is one of each.
                 client.await_tasks(self.workers)?;
                 crew
@@ -112,6 +114,7 @@ impl<P: Platform> ZapQueue<P> {
         if P::bug(Bug::B23) && mmu.pool().meta(what).set(TableFlag::Scheduled) {
             return true;
         }
+        P::point(Site::QueueWork);
         if client.left.load(Ordering::Acquire) || self.kind == QueueKind::System && !mmu.get_user() {
             return false;
         }
@@ -167,6 +170,7 @@ impl<P: Platform> ZapQueue<P> {
             crew.queue.flush_for(client.id);
         }
         loop {
+            P::point(Site::QueueFlush);
             let direct = self.direct.load(Ordering::Acquire);
             if direct == 0 {
                 return;
@@ -284,6 +288,7 @@ struct Direct<'q, P: Platform>(&'q AtomicU32, PhantomData<P>);
 
 impl<'q, P: Platform> Direct<'q, P> {
     fn begin(count: &'q AtomicU32) -> Self {
+        P::locked(Site::QueueRun);
         count.fetch_add(1, Ordering::Relaxed);
         Self(count, PhantomData)
     }
@@ -291,6 +296,7 @@ impl<'q, P: Platform> Direct<'q, P> {
 
 impl<P: Platform> Drop for Direct<'_, P> {
     fn drop(&mut self) {
+        P::locked(Site::QueueRun);
         self.0.fetch_sub(1, Ordering::Release);
         P::futex_wake(self.0, u32::MAX);
     }
@@ -300,10 +306,12 @@ impl<P: Platform> Drop for Direct<'_, P> {
 struct Crew<P: Platform> {
     queue: WorkQueue<P, Item<P>>,
     pins: Arc<Mutex<P, Vec<Option<usize>>>>,
+    /// The system's crew keeps its seat.
+    _seat: Option<Arc<Seat<P>>>,
 }
 
-/// A crew of the system's queue, by platform and process: threads do not survive a fork.
-type Place = (TypeId, u32);
+/// A crew of the system's queue, by platform, process and world: threads do not survive a fork, and each simulated world is a system of its own.
+type Place = (TypeId, u32, u64);
 
 /// The system's crew of one platform, while it has clients.
 type Seat<P> = Mutex<P, Weak<Crew<P>>>;
@@ -313,8 +321,10 @@ static SYSTEM: StdMutex<Vec<(Place, Arc<dyn Any + Send + Sync>)>> = StdMutex::ne
 
 /// Where `P` has its system's crew in this process.
 fn seat<P: Platform>() -> Arc<Seat<P>> {
-    let place = (TypeId::of::<P>(), std::process::id());
+    let place = (TypeId::of::<P>(), std::process::id(), P::world());
     let mut seats = SYSTEM.lock().unwrap_or_else(PoisonError::into_inner);
+    // A world that has ended asks no more.
+    seats.retain(|(there, seat)| there.2 == 0 || *there == place || Arc::strong_count(seat) > 1);
     let found = seats.iter().find(|(there, _)| *there == place).map(|(_, seat)| Arc::clone(seat));
     if let Some(seat) = found.and_then(|seat| seat.downcast().ok()) {
         return seat;
@@ -330,6 +340,7 @@ impl<P: Platform> Crew<P> {
         only: Option<Arc<Client<P>>>,
         workers: usize,
         cpus: &[usize],
+        seat: Option<Arc<Seat<P>>>,
     ) -> io::Result<Arc<Self>> {
         let pins = Arc::new(Mutex::<P, _>::new(pins(0..workers, cpus)));
         let told = pins.clone();
@@ -350,7 +361,7 @@ impl<P: Platform> Crew<P> {
             }
             worker
         })?;
-        Ok(Arc::new(Self { queue, pins }))
+        Ok(Arc::new(Self { queue, pins, _seat: seat }))
     }
 
     /// The system's crew, with as many workers as any of its clients asked for. Those that an earlier client had bound stay bound.
@@ -366,7 +377,7 @@ impl<P: Platform> Crew<P> {
             crew.queue.grow(workers)?;
             return Ok(crew);
         }
-        let crew = Self::start("system_unbound_wq", None, workers, cpus)?;
+        let crew = Self::start("system_unbound_wq", None, workers, cpus, Some(seat.clone()))?;
         *seated = Arc::downgrade(&crew);
         Ok(crew)
     }

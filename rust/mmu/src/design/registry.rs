@@ -100,12 +100,13 @@ pub fn build<P: Platform>(
         "async-worker-owned" => Arc::new(AsyncWorkerOwned::new(options)),
         "sync" => Arc::new(Sync),
         _ => {
-            let all = REGISTERED.read().unwrap_or_else(PoisonError::into_inner);
-            let found = all.iter().find(|r| r.info.name == name && r.platform == TypeId::of::<P>());
-            match found.and_then(|r| r.builder.downcast_ref::<Builder<P>>()) {
-                Some(builder) => builder(options),
-                None => return Err(UnknownDesign(name.to_owned())),
-            }
+            let builder = {
+                let all = REGISTERED.read().unwrap_or_else(PoisonError::into_inner);
+                let found = all.iter().find(|r| r.info.name == name && r.platform == TypeId::of::<P>());
+                found.and_then(|r| r.builder.downcast_ref::<Builder<P>>()).copied()
+            };
+            // Not under the lock: who builds may need another design, or wait.
+            builder.ok_or_else(|| UnknownDesign(name.to_owned()))?(options)
         }
     })
 }
