@@ -32,7 +32,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 use tdpmmu_mmu::Harvest;
-use tdpmmu_platform::{Exclusive, Guard, Phase, Platform, Task};
+use tdpmmu_platform::{Event, Exclusive, Guard, Phase, Platform, Task};
 use tdpmmu_spte::geometry::span;
 use tdpmmu_spte::{LEVEL_2M, LEVEL_4K};
 
@@ -102,6 +102,17 @@ impl Protocol {
     }
 }
 
+fn tell_taken<P: Platform>(task: &Task<P>, slot: &MemSlot, word: usize, mask: u64) {
+    if mask != 0 {
+        let (as_id, base) = (slot.as_id, slot.base + word as u64 * 64);
+        task.observe(|| Event::DirtyTake { as_id, base, mask });
+    }
+}
+
+fn tell_returned<P: Platform>(task: &Task<P>, slot: &MemSlot) {
+    task.observe(|| Event::LogReturn { as_id: slot.as_id, start: slot.base, end: slot.base + slot.pages });
+}
+
 impl<P: Platform> Vm<P> {
     /// KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: `manual`: GET only reads, CLEAR protects; `initially_set`: a new log begins with every page dirty and nothing
     /// protected. Holds for slots that begin to log afterwards, and for every GET from now on.
@@ -146,7 +157,18 @@ impl<P: Platform> Vm<P> {
         if new.flags.readonly || old.flags.log_dirty == new.flags.log_dirty {
             return;
         }
-        if new.flags.log_dirty { self.start_dirty_log(task, new) } else { self.stop_dirty_log(task, new) }
+        if new.flags.log_dirty {
+            self.start_dirty_log(task, new);
+            let all_set = self.protocol.all_set.load(Ordering::Relaxed);
+            task.observe(|| Event::LogBegin {
+                as_id: new.as_id,
+                start: new.base,
+                end: new.base + new.pages,
+                all_set,
+            });
+        } else {
+            self.stop_dirty_log(task, new);
+        }
     }
 
     fn start_dirty_log(&self, task: &Task<P>, slot: &MemSlot) {
@@ -309,6 +331,7 @@ impl<P: Platform> Vm<P> {
         } else {
             let take = |n| {
                 words[n] = dirty.take_word::<P>(n);
+                tell_taken(task, slot, n, words[n]);
                 words[n]
             };
             self.take_for_clean(task, slot, 0..dirty.words(), |n| dirty.word::<P>(n), take);
@@ -317,6 +340,7 @@ impl<P: Platform> Vm<P> {
                 self.mmu().flush(task, Some(slot.gfns()));
             }
         }
+        tell_returned(task, slot);
         Ok(DirtyLog { base: slot.base, pages: slot.pages, words })
     }
 
@@ -360,6 +384,7 @@ impl<P: Platform> Vm<P> {
         let peek = |n| dirty.word::<P>(n) & words[n - from];
         let take = |n| {
             let mask = dirty.clear_word::<P>(n, words[n - from]);
+            tell_taken(task, slot, n, mask);
             cleared += u64::from(mask.count_ones());
             mask
         };
@@ -367,6 +392,7 @@ impl<P: Platform> Vm<P> {
         if cleared != 0 {
             self.mmu().flush(task, Some(slot.gfns()));
         }
+        tell_returned(task, slot);
         Ok(cleared)
     }
 

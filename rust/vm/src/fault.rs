@@ -20,7 +20,7 @@
 //! caller: for who replays a real host.
 
 use tdpmmu_mmu::{FastOutcome, Frame, MapFault, MapOutcome};
-use tdpmmu_platform::{Bug, Platform, Task};
+use tdpmmu_platform::{Bug, Event, Platform, Site, Task};
 use tdpmmu_spte::mmio::GENERATION_MASK;
 use tdpmmu_spte::{LEVEL_4K, Spte};
 use tdpmmu_table::TableCache;
@@ -204,6 +204,7 @@ impl<'v, P: Platform> Vcpu<'v, P> {
             None => {
                 if let Some(slot) = slot.filter(|_| tracked) {
                     self.vm.side().push_dirty(&self.task, slot.id, as_id, gfn - slot.base);
+                    self.task.observe(|| Event::DirtyMark { as_id, gfn });
                 }
             }
         };
@@ -242,7 +243,9 @@ impl<'v, P: Platform> Vcpu<'v, P> {
                 if rules.early_check && side.invalidation.looks_stale::<P>(access.gfn, seq) {
                     return Ok(counts.settled(FaultOutcome::Retry, prefetch));
                 }
-                let hva = slot.hva_of(access.gfn);
+                let (hva, gfn) = (slot.hva_of(access.gfn), access.gfn);
+                self.task.observe(|| Event::LookUp { as_id, gfn });
+                P::point(Site::FaultPfn);
                 let page = side.primary.fault_in(hva, access.write)?;
                 if access.write && !page.writable {
                     // The host copies the page for this write, and its own notification has moved the sequence: look again.
@@ -250,6 +253,12 @@ impl<'v, P: Platform> Vcpu<'v, P> {
                     return Ok(counts.settled(FaultOutcome::Retry, prefetch));
                 }
                 let (pfn, level, writable) = (page.pfn, page.level, page.writable);
+                self.task.observe(|| Event::Resolved {
+                    as_id,
+                    gfn,
+                    pfn,
+                    level: level.min(slot.max_level(gfn)),
+                });
                 resolve(
                     vm,
                     slot,
@@ -375,6 +384,7 @@ impl<P: Platform> Vm<P> {
         let (mmu, side, rules) = (self.mmu(), self.side(), self.rules());
         let &Resolved { access, as_id, frame, goal, wanted, disallowed, tracked, prefetch, seq } = fault;
         let mut guard = mmu.lock.read(task);
+        P::point(Site::FaultStale);
         // 5.13-5.15 asked the notifier only, whatever had become of the root.
         if rules.stale_root_check && mmu.is_obsolete(root) && !P::bug(Bug::B11)
             || seq.is_some_and(|seq| side.invalidation.must_retry(&guard, access.gfn, seq))

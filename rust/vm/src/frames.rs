@@ -13,7 +13,9 @@
 
 use std::io;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering::Acquire, Ordering::Relaxed, Ordering::Release};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use tdpmmu_platform::{Event, NO_TASK, Observer};
 
 use crate::lazy::Lazy;
 
@@ -57,6 +59,17 @@ pub enum WriteBack {
     Guest,
 }
 
+impl WriteBack {
+    /// In words.
+    pub const fn name(self) -> &'static str {
+        match self {
+            WriteBack::Dirty => "a write-back of Dirty",
+            WriteBack::Accessed => "a write-back of Accessed",
+            WriteBack::Guest => "a guest's access",
+        }
+    }
+}
+
 /// Totals since creation.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FrameStats {
@@ -94,6 +107,7 @@ pub struct Frames {
     accesses: AtomicU64,
     violations: AtomicU64,
     kept: Mutex<Vec<OwnerViolation>>,
+    observer: OnceLock<Arc<dyn Observer>>,
 }
 
 impl Frames {
@@ -116,7 +130,13 @@ impl Frames {
             accesses: AtomicU64::new(0),
             violations: AtomicU64::new(0),
             kept: Mutex::new(Vec::new()),
+            observer: OnceLock::new(),
         })
+    }
+
+    /// `observer` is told of releases and of violations from now on; the first one given stays.
+    pub fn tell(&self, observer: Arc<dyn Observer>) {
+        let _first = self.observer.set(observer);
     }
 
     /// The frame of a tagged number.
@@ -189,6 +209,9 @@ impl Frames {
 
     /// The frames `[pfn, pfn + count)` change hands now: 1, or whole aligned runs of 512.
     pub fn release(&self, pfn: u64, count: u64) {
+        if let Some(observer) = self.observer.get() {
+            observer.event(NO_TASK, &Event::FrameRelease { pfn, count });
+        }
         let frame = Self::frame(pfn);
         if count < RUN {
             for frame in frame..frame + count {
@@ -256,6 +279,9 @@ impl Frames {
     #[cold]
     fn violated(&self, pfn: u64, what: WriteBack) {
         self.violations.fetch_add(1, Relaxed);
+        if let Some(observer) = self.observer.get() {
+            observer.event(NO_TASK, &Event::FrameStale { pfn, what: what.name() });
+        }
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         if kept.len() < KEPT {
             let frame = Self::frame(pfn);

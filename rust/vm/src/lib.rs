@@ -57,6 +57,7 @@ pub mod slot;
 pub mod slots;
 mod stats;
 pub mod tlb;
+mod told;
 mod update;
 mod vcpu;
 mod vm;

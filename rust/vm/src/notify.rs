@@ -9,7 +9,7 @@
 use std::ops::Range;
 
 use tdpmmu_mmu::FlushDebt;
-use tdpmmu_platform::{Bug, Event, Platform, Task};
+use tdpmmu_platform::{Bug, Event, Platform, Site, Task};
 
 use crate::{Vm, VmError};
 
@@ -46,6 +46,7 @@ impl<P: Platform> Vm<P> {
             task.observe(|| Event::NotifierBegin { start: cover.start, end: cover.end });
             let mut guard = mmu.lock.write(task);
             side.invalidation.begin(&guard, cover);
+            task.observe(|| Event::NotifierActive { start: cover.start, end: cover.end });
             let mut debt = FlushDebt::none();
             for (as_id, gfns) in ranges {
                 debt = mmu.unmap_owing(&mut guard, as_id, gfns, may_block, debt);
@@ -55,9 +56,11 @@ impl<P: Platform> Vm<P> {
             }
             mmu.pay(task, &mut debt);
         }
+        P::point(Site::HostPage);
         let changed = change();
         if let Some(cover) = &cover {
             let guard = mmu.lock.write(task);
+            task.observe(|| Event::NotifierEnding { start: cover.start, end: cover.end });
             side.invalidation.end(&guard);
             drop(guard);
             task.observe(|| Event::NotifierEnd { start: cover.start, end: cover.end });

@@ -9,7 +9,7 @@
 
 use std::ops::Range;
 
-use tdpmmu_platform::{Bug, Platform, Task};
+use tdpmmu_platform::{Bug, Event, Platform, Task};
 use tdpmmu_spte::LEVEL_4K;
 use tdpmmu_spte::geometry::{round_down, span};
 
@@ -31,9 +31,12 @@ impl<P: Platform> Vm<P> {
         let (mmu, side) = (self.mmu(), self.side());
         let mut guard = mmu.lock.write(task);
         let announced = if mmu.profile().notifier_range_all { 0..u64::MAX } else { gfns.clone() };
+        let (start, end) = (announced.start, announced.end);
         side.invalidation.begin(&guard, &announced);
+        task.observe(|| Event::NotifierActive { start, end });
         let mut debt = mmu.zap_gfn_range(&mut guard, gfns);
         mmu.pay(task, &mut debt);
+        task.observe(|| Event::NotifierEnding { start, end });
         side.invalidation.end(&guard);
         Ok(())
     }
@@ -56,6 +59,7 @@ impl<P: Platform> Vm<P> {
         if changed {
             self.mmu().flush(task, Some(gfn..gfn + 1));
         }
+        task.observe(|| Event::WriteProtected { as_id, gfn, level: LEVEL_4K });
         Ok(changed)
     }
 }

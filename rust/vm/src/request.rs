@@ -79,7 +79,7 @@ impl VcpuState {
 
     /// Tries to enter the guest: false when a request is pending, which must be serviced first. Only the vCPU's own thread calls it.
     pub fn enter_guest<P: Platform>(&self) -> bool {
-        let word = self.mode.load(Ordering::Relaxed);
+        let word = P::load(&self.mode, Site::VcpuMode);
         P::store(&self.mode, (word & !MODE_MASK) + ENTRY + IN_GUEST, Site::VcpuMode);
         if !P::bug(Bug::B44a) {
             P::fence(Site::VcpuMode);
@@ -100,9 +100,11 @@ impl VcpuState {
     /// Leaves the guest. Everything that the guest did through its translations happens before.
     pub fn exit_guest<P: Platform>(&self) {
         let word =
-            P::swap(&self.mode, self.mode.load(Ordering::Relaxed) & !MODE_MASK | OUTSIDE, Site::VcpuMode);
+            P::swap(&self.mode, P::load(&self.mode, Site::VcpuMode) & !MODE_MASK | OUTSIDE, Site::VcpuMode);
         if word & MODE_MASK == EXITING {
+            P::locked(Site::VcpuKick);
             self.exits.fetch_add(1, Ordering::SeqCst);
+            P::point(Site::VcpuKick);
             if self.waiters.load(Ordering::SeqCst) != 0 {
                 P::futex_wake(&self.exits, u32::MAX);
             }
@@ -156,31 +158,36 @@ impl VcpuState {
             let word = P::load(&self.mode, Site::VcpuKick);
             word & MODE_MASK == OUTSIDE || word / ENTRY != entry
         };
-        for _ in 0..SPINS {
+        for _ in 0..if P::SPINS { SPINS } else { 0 } {
             if gone() {
                 return;
             }
             P::relax(Site::VcpuKick);
         }
+        P::locked(Site::VcpuKick);
         self.waiters.fetch_add(1, Ordering::SeqCst);
         loop {
+            P::point(Site::VcpuKick);
             let exits = self.exits.load(Ordering::SeqCst);
             if gone() {
                 break;
             }
             P::futex_wait(&self.exits, exits, Some(NAP_NS));
         }
+        P::locked(Site::VcpuKick);
         self.waiters.fetch_sub(1, Ordering::SeqCst);
     }
 
     /// HLT: sleeps until woken, at most `timeout_ns`. True: woken. Requests alone do not wake, [`VcpuState::wake`] does.
     pub fn halt<P: Platform>(&self, timeout_ns: Option<u64>) -> bool {
+        P::locked(Site::VcpuKick);
         let asleep = self.halt.fetch_add(1, Ordering::SeqCst).wrapping_add(1);
         if self.is_requested::<P>(STOP) {
             self.halt.fetch_add(1, Ordering::SeqCst);
             return true;
         }
         P::futex_wait(&self.halt, asleep, timeout_ns);
+        P::locked(Site::VcpuKick);
         let woken = self.halt.load(Ordering::SeqCst) != asleep;
         if !woken {
             // Even again; a waker that comes in between makes it odd and is corrected by the next halt's compare.
@@ -201,6 +208,7 @@ impl VcpuState {
 
     /// Wakes a halted vCPU.
     pub fn wake<P: Platform>(&self) {
+        P::locked(Site::VcpuKick);
         let now = self.halt.load(Ordering::SeqCst);
         if now & 1 == 1
             && self

@@ -13,7 +13,7 @@
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 
-use tdpmmu_platform::{Mutex, Platform, Site, Task};
+use tdpmmu_platform::{Event, Mutex, Platform, Site, Task};
 
 use crate::slot::MemSlot;
 use crate::{Vm, VmError};
@@ -247,6 +247,9 @@ impl<P: Platform> Vm<P> {
         if count != 0 {
             self.mmu().flush(task, None);
         }
+        for as_id in 0..=1 {
+            task.observe(|| Event::LogReturn { as_id, start: 0, end: u64::MAX });
+        }
         Ok(count)
     }
 
@@ -257,6 +260,8 @@ impl<P: Platform> Vm<P> {
         if last >= slot.pages {
             return;
         }
+        let (as_id, base) = (slot.as_id, slot.base + batch.entry.offset);
+        task.observe(|| Event::DirtyTake { as_id, base, mask: batch.mask });
         let mut guard = self.mmu().lock.write(task);
         self.protect_dirty(&mut self.harvest(&mut guard, slot), slot, batch.entry.offset, batch.mask);
     }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use tdpmmu_mmu::MmuHost;
-use tdpmmu_platform::{Platform, Task};
+use tdpmmu_platform::{Event, Platform, Task};
 
 use crate::host::PrimaryMmu;
 use crate::notifier::Invalidation;
@@ -130,6 +130,7 @@ impl<P: Platform> MmuHost<P> for HostSide<P> {
         }
         if let Some((slot, offset)) = self.slots.logging_slot(as_id, gfn) {
             self.push(task, rings, RingEntry { slot, as_id, offset });
+            task.observe(|| Event::DirtyMark { as_id, gfn });
         }
     }
 }

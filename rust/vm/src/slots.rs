@@ -306,6 +306,7 @@ impl<P: Platform> Memslots<P> {
     /// Does any slot log dirty pages?
     #[inline]
     pub fn any_logs(&self) -> bool {
+        P::point(Site::DirtyBitmap);
         self.logging.load(Ordering::Relaxed) != 0
     }
 

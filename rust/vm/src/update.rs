@@ -9,7 +9,7 @@
 
 use std::sync::atomic::Ordering;
 
-use tdpmmu_platform::{Phase, Platform, Task};
+use tdpmmu_platform::{Event, Phase, Platform, Task};
 
 use crate::slot::{MemSlot, SlotFlags};
 use crate::slots::{Change, MAX_SLOT_PAGES, Region, SlotWriter, Swapped, plan};
@@ -31,6 +31,18 @@ pub enum SlotUpdate {
     Moved(FastZapTimes),
 }
 
+fn tell_going<P: Platform>(task: &Task<P>, slot: &MemSlot, going: bool) {
+    let (as_id, start, end) = (slot.as_id, slot.base, slot.base + slot.pages);
+    task.observe(|| Event::SlotPublish { as_id, start, end, going });
+}
+
+/// What was written and not collected yet is nobody's any more.
+fn tell_log_end<P: Platform>(task: &Task<P>, slot: &MemSlot) {
+    if slot.flags.log_dirty {
+        task.observe(|| Event::LogEnd { as_id: slot.as_id, start: slot.base, end: slot.base + slot.pages });
+    }
+}
+
 impl<P: Platform> Vm<P> {
     /// KVM_SET_USER_MEMORY_REGION.
     ///
@@ -42,24 +54,38 @@ impl<P: Platform> Vm<P> {
         Ok(match plan(&slots.set(), region, self.mmu().max_gfn(), self.logs())? {
             Change::Nothing => SlotUpdate::Nothing,
             Change::Create(slot) => {
+                let (as_id, start, end, logs) =
+                    (slot.as_id, slot.base, slot.base + slot.pages, slot.flags.log_dirty);
                 self.publish(task, &mut slots, |slots| slots.install(slot));
+                if logs {
+                    task.observe(|| Event::LogBegin { as_id, start, end, all_set: false });
+                }
                 SlotUpdate::Created
             }
             Change::Flags(old, new) => {
+                if !new.flags.log_dirty {
+                    tell_log_end(task, &old);
+                }
                 self.publish(task, &mut slots, |slots| slots.install(new.clone()));
                 self.apply_flags(task, &old, &new);
                 SlotUpdate::Flags
             }
             Change::Delete(old) => {
+                tell_log_end(task, &old);
+                tell_going(task, &old, true);
                 self.publish(task, &mut slots, |slots| slots.invalidate(&old));
                 let times = self.zap_slot(task, &old);
                 self.publish(task, &mut slots, |slots| slots.remove(old.as_id, old.id));
+                tell_going(task, &old, false);
                 SlotUpdate::Deleted(times)
             }
             Change::Move(old, new) => {
+                tell_log_end(task, &old);
+                tell_going(task, &old, true);
                 self.publish(task, &mut slots, |slots| slots.invalidate(&old));
                 let times = self.zap_slot(task, &old);
                 self.publish(task, &mut slots, |slots| slots.install(new));
+                tell_going(task, &old, false);
                 SlotUpdate::Moved(times)
             }
         })

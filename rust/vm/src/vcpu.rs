@@ -9,7 +9,7 @@
 
 use std::sync::MutexGuard;
 
-use tdpmmu_platform::{Bug, Platform, Task};
+use tdpmmu_platform::{Bug, Event, NIL, Platform, Site, Task};
 use tdpmmu_spte::Role;
 use tdpmmu_table::TableCache;
 
@@ -179,11 +179,14 @@ impl<'v, P: Platform> Vcpu<'v, P> {
     fn load_root(&mut self) -> Result<u32, VmError> {
         let core = &mut *self.core;
         let role = core.role;
+        P::point(Site::VcpuRoot);
         let root = self.vm.mmu().load_root(&self.task, &mut core.cache, role)?;
         core.roots.install(CachedRoot { root, role });
         // The page may have been a root before, and its translations may still be cached under its number (F6).
+        P::point(Site::TlbFlush);
         if !P::bug(Bug::C09) {
             core.tlb.flush_root(root);
+            self.task.detail(|| Event::TlbFlushRoot { vcpu: self.id as u32, root });
         }
         core.loaded_at = P::ticks();
         core.stats.loads += 1;
@@ -216,6 +219,7 @@ impl<'v, P: Platform> Vcpu<'v, P> {
             Switch::Hit => {
                 if let Some(root) = self.current_root() {
                     self.core.tlb.flush_root(root);
+                    self.task.detail(|| Event::TlbFlushRoot { vcpu: self.id as u32, root });
                 }
             }
             Switch::Miss(evicted) => {
@@ -278,6 +282,8 @@ impl<'v, P: Platform> Vcpu<'v, P> {
         }
         self.in_guest = true;
         self.core.stats.entries += 1;
+        let (vcpu, root) = (self.id as u32, self.current_root());
+        self.task.detail(|| Event::GuestEnter { vcpu, root: root.unwrap_or(NIL) });
         if let Some((bits, seen_at)) = self.seen.take()
             && let Some(probe) = &mut self.probe
         {
@@ -314,6 +320,7 @@ impl<'v, P: Platform> Vcpu<'v, P> {
                 self.flush_hardware_log();
             }
             self.in_guest = false;
+            self.task.detail(|| Event::GuestExit { vcpu: self.id as u32 });
             self.state.exit_guest::<P>();
         }
     }
@@ -340,7 +347,9 @@ impl<'v, P: Platform> Vcpu<'v, P> {
             mmu.put_roots(&self.task, roots.as_slice());
         }
         if bits & request::TLB_FLUSH != 0 && !P::bug(Bug::C02) {
+            P::point(Site::TlbFlush);
             self.core.tlb.flush();
+            self.task.detail(|| Event::TlbFlush { vcpu: self.id as u32 });
         }
         true
     }
@@ -382,12 +391,21 @@ impl<'v, P: Platform> Vcpu<'v, P> {
             && let Some(root) = self.core.roots.current()
             && let Some(hit) = self.core.tlb.lookup(root.root, access.gfn, access.write, access.exec)
         {
+            P::point(Site::TlbAccess);
             if self.vm.rules().check_frames {
-                self.vm.side().primary.frames().check_access(hit.pfn(access.gfn));
+                self.accessed(root.root, access, hit.pfn(access.gfn));
             }
             return Ok(AccessOutcome::TlbHit);
         }
         self.access_slow(access)
+    }
+
+    /// The access has gone through to `pfn`: is it the owner's?
+    fn accessed(&self, root: u32, access: GuestAccess, pfn: u64) {
+        let GuestAccess { gfn, write, .. } = access;
+        let (vcpu, as_id) = (self.id as u32, self.core.role.as_id());
+        self.task.detail(|| Event::GuestAccess { vcpu, as_id, root, gfn, pfn, write });
+        self.vm.side().primary.frames().check_access(pfn);
     }
 
     fn access_slow(&mut self, access: GuestAccess) -> Result<AccessOutcome, VmError> {
@@ -399,19 +417,26 @@ impl<'v, P: Platform> Vcpu<'v, P> {
             let root = self.root()?;
             let mmu = self.vm.mmu();
             let core = &mut *self.core;
-            let walked =
-                walker::walk::<P>(mmu.pool(), mmu.format(), &mut core.tlb, root, mmu.root_level(), access);
+            let walked = walker::walk::<P>(
+                &self.task,
+                mmu.pool(),
+                mmu.format(),
+                &mut core.tlb,
+                root,
+                mmu.root_level(),
+                access,
+            );
             let fault = match walked {
                 Ok((spte, dirtied)) => {
-                    if dirtied && self.vm.rules().hardware_log && self.vm.side().slots.any_logs() {
-                        self.log_dirtied(access.gfn);
-                    }
-                    let core = &mut *self.core;
+                    let GuestAccess { gfn, write, exec } = access;
                     if self.vm.rules().check_frames
-                        && let Some(hit) = core.tlb.lookup(root, access.gfn, access.write, access.exec)
+                        && let Some(hit) = self.core.tlb.lookup(root, gfn, write, exec)
                     {
                         debug_assert_eq!(hit.spte, spte);
-                        self.vm.side().primary.frames().check_access(hit.pfn(access.gfn));
+                        self.accessed(root, access, hit.pfn(gfn));
+                    }
+                    if dirtied && self.vm.rules().hardware_log && self.vm.side().slots.any_logs() {
+                        self.log_dirtied(access.gfn);
                     }
                     return Ok(outcome);
                 }
@@ -440,6 +465,8 @@ impl<'v, P: Platform> Vcpu<'v, P> {
                 }
                 FaultOutcome::Retry => {
                     outcome = outcome.max(AccessOutcome::Retry);
+                    let (as_id, gfn) = (self.core.role.as_id(), access.gfn);
+                    self.task.observe(|| Event::FaultRetry { as_id, gfn });
                     self.task.might_sleep();
                 }
                 FaultOutcome::Emulate => return Ok(AccessOutcome::Emulate),
@@ -467,8 +494,16 @@ impl<'v, P: Platform> Vcpu<'v, P> {
         let Some(root) = self.current_root() else { return false };
         let mmu = self.vm.mmu();
         let tlb = &mut self.core.tlb;
-        walker::walk::<P>(mmu.pool(), mmu.format(), tlb, root, mmu.root_level(), GuestAccess::read(gfn))
-            .is_ok()
+        walker::walk::<P>(
+            &self.task,
+            mmu.pool(),
+            mmu.format(),
+            tlb,
+            root,
+            mmu.root_level(),
+            GuestAccess::read(gfn),
+        )
+        .is_ok()
     }
 }
 

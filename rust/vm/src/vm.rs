@@ -12,7 +12,8 @@ use std::sync::{Arc, Mutex as StdMutex, TryLockError};
 
 use tdpmmu_mmu::{Leftovers, MmuConfig, MmuError, TdpMmu, design};
 use tdpmmu_platform::{
-    Mutex, MutexGuard, Observer, Phase, Platform, RcuConfig, Recording, Role as TaskRole, Task, TaskConfig,
+    Event, LockClass, Mutex, MutexGuard, NO_TASK, Observer, Phase, Platform, RcuConfig, Recording,
+    Role as TaskRole, Site, Task, TaskConfig,
 };
 use tdpmmu_spte::NotifierUnit;
 use tdpmmu_table::TableCache;
@@ -31,6 +32,7 @@ use crate::side::HostSide;
 use crate::slots::{Memslots, SlotSet, SlotWriter};
 use crate::stats::FaultCounts;
 use crate::tlb::Tlb;
+use crate::told::Told;
 use crate::vcpu::{Vcpu, VcpuCore, VcpuStats};
 
 /// What a fault asks at every step, gathered in one cache line.
@@ -169,6 +171,12 @@ impl<P: Platform> Vm<P> {
             Some(entries) => Some(Rings::new(entries, config.vcpus, hardware_log)?),
         };
         let primary = PrimaryMmu::new(config.host_pages)?;
+        let detail = config.observer.as_ref().is_some_and(|observer| observer.wants_detail());
+        if let Some(observer) = &config.observer {
+            primary.frames().tell(Arc::clone(observer));
+            let event = Event::VmBegin { vcpus: config.vcpus as u32, writes_back: config.write_back };
+            observer.event(P::task_id().unwrap_or(NO_TASK), &event);
+        }
         let side = Arc::new(HostSide::new(primary, Arc::clone(&slots), config.vcpus, rings));
         let counts = (0..config.vcpus).map(|_| FaultCounts::default()).collect();
         let protocol = Protocol::new(config.eager_page_split, config.dirty_mode);
@@ -178,7 +186,7 @@ impl<P: Platform> Vm<P> {
             ad_bits: format.ad_bits,
             early_check: config.profile.notifier_unit == NotifierUnit::Gfn,
             stale_root_check: config.profile.stale_root_check,
-            check_frames: config.check_frames,
+            check_frames: config.check_frames || detail,
             max_level: config.max_level,
             hardware_log,
         };
@@ -273,6 +281,7 @@ impl<P: Platform> Vm<P> {
     /// zapped by whoever loses it. What has it still may use it: an nx_huge_pages toggle walks the list of VMs without a reference of its own. Returns the references
     /// left; the second call does nothing.
     pub fn release_user(&self) -> u32 {
+        P::locked(Site::Users);
         if self.open_fd.swap(false, Ordering::AcqRel) { self.mmu.put_user() } else { self.users() }
     }
 
@@ -293,6 +302,7 @@ impl<P: Platform> Vm<P> {
 
     /// Tested under the lock that an operation runs in, which [`Vm::close`] takes as well: what got past it runs to its end first.
     pub(crate) fn open(&self) -> Result<(), VmError> {
+        P::point(Site::Users);
         if self.closing.load(Ordering::Acquire) { Err(VmError::Closed) } else { Ok(()) }
     }
 
@@ -311,6 +321,7 @@ impl<P: Platform> Vm<P> {
     pub fn vcpu_with(&self, id: usize, config: TaskConfig) -> Result<Vcpu<'_, P>, VmError> {
         self.open()?;
         let cell = self.vcpus.get(id).ok_or(VmError::NoVcpu { vcpu: id, count: self.vcpus.len() })?;
+        P::locked(Site::Users);
         let core = match cell.try_lock() {
             Ok(core) => core,
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
@@ -369,21 +380,24 @@ impl<P: Platform> Vm<P> {
         Ok(self.fast_zap_locked(task))
     }
 
-    pub(crate) fn lock_slots(&self, task: &Task<P>) -> MutexGuard<'_, P, SlotWriter<P>> {
+    pub(crate) fn lock_slots<'a>(
+        &'a self,
+        task: &'a Task<P>,
+    ) -> Told<'a, P, MutexGuard<'a, P, SlotWriter<P>>> {
         let _waiting = task.phase(Phase::LockWait);
-        self.slots_lock.lock()
+        Told::taken(self.slots_lock.lock(), task, LockClass::Slots, false)
     }
 
     /// For who changes what the host maps.
-    pub(crate) fn lock_mmap(&self, task: &Task<P>) -> MmapWrite<'_, P> {
+    pub(crate) fn lock_mmap<'a>(&'a self, task: &'a Task<P>) -> Told<'a, P, MmapWrite<'a, P>> {
         let _waiting = task.phase(Phase::LockWait);
-        self.mmap_lock.write()
+        Told::taken(self.mmap_lock.write(), task, LockClass::Mmap, false)
     }
 
     /// For who only needs it to stay, and the VM to stay open.
-    pub(crate) fn share_mmap(&self, task: &Task<P>) -> MmapRead<'_, P> {
+    pub(crate) fn share_mmap<'a>(&'a self, task: &'a Task<P>) -> Told<'a, P, MmapRead<'a, P>> {
         let _waiting = task.phase(Phase::LockWait);
-        self.mmap_lock.read()
+        Told::taken(self.mmap_lock.read(), task, LockClass::Mmap, true)
     }
 
     /// kvm_mmu_zap_all_fast; the caller holds slots_lock.
@@ -437,9 +451,11 @@ impl<P: Platform> Vm<P> {
         let begin = P::ticks();
         let cpu = P::thread_cpu_ns();
         let before = task.meter().phase_ticks(begin);
+        P::locked(Site::Users);
         self.closing.store(true, Ordering::Release);
         let mut cores = Vec::with_capacity(self.vcpus.len());
         for (vcpu, cell) in self.vcpus.iter().enumerate() {
+            P::locked(Site::Users);
             match cell.try_lock() {
                 Ok(core) => cores.push(core),
                 Err(TryLockError::Poisoned(poisoned)) => cores.push(poisoned.into_inner()),
@@ -506,7 +522,9 @@ impl<P: Platform> Vm<P> {
 
 impl<P: Platform> Drop for Vm<P> {
     fn drop(&mut self) {
-        // No handle can be alive: they borrow the VM. Workers and RCU must not outlive it.
-        let _ = self.close();
+        // No handle can be alive: they borrow the VM. Workers and RCU must not outlive it. Where the whole run is given up, nobody is waited for.
+        if !P::abandoned() {
+            let _ = self.close();
+        }
     }
 }

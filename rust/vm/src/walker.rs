@@ -8,8 +8,8 @@
 //! **Mechanism.** Entries are read through the pool, whose pages stay mapped for its life: a stale pointer reads a recycled page, as in a real
 //! machine, and the owner tags of frames (`frames.rs`) tell.
 
-use tdpmmu_platform::{Platform, Site};
-use tdpmmu_spte::geometry::index;
+use tdpmmu_platform::{Event, Platform, Site, Task};
+use tdpmmu_spte::geometry::{index, round_down};
 use tdpmmu_spte::{Format, Spte};
 use tdpmmu_table::TablePool;
 
@@ -59,6 +59,7 @@ pub enum HardwareFault {
 /// # Errors
 /// The fault that a CPU would raise.
 pub fn walk<P: Platform>(
+    task: &Task<P>,
     pool: &TablePool,
     format: &Format,
     tlb: &mut Tlb,
@@ -66,7 +67,12 @@ pub fn walk<P: Platform>(
     levels: u8,
     access: GuestAccess,
 ) -> Result<(Spte, bool), HardwareFault> {
-    let (mut level, mut table) = tlb.structure(root, access.gfn).unwrap_or((levels, root));
+    let vcpu = task.vcpu().unwrap_or(0) as u32;
+    let gfn = access.gfn;
+    let (mut level, mut table) = tlb.structure(root, gfn).unwrap_or((levels, root));
+    if table != root {
+        task.detail(|| Event::StructureUse { vcpu, root, gfn, level, table });
+    }
     loop {
         let cell = &pool.entries(table)[index(access.gfn, level)];
         let entry = Spte(P::load(cell, Site::WalkLockless));
@@ -96,9 +102,14 @@ pub fn walk<P: Platform>(
                 // It changed under the walk: look again at what it is now.
                 continue;
             }
+            if marked != entry {
+                let (gfn, old, new) = (round_down(gfn, level), entry.raw(), marked.raw());
+                task.detail(|| Event::SpteMarked { root, table, gfn, level, old, new });
+            }
             let dirty = !format.ad_enabled(marked) || marked.raw() & format.dirty != 0;
             let write = format.is_writable(marked) && dirty;
             tlb.fill(root, access.gfn, level, marked, write, format.is_executable(marked));
+            task.detail(|| Event::TlbFill { vcpu, root, gfn, level, spte: marked.raw() });
             return Ok((marked, format.is_dirty(marked) && !format.is_dirty(entry)));
         }
         if level == 1 {
@@ -107,5 +118,6 @@ pub fn walk<P: Platform>(
         table = entry.pfn() as u32;
         level -= 1;
         tlb.fill_structure(root, access.gfn, level, table);
+        task.detail(|| Event::StructureFill { vcpu, root, gfn, level, table });
     }
 }
