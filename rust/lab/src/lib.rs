@@ -19,7 +19,9 @@
 //! | `conform/` | the engine against recordings of real KVM, transition by transition |
 //! | `what_if/` | the zaps of a recording through another design |
 //! | `program/` | operations as data, for search, museum and torture |
+//! | `museum/` | bugs that were really there, found again |
 //! | `faults/` | what goes wrong on purpose |
+//! | `torture/` | random operations on real threads, under every judge that can listen |
 //! | `limits/` | the host's physical limits |
 //! | `fit.rs` | a line through measurements, and its errors |
 //! | `result.rs` | the schema |
@@ -41,6 +43,7 @@ pub mod host;
 pub mod limits;
 pub mod memory;
 mod micro;
+pub mod museum;
 pub mod outcome;
 pub mod program;
 pub mod result;
@@ -48,6 +51,7 @@ pub mod run;
 pub mod scenario;
 pub mod scene;
 pub mod timeline;
+pub mod torture;
 mod units;
 pub mod what_if;
 

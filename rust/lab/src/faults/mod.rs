@@ -6,6 +6,8 @@
 //! **Mechanism.** A [`FaultPlan`] is data; [`FaultPlan::arm`] makes an [`Armed`] of it, which the platform asks wherever a fault could be: the simulated one with the dice of its schedule, so that a
 //! fault is a recorded choice that replays and minimises, the rough one (`torture/rough.rs`) with dice of each thread.
 
+mod armed;
 mod plan;
 
+pub use armed::{Armed, FaultCount};
 pub use plan::{FaultError, FaultPlan, Injection, KINDS, Length, Nth, Rate, Who, WorkerFault};
