@@ -1,0 +1,216 @@
+//! The demonstration: with the bug on an oracle fires; with the bug off, over the same budget, none.
+//!
+//! **Guarantee.** Both searches run the same program with the same seeds and as many schedules; they differ in the bug alone. No oracle is told what to look for. What is found replays: its seed and schedule are in the
+//! result.
+//!
+//! **Mechanism.** One search a seed, until the first failure. The count of schedules is what the bug cost to find; over several seeds its median is told. A measurement ([`Show::Measure`]) is one run a seed.
+
+use rayon::prelude::*;
+use serde::Serialize;
+use tdpmmu_platform::Bug;
+use tdpmmu_platform::sim::Memory;
+
+use super::{Catcher, Entry, Hints, Show, entries};
+use crate::explore::{Failure, Search, search};
+use crate::program::Program;
+use crate::{Control, LabError};
+
+/// What a demonstration may cost.
+#[derive(Clone, Debug)]
+pub struct Budget {
+    /// The first seed; the others follow it.
+    pub seed: u64,
+    /// Seeds, at least 1.
+    pub seeds: u32,
+    /// Schedules a seed; `None`: as many as the exhibit asks for.
+    pub schedules: Option<u64>,
+    /// The first seed's failure is minimised and told as a story.
+    pub story: bool,
+}
+
+impl Default for Budget {
+    fn default() -> Self {
+        Self { seed: 1, seeds: 5, schedules: None, story: false }
+    }
+}
+
+/// What a demonstration came to: a row of `tdpmmu.bugs/1`, and what goes with it.
+#[derive(Clone, Debug, Serialize)]
+pub struct Demo {
+    /// The exhibit.
+    pub id: &'static str,
+    /// What it is.
+    pub title: &'static str,
+    /// Every seed found it.
+    pub caught: bool,
+    /// Something fired with the bug off.
+    pub false_alarm: bool,
+    /// Schedules until something fired, the median over the seeds; `None` where half of them or more found nothing.
+    pub schedules_median: Option<u64>,
+    /// The rule that was broken, by the first seed that found something.
+    pub oracle: Option<String>,
+    /// What caught it: simulation, tso, virtual-time.
+    pub catcher: &'static str,
+    /// The seed of that finding.
+    pub seed: Option<u64>,
+    /// Its schedule, as it replays.
+    pub schedule: Option<String>,
+    /// Forced switches in it.
+    pub preemptions: Option<u32>,
+    /// Schedules until something fired, seed by seed.
+    pub schedules: Vec<Option<u64>>,
+    /// Schedules that ran with the bug off.
+    pub schedules_clean: u64,
+    /// What the oracle said.
+    pub what: Option<String>,
+    /// Who did what when: columns of the threads, SPTE values, reference counts.
+    pub story: Option<String>,
+    /// What fired with the bug off.
+    pub alarm: Option<String>,
+}
+
+/// `tdpmmu.bugs/1`.
+#[derive(Clone, Debug, Serialize)]
+pub struct Museum {
+    /// Its name.
+    pub schema: &'static str,
+    /// Exhibits caught.
+    pub caught: usize,
+    /// Exhibits.
+    pub total: usize,
+    /// Exhibits at which something fired with the bug off.
+    pub false_alarms: usize,
+    /// One row an exhibit.
+    pub bugs: Vec<Demo>,
+}
+
+/// Shows one exhibit.
+///
+/// # Errors
+/// [`LabError::Cancelled`]; [`LabError::Usage`] for a budget without seeds or schedules; what the search says.
+pub fn demo(entry: &Entry, budget: &Budget, control: &Control) -> Result<Demo, LabError> {
+    if budget.seeds == 0 || budget.schedules == Some(0) {
+        return Err(LabError::Usage("a demonstration has at least one seed and one schedule".into()));
+    }
+    let mut demo = Demo {
+        id: entry.id(),
+        title: entry.title,
+        caught: false,
+        false_alarm: false,
+        schedules_median: None,
+        oracle: None,
+        catcher: entry.catcher.name(),
+        seed: None,
+        schedule: None,
+        preemptions: None,
+        schedules: Vec::new(),
+        schedules_clean: 0,
+        what: None,
+        story: None,
+        alarm: None,
+    };
+    for seed in (budget.seed..).take(budget.seeds as usize) {
+        match entry.show {
+            Show::Search(program, hints) => {
+                demo.searched(entry, &program(), &hints, budget, seed, control)?;
+            }
+            Show::Measure(measure) => demo.measured(entry.bug, measure, seed)?,
+        }
+        control.check()?;
+    }
+    demo.caught = demo.schedules.iter().all(Option::is_some);
+    let mut counts: Vec<u64> = demo.schedules.iter().map(|n| n.unwrap_or(u64::MAX)).collect();
+    counts.sort_unstable();
+    demo.schedules_median = Some(counts[counts.len() / 2]).filter(|&n| n != u64::MAX);
+    Ok(demo)
+}
+
+impl Demo {
+    fn searched(
+        &mut self,
+        entry: &Entry,
+        program: &Program,
+        hints: &Hints,
+        budget: &Budget,
+        seed: u64,
+        control: &Control,
+    ) -> Result<(), LabError> {
+        let memory = if entry.catcher == Catcher::Tso { Memory::Tso } else { Memory::Sc };
+        let wanted = Search {
+            seed,
+            schedules: budget.schedules.unwrap_or(hints.schedules),
+            memory,
+            jobs: 1,
+            yield_percent: hints.yield_percent,
+            max_steps: hints.max_steps,
+            minimise: budget.story && self.oracle.is_none(),
+            ..Search::default()
+        };
+        let found = search(program, Some(entry.bug), &wanted, control)?;
+        self.schedules.push(found.violation.is_some().then_some(found.schedules));
+        if let Some(failure) = found.violation.filter(|_| self.oracle.is_none()) {
+            self.took(seed, failure);
+        }
+        let clean = search(program, None, &Search { minimise: false, ..wanted }, control)?;
+        self.schedules_clean += clean.schedules;
+        if let Some(failure) = clean.violation {
+            self.false_alarm = true;
+            self.alarm = Some(format!("seed {seed}: {}: {}: {}", failure.rule, failure.what, failure.schedule));
+        }
+        Ok(())
+    }
+
+    fn took(&mut self, seed: u64, failure: Failure) {
+        self.seed = Some(seed);
+        self.preemptions = Some(failure.preemptions);
+        self.schedule = Some(failure.minimised.unwrap_or(failure.schedule));
+        self.what = Some(failure.what);
+        self.oracle = Some(failure.rule);
+        self.story = failure.story;
+    }
+
+    fn measured(
+        &mut self,
+        bug: Bug,
+        measure: fn(Option<Bug>, u64) -> Result<Option<super::Found>, LabError>,
+        seed: u64,
+    ) -> Result<(), LabError> {
+        let found = measure(Some(bug), seed)?;
+        self.schedules.push(found.is_some().then_some(1));
+        if let Some(found) = found.filter(|_| self.oracle.is_none()) {
+            (self.seed, self.oracle, self.what) = (Some(seed), Some(found.rule), Some(found.what));
+        }
+        self.schedules_clean += 1;
+        if let Some(found) = measure(None, seed)? {
+            self.false_alarm = true;
+            self.alarm = Some(format!("seed {seed}: {}: {}", found.rule, found.what));
+        }
+        Ok(())
+    }
+}
+
+/// Shows every exhibit, as many at once as the host has CPUs.
+///
+/// # Errors
+/// As [`demo`].
+pub fn demo_all(budget: &Budget, control: &Control) -> Result<Museum, LabError> {
+    let all = entries();
+    let total = all.len();
+    let done = std::sync::atomic::AtomicUsize::new(0);
+    let bugs = all
+        .into_par_iter()
+        .map(|entry| {
+            let shown = demo(entry, budget, &Control::new(control.flag().clone(), |_, _| {}));
+            let done = done.fetch_add(1, std::sync::atomic::Ordering::Relaxed) + 1;
+            control.report(&format!("bug {}", entry.id()), done as f64 / total as f64);
+            shown
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+    Ok(Museum {
+        schema: "tdpmmu.bugs/1",
+        caught: bugs.iter().filter(|bug| bug.caught && !bug.false_alarm).count(),
+        total,
+        false_alarms: bugs.iter().filter(|bug| bug.false_alarm).count(),
+        bugs,
+    })
+}

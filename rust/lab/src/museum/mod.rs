@@ -1,0 +1,43 @@
+//! # The museum: bugs that were really there, found again
+//!
+//! **Guarantee.** Each exhibit is one defect of Linux's history (or of a patch on its list), put back into our engine at the place where it was, by a mutation of a line or two that does not exist on the real
+//! platform. [`demo`] finds a schedule under which an oracle fires that was not told which bug to look for, and shows it; with the bug off, the same budget finds nothing.
+//!
+//! **Mechanism.** An [`Entry`] has a small [`Program`](crate::program::Program): the threads that have to meet. When concurrency is the cause, meeting at the wrong moment is left to the search. What fires is
+//! reported as the judges name it; an entry does not say which.
+//!
+//! | file | idea |
+//! | --- | --- |
+//! | `entry.rs` | what an exhibit is |
+//! | `card.rs` | the catalogue as data |
+//! | `demo.rs` | both searches, and what they came to |
+//! | `early.rs` | 1 to 8: debts, the iterator, RCU |
+//! | `roots.rs` | 9 to 13: roots, and who may still reach them |
+//! | `dirty.rs` | 14 to 17: Dirty, W, and lost races |
+//!
+//! Not here: bug 12, since its fix dereferenced the page of a root that has none (PAE and nested roots; this engine has roots with pages only).
+
+mod card;
+mod dirty;
+mod early;
+mod entry;
+mod roots;
+
+pub use card::{Card, cards};
+pub use entry::{Catcher, Class, Entry, Found, Hints, Show};
+
+/// Every exhibit, in the catalogue's order.
+pub fn entries() -> Vec<&'static Entry> {
+    let mut all: Vec<&Entry> =
+        [early::ENTRIES, roots::ENTRIES, dirty::ENTRIES].into_iter().flatten().collect();
+    all.sort_by_key(|entry| entry.bug);
+    all
+}
+
+/// The exhibit of that id.
+pub fn find(id: &str) -> Option<&'static Entry> {
+    entries().into_iter().find(|entry| entry.id().eq_ignore_ascii_case(id))
+}
+
+#[cfg(test)]
+mod tests;
