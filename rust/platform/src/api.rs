@@ -155,8 +155,37 @@ pub trait Platform: Sized + Send + Sync + 'static {
     /// The region that begins at `base` is about to be unmapped.
     #[inline(always)]
     fn forget_words(_base: *const u8) {}
+    /// Tables may be held by count: described, not stored, until they are changed. `false` where every table is a page: what stands behind the question is compiled out.
+    const BY_COUNT: bool = false;
+    /// The words of `bytes` bytes from `base` on may be held by count: accesses are answered by `words`, until [`Platform::forget_words`].
+    #[inline(always)]
+    fn by_count(_base: *const u8, _bytes: usize, _words: Arc<dyn HeldWords>) {}
+    /// So many entries of a table held by count are handled in one event: the time passes that they would have taken one by one.
+    #[inline(always)]
+    fn charge_entries(_what: Bulk, _entries: u64) {}
     /// Starts a thread. Errors: what the host says, and a NUL in `name`.
     fn spawn(name: &str, body: Box<dyn FnOnce() + Send>) -> io::Result<JoinHandle>;
+}
+
+/// What is done to many entries in one event ([`Platform::charge_entries`]).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bulk {
+    /// Loads.
+    Read,
+    /// Stores.
+    Write,
+    /// Exchanges.
+    Swap,
+    /// A load and a compare-exchange each.
+    Cmpxchg,
+}
+
+/// Who knows the words of pages that are held by count ([`Platform::by_count`]).
+pub trait HeldWords: Send + Sync {
+    /// The word at `offset` bytes, if its page is held by count.
+    fn read(&self, offset: usize) -> Option<u64>;
+    /// The page of the word at `offset` bytes is about to be changed: makes it real.
+    fn expand(&self, offset: usize);
 }
 
 /// A started thread of any platform.

@@ -37,14 +37,19 @@ mod sched;
 pub mod site;
 mod slice;
 pub mod task;
+#[cfg(not(loom))]
+#[path = "sim/time/mod.rs"]
+pub mod time;
 pub mod timeline;
 
 #[cfg(not(loom))]
 pub use crate::real::Real;
+#[cfg(not(loom))]
+pub use crate::time::Timed;
 pub use crate::{
     api::{
-        Exclusive, Join, JoinHandle, Mode, NIL, Platform, RawRwLock, RcuDomain, RcuReader, Reclaim, Shared,
-        Switches,
+        Bulk, Exclusive, HeldWords, Join, JoinHandle, Mode, NIL, Platform, RawRwLock, RcuDomain, RcuReader,
+        Reclaim, Shared, Switches,
     },
     bug::Bug,
     fault::{Fault, Faults, InjectedPanic},
