@@ -7,7 +7,14 @@ use crate::program::{Act, MachineSpec, Program, ThreadSpec};
 use crate::scenario::Who;
 
 /// A canary has no history: class, title, what is wrong, and where to look.
-const fn canary(bug: Bug, class: Class, title: &'static str, cause: &'static str, interleaving: &'static str, program: fn() -> Program) -> Entry {
+const fn canary(
+    bug: Bug,
+    class: Class,
+    title: &'static str,
+    cause: &'static str,
+    interleaving: &'static str,
+    program: fn() -> Program,
+) -> Entry {
     Entry {
         bug,
         title,
@@ -155,7 +162,10 @@ fn guest_beside_unmap() -> Program {
     let setup = vec![(Who::Vcpu(0), Act::write(0))];
     let threads = vec![
         ThreadSpec::caller([Act::Unmap { hva_page: 0, pages: 1, may_block: true }]),
-        ThreadSpec::vcpu(0, [Act::read(0), Act::Leave, Act::read(0), Act::Leave, Act::read(0), Act::write(1)]),
+        ThreadSpec::vcpu(
+            0,
+            [Act::read(0), Act::Leave, Act::read(0), Act::Leave, Act::read(0), Act::write(1)],
+        ),
     ];
     Program { setup, ..Program::new("a guest beside an unmap", threads) }
 }
@@ -190,7 +200,8 @@ fn fault_beside_collapse() -> Program {
 fn roots_of_one_page() -> Program {
     let machine = MachineSpec { max_tables: 12, vcpus: 1, ..MachineSpec::default() };
     let setup = vec![(Who::Vcpu(0), Act::write(0))];
-    let zap = |page| [Act::Unmap { hva_page: page, pages: 1, may_block: true }, Act::FastZap, Act::RcuBarrier];
+    let zap =
+        |page| [Act::Unmap { hva_page: page, pages: 1, may_block: true }, Act::FastZap, Act::RcuBarrier];
     let threads = vec![
         ThreadSpec::caller([zap(0), zap(1), zap(0)].concat()),
         ThreadSpec::vcpu(0, [Act::read(0), Act::read(0), Act::read(0), Act::read(0)]),
@@ -202,7 +213,12 @@ fn roots_of_one_page() -> Program {
 fn end_beside_worker() -> Program {
     let setup = vec![(Who::Vcpu(0), Act::write(0))];
     let threads = vec![ThreadSpec::vcpu(0, [Act::DropRoot, Act::write(1)])];
-    Program { machine: MachineSpec::of("async-worker", "6.1-async"), setup, end_races: true, ..Program::new("the end of a VM beside its worker", threads) }
+    Program {
+        machine: MachineSpec::of("async-worker", "6.1-async"),
+        setup,
+        end_races: true,
+        ..Program::new("the end of a VM beside its worker", threads)
+    }
 }
 
 /// An unmap that yields beside a vCPU that loses its root.
@@ -212,12 +228,19 @@ fn unmap_beside_root_loss() -> Program {
         ThreadSpec::caller([Act::Unmap { hva_page: 0, pages: 2, may_block: true }]),
         ThreadSpec::vcpu(0, [Act::DropRoot, Act::write(0)]),
     ];
-    Program { machine: MachineSpec::of("async-worker", "6.1-async"), setup, ..Program::new("an unmap beside a lost root", threads) }
+    Program {
+        machine: MachineSpec::of("async-worker", "6.1-async"),
+        setup,
+        ..Program::new("an unmap beside a lost root", threads)
+    }
 }
 
 /// Two vCPUs want the same page.
 fn two_faults() -> Program {
-    let threads = vec![ThreadSpec::vcpu(0, [Act::write(0), Act::read(1)]), ThreadSpec::vcpu(1, [Act::read(0), Act::write(1)])];
+    let threads = vec![
+        ThreadSpec::vcpu(0, [Act::write(0), Act::read(1)]),
+        ThreadSpec::vcpu(1, [Act::read(0), Act::write(1)]),
+    ];
     Program::new("two vCPUs fault on one page", threads)
 }
 

@@ -4,6 +4,7 @@ use std::fmt;
 
 use serde::Serialize;
 
+use super::mutation::mutation;
 use super::{Entry, entries};
 use crate::program::Program;
 
@@ -26,13 +27,20 @@ pub struct Card {
     pub cause: &'static str,
     /// How it comes to pass.
     pub interleaving: &'static str,
+    /// Where it sits in the engine: a file.
+    pub file: &'static str,
+    /// The line that it changes there, in words.
+    pub mutation: &'static str,
     /// The program whose schedules are searched; `None` where a measurement shows it.
     pub program: Option<Program>,
 }
 
 impl From<&Entry> for Card {
     fn from(entry: &Entry) -> Self {
+        let (file, does) = mutation(entry.bug).map_or(("", ""), |place| (place.file, place.does));
         Self {
+            file,
+            mutation: does,
             id: entry.id(),
             title: entry.title,
             class: entry.class.name(),
@@ -53,6 +61,7 @@ impl fmt::Display for Card {
         writeln!(f, "\nReference\n    {}", self.reference)?;
         writeln!(f, "\nCause\n    {}", self.cause)?;
         writeln!(f, "\nHow it comes to pass\n    {}", self.interleaving)?;
+        writeln!(f, "\nMutation\n    {}: {}", self.file, self.mutation)?;
         let Some(program) = &self.program else { return Ok(()) };
         writeln!(f, "\nProgram {} ({})", program.name, program.machine.profile)?;
         for (who, act) in &program.setup {

@@ -5,6 +5,8 @@
 //!
 //! **Mechanism.** One search a seed, until the first failure. The count of schedules is what the bug cost to find; over several seeds its median is told. A measurement ([`Show::Measure`]) is one run a seed.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use rayon::prelude::*;
 use serde::Serialize;
 use tdpmmu_platform::Bug;
@@ -80,6 +82,8 @@ pub struct Museum {
     pub total: usize,
     /// Exhibits at which something fired with the bug off.
     pub false_alarms: usize,
+    /// How long it took.
+    pub seconds: f64,
     /// One row an exhibit.
     pub bugs: Vec<Demo>,
 }
@@ -189,28 +193,41 @@ impl Demo {
     }
 }
 
-/// Shows every exhibit, as many at once as the host has CPUs.
+/// Shows every exhibit.
 ///
 /// # Errors
 /// As [`demo`].
 pub fn demo_all(budget: &Budget, control: &Control) -> Result<Museum, LabError> {
-    let all = entries();
-    let total = all.len();
-    let done = std::sync::atomic::AtomicUsize::new(0);
-    let bugs = all
+    demo_of(entries(), budget, control)
+}
+
+/// Shows these exhibits, as many at once as there are threads in the pool of the caller.
+///
+/// # Errors
+/// As [`demo`].
+pub fn demo_of(
+    exhibits: Vec<&'static Entry>,
+    budget: &Budget,
+    control: &Control,
+) -> Result<Museum, LabError> {
+    let began = std::time::Instant::now();
+    let total = exhibits.len();
+    let done = AtomicUsize::new(0);
+    let bugs = exhibits
         .into_par_iter()
         .map(|entry| {
             let shown = demo(entry, budget, &Control::new(control.flag().clone(), |_, _| {}));
-            let done = done.fetch_add(1, std::sync::atomic::Ordering::Relaxed) + 1;
+            let done = done.fetch_add(1, Ordering::Relaxed) + 1;
             control.report(&format!("bug {}", entry.id()), done as f64 / total as f64);
             shown
         })
         .collect::<Result<Vec<_>, _>>()?;
     Ok(Museum {
         schema: "tdpmmu.bugs/1",
-        caught: bugs.iter().filter(|bug| bug.caught && !bug.false_alarm).count(),
+        caught: bugs.iter().filter(|bug| bug.caught).count(),
         total,
         false_alarms: bugs.iter().filter(|bug| bug.false_alarm).count(),
+        seconds: began.elapsed().as_secs_f64(),
         bugs,
     })
 }

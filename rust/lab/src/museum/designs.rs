@@ -137,7 +137,10 @@ fn l2_writes() -> Program {
             Act::WaitFor { flag: 1 },
             log,
         ]),
-        ThreadSpec::vcpu(0, [Act::write(0), Act::WaitFor { flag: 0 }, Act::write(0), Act::write(1), Act::Raise { flag: 1 }]),
+        ThreadSpec::vcpu(
+            0,
+            [Act::write(0), Act::WaitFor { flag: 0 }, Act::write(0), Act::write(1), Act::Raise { flag: 1 }],
+        ),
     ];
     let setup = vec![(Who::Vcpu(0), Act::SwitchRole { variant: L2 }), (Who::Vcpu(0), Act::write(0))];
     Program { machine, setup, ..Program::new("an L2 writes to a slot that logs", threads) }
@@ -145,7 +148,8 @@ fn l2_writes() -> Program {
 
 /// A vCPU drops a root that maps two tables of pages, while the host takes a page away.
 fn last_put() -> Program {
-    let machine = MachineSpec { passes: Some("4K,2M,1G,root".into()), ..MachineSpec::of("async-worker", "6.12") };
+    let machine =
+        MachineSpec { passes: Some("4K,2M,1G,root".into()), ..MachineSpec::of("async-worker", "6.12") };
     let threads = vec![
         ThreadSpec::vcpu(0, [Act::write(0), Act::write(512), Act::DropRoot, Act::write(0)]),
         ThreadSpec::caller([Act::Unmap { hva_page: 0, pages: 1, may_block: true }]),
@@ -156,7 +160,8 @@ fn last_put() -> Program {
 /// A fast zap of two tables of pages beside a guest that goes on.
 fn big_steps() -> Program {
     let setup = vec![(Who::Vcpu(0), Act::write(0)), (Who::Vcpu(0), Act::write(512))];
-    let threads = vec![ThreadSpec::caller([Act::FastZap]), ThreadSpec::vcpu(0, [Act::write(0), Act::read(512)])];
+    let threads =
+        vec![ThreadSpec::caller([Act::FastZap]), ThreadSpec::vcpu(0, [Act::write(0), Act::read(512)])];
     Program { setup, ..Program::new("a fast zap beside a running guest", threads) }
 }
 
@@ -167,27 +172,40 @@ fn lost_between_phases() -> Program {
         ThreadSpec::caller([Act::FastZap]),
         ThreadSpec::vcpu(0, [Act::DropRoot, Act::write(0), Act::DropRoot, Act::write(1)]),
     ];
-    Program { machine: MachineSpec::of("defunct-flag", "6.12"), setup, ..Program::new("roots lost beside a fast zap", threads) }
+    Program {
+        machine: MachineSpec::of("defunct-flag", "6.12"),
+        setup,
+        ..Program::new("roots lost beside a fast zap", threads)
+    }
 }
 
 /// A memslot is deleted, and then the host takes its memory.
 fn queued_zap() -> Program {
     let setup = vec![(Who::Vcpu(0), Act::write(0)), (Who::Vcpu(0), Act::write(1))];
     let threads = vec![
-        ThreadSpec::caller([Act::DeleteSlot { as_id: 0, id: 0 }, Act::Unmap { hva_page: 0, pages: 2, may_block: true }]),
+        ThreadSpec::caller([
+            Act::DeleteSlot { as_id: 0, id: 0 },
+            Act::Unmap { hva_page: 0, pages: 2, may_block: true },
+        ]),
         ThreadSpec::vcpu(0, [Act::read(0)]),
     ];
-    Program { machine: MachineSpec::of("async-worker", "6.1-async"), setup, ..Program::new("a memslot deleted under a worker's design", threads) }
+    Program {
+        machine: MachineSpec::of("async-worker", "6.1-async"),
+        setup,
+        ..Program::new("a memslot deleted under a worker's design", threads)
+    }
 }
 
 /// The same, while the only vCPU unloads its root.
 fn queued_before() -> Program {
     let setup = vec![(Who::Vcpu(0), Act::write(0)), (Who::Vcpu(0), Act::write(1))];
-    let threads = vec![
-        ThreadSpec::caller([Act::DeleteSlot { as_id: 0, id: 0 }]),
-        ThreadSpec::vcpu(0, [Act::Unload]),
-    ];
-    Program { machine: MachineSpec::of("async-worker", "6.1-async"), setup, ..Program::new("a root lost beside the deletion of a memslot", threads) }
+    let threads =
+        vec![ThreadSpec::caller([Act::DeleteSlot { as_id: 0, id: 0 }]), ThreadSpec::vcpu(0, [Act::Unload])];
+    Program {
+        machine: MachineSpec::of("async-worker", "6.1-async"),
+        setup,
+        ..Program::new("a root lost beside the deletion of a memslot", threads)
+    }
 }
 
 /// A root lost beside a fast zap, and another one beside the next.
@@ -197,12 +215,21 @@ fn queued_twice() -> Program {
         ThreadSpec::caller([Act::FastZap]),
         ThreadSpec::vcpu(0, [Act::DropRoot, Act::write(0), Act::Unload]),
     ];
-    Program { machine: MachineSpec::of("async-worker", "6.1-async"), setup, ..Program::new("a root lost beside a fast zap, under a worker's design", threads) }
+    Program {
+        machine: MachineSpec::of("async-worker", "6.1-async"),
+        setup,
+        ..Program::new("a root lost beside a fast zap, under a worker's design", threads)
+    }
 }
 
 /// One vCPU goes into SMM and back, twice.
 fn smm_and_back() -> Program {
-    let machine = MachineSpec { vcpus: 1, smm: true, slots: vec![SlotSpec::flat(0, 0, 512)], ..MachineSpec::of("async-worker-owned", "6.6") };
+    let machine = MachineSpec {
+        vcpus: 1,
+        smm: true,
+        slots: vec![SlotSpec::flat(0, 0, 512)],
+        ..MachineSpec::of("async-worker-owned", "6.6")
+    };
     let acts = [
         Act::write(0),
         Act::EnterSmm,

@@ -113,7 +113,11 @@ pub(super) const ENTRIES: &[Entry] = &[
 
 /// A slot that logs, mapped small over a host that maps it huge; the setup of whatever a collapse is raced by.
 fn logged_slot() -> (MachineSpec, Vec<(Who, Act)>) {
-    let machine = MachineSpec { host_level: 2, slots: vec![SlotSpec::flat(0, 0, 512).logged()], ..MachineSpec::default() };
+    let machine = MachineSpec {
+        host_level: 2,
+        slots: vec![SlotSpec::flat(0, 0, 512).logged()],
+        ..MachineSpec::default()
+    };
     (machine, vec![(Who::Vcpu(0), Act::write(0)), (Who::Vcpu(0), Act::write(1))])
 }
 
@@ -123,10 +127,20 @@ const STOP_LOGGING: Act = Act::SetSlotFlags { as_id: 0, id: 0, log: false };
 fn zapped_range() -> Program {
     let machine = MachineSpec { host_level: 2, nx: true, vcpus: 1, ..MachineSpec::of("inline", "5.15") };
     let threads = vec![
-        ThreadSpec::caller([Act::WaitFor { flag: 0 }, Act::ZapRange { gfn: 0, pages: 512 }, Act::Raise { flag: 1 }]),
+        ThreadSpec::caller([
+            Act::WaitFor { flag: 0 },
+            Act::ZapRange { gfn: 0, pages: 512 },
+            Act::Raise { flag: 1 },
+        ]),
         ThreadSpec::vcpu(
             0,
-            [Act::fetch(0), Act::Raise { flag: 0 }, Act::WaitFor { flag: 1 }, Act::read(1), Act::LookUp { gfn: 1 }],
+            [
+                Act::fetch(0),
+                Act::Raise { flag: 0 },
+                Act::WaitFor { flag: 1 },
+                Act::read(1),
+                Act::LookUp { gfn: 1 },
+            ],
         ),
     ];
     let expect = vec![Expect { thread: 1, act: 4, want: Want::Level { level: 2 } }];
@@ -147,7 +161,8 @@ fn candidate_beside_collapse() -> Program {
 /// A fault that may be huge beside the end of dirty logging.
 fn huge_fault_beside_collapse() -> Program {
     let (machine, setup) = logged_slot();
-    let threads = vec![ThreadSpec::caller([STOP_LOGGING]), ThreadSpec::vcpu(1, [Act::read(2), Act::write(3)])];
+    let threads =
+        vec![ThreadSpec::caller([STOP_LOGGING]), ThreadSpec::vcpu(1, [Act::read(2), Act::write(3)])];
     Program { machine, setup, ..Program::new("a huge fault beside the end of dirty logging", threads) }
 }
 
@@ -155,7 +170,8 @@ fn huge_fault_beside_collapse() -> Program {
 fn small_fault_beside_collapse() -> Program {
     let (machine, setup) = logged_slot();
     let machine = MachineSpec { nx: true, ..machine };
-    let threads = vec![ThreadSpec::caller([STOP_LOGGING]), ThreadSpec::vcpu(1, [Act::fetch(2), Act::write(3)])];
+    let threads =
+        vec![ThreadSpec::caller([STOP_LOGGING]), ThreadSpec::vcpu(1, [Act::fetch(2), Act::write(3)])];
     Program { machine, setup, ..Program::new("a small fault beside the end of dirty logging", threads) }
 }
 
@@ -187,23 +203,37 @@ fn aging_beside_zap() -> Program {
 
 /// A candidate of SMM whose slot has begun to log.
 fn recovery_in_smm() -> Program {
-    let machine = MachineSpec { host_level: 2, nx: true, smm: true, vcpus: 1, slots: vec![SlotSpec::flat(0, 0, 512)], ..MachineSpec::default() };
+    let machine = MachineSpec {
+        host_level: 2,
+        nx: true,
+        smm: true,
+        vcpus: 1,
+        slots: vec![SlotSpec::flat(0, 0, 512)],
+        ..MachineSpec::default()
+    };
     let setup = vec![
         (Who::Vcpu(0), Act::EnterSmm),
         (Who::Vcpu(0), Act::fetch(0)),
         (Who::Caller, Act::SetSlotFlags { as_id: 1, id: 0, log: true }),
     ];
-    let threads = vec![ThreadSpec::caller([Act::RecoverNx { ratio: 1 }]), ThreadSpec::vcpu(0, [Act::fetch(1)])];
+    let threads =
+        vec![ThreadSpec::caller([Act::RecoverNx { ratio: 1 }]), ThreadSpec::vcpu(0, [Act::fetch(1)])];
     let expect = vec![Expect { thread: 0, act: 0, want: Want::AtMost { count: 0 } }];
     Program { machine, setup, expect, ..Program::new("NX recovery and SMM", threads) }
 }
 
 /// Logging ends for a slot that begins in the middle of 2 MiB.
 fn unaligned_slot() -> Program {
-    let machine = MachineSpec { slots: vec![SlotSpec::flat(0, 0x100, 0x300).logged()], ..MachineSpec::default() };
+    let machine =
+        MachineSpec { slots: vec![SlotSpec::flat(0, 0x100, 0x300).logged()], ..MachineSpec::default() };
     let setup = vec![(Who::Vcpu(0), Act::write(0x100)), (Who::Vcpu(0), Act::write(0x200))];
     let threads = vec![ThreadSpec::caller([STOP_LOGGING]), ThreadSpec::vcpu(0, [Act::read(0x101)])];
-    Program { machine, setup, hot: vec![0x100, 0x101], ..Program::new("the end of dirty logging of an unaligned slot", threads) }
+    Program {
+        machine,
+        setup,
+        hot: vec![0x100, 0x101],
+        ..Program::new("the end of dirty logging of an unaligned slot", threads)
+    }
 }
 
 /// The host collapses what the guest had mapped small.

@@ -14,13 +14,19 @@
 //! | `early.rs` | 1 to 8: debts, the iterator, RCU |
 //! | `roots.rs` | 9 to 13: roots, and who may still reach them |
 //! | `dirty.rs` | 14 to 17: Dirty, W, and lost races |
+//! | `designs.rs` | 18 to 23, 30, 39: who tears a root down, in which steps, and who waits |
+//! | `faults.rs` | 24 to 42: what faults, aging, huge pages and the NX mitigation do to single entries |
+//! | `canaries.rs` | no history: each shows that an oracle is awake; and the barrier of 44 |
 //!
 //! Not here: bug 12, since its fix dereferenced the page of a root that has none (PAE and nested roots; this engine has roots with pages only).
 
 mod card;
+mod canaries;
+mod designs;
 mod dirty;
 mod early;
 mod entry;
+mod faults;
 mod roots;
 
 pub use card::{Card, cards};
@@ -28,15 +34,29 @@ pub use entry::{Catcher, Class, Entry, Found, Hints, Show};
 
 /// Every exhibit, in the catalogue's order.
 pub fn entries() -> Vec<&'static Entry> {
-    let mut all: Vec<&Entry> =
-        [early::ENTRIES, roots::ENTRIES, dirty::ENTRIES].into_iter().flatten().collect();
+    let mut all: Vec<&Entry> = [
+        early::ENTRIES,
+        roots::ENTRIES,
+        dirty::ENTRIES,
+        designs::ENTRIES,
+        faults::ENTRIES,
+        canaries::ENTRIES,
+    ]
+    .into_iter()
+    .flatten()
+    .collect();
     all.sort_by_key(|entry| entry.bug);
     all
 }
 
-/// The exhibit of that id.
+/// The canaries: no history, and not counted; each shows that an oracle is awake.
+pub fn canaries() -> &'static [Entry] {
+    canaries::CANARIES
+}
+
+/// The exhibit, or the canary, of that id.
 pub fn find(id: &str) -> Option<&'static Entry> {
-    entries().into_iter().find(|entry| entry.id().eq_ignore_ascii_case(id))
+    entries().into_iter().chain(canaries()).find(|entry| entry.id().eq_ignore_ascii_case(id))
 }
 
 #[cfg(test)]

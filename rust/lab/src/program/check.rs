@@ -73,6 +73,7 @@ impl Program {
     pub fn check(&self) -> Result<(), ProgramError> {
         self.check_machine()?;
         self.check_threads()?;
+        self.check_expectations()?;
         let raised: Vec<u8> = self
             .acts()
             .filter_map(|act| if let Act::Raise { flag } = act { Some(*flag) } else { None })

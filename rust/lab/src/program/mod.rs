@@ -12,6 +12,7 @@
 //! | `machine.rs` | the VM and its memory |
 //! | `check.rs` | the rules of a program |
 //! | `perform.rs` | one act on a VM of any platform |
+//! | `expect.rs` | what an act of this one program must come to |
 //! | `drive.rs` | set-up, threads, the quiet point, the end: on any platform |
 //! | `once.rs` | one simulated run under one schedule |
 //!
@@ -20,6 +21,7 @@
 mod act;
 mod check;
 mod drive;
+mod expect;
 mod machine;
 mod once;
 mod perform;
@@ -29,6 +31,7 @@ use serde::{Deserialize, Serialize};
 pub use act::Act;
 pub use check::ProgramError;
 pub use drive::{Ended, Performed, run_on, run_real};
+pub use expect::{Expect, Want};
 pub use machine::{MachineSpec, SlotSpec};
 pub use once::{JudgeSet, Outcome};
 pub use perform::{Done, Flags, Hands, perform};
@@ -55,6 +58,9 @@ pub struct Program {
     /// The end of the VM is part of the search too: workers still run when it begins.
     #[serde(default)]
     pub end_races: bool,
+    /// What acts must come to, beside what judges ask of every program.
+    #[serde(default)]
+    pub expect: Vec<Expect>,
 }
 
 /// One thread.
@@ -90,7 +96,15 @@ impl Program {
     /// A program of the default machine.
     pub fn new(name: &str, threads: Vec<ThreadSpec>) -> Self {
         let machine = MachineSpec::default();
-        Self { name: name.into(), machine, setup: Vec::new(), threads, hot: Vec::new(), end_races: false }
+        Self {
+            name: name.into(),
+            machine,
+            setup: Vec::new(),
+            threads,
+            hot: Vec::new(),
+            end_races: false,
+            expect: Vec::new(),
+        }
     }
 
     /// From JSON, checked.
