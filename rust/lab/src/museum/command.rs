@@ -1,7 +1,7 @@
 //! The museum's door: JSON in, JSON out.
 
 use serde::{Deserialize, Serialize};
-use tdpmmu_spte::suggest::closest;
+use tdpmmu_spte::closest;
 
 use super::{Budget, Card, Entry, cards, demo_of, entries, find};
 use crate::{Control, LabError};

@@ -10,10 +10,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use rayon::prelude::*;
 use serde::Serialize;
 use tdpmmu_platform::Bug;
-use tdpmmu_platform::sim::Memory;
 
 use super::{Catcher, Entry, Hints, Show, entries};
-use crate::explore::{Failure, Search, search};
+use crate::explore::{Failure, Models, Search, search};
 use crate::program::Program;
 use crate::{Control, LabError};
 
@@ -55,7 +54,7 @@ pub struct Demo {
     pub catcher: &'static str,
     /// The seed of that finding.
     pub seed: Option<u64>,
-    /// Its schedule, as it replays.
+    /// The run as a text that replays: program, bug and schedule.
     pub schedule: Option<String>,
     /// Forced switches in it.
     pub preemptions: Option<u32>,
@@ -139,38 +138,49 @@ impl Demo {
         seed: u64,
         control: &Control,
     ) -> Result<(), LabError> {
-        let memory = if entry.catcher == Catcher::Tso { Memory::Tso } else { Memory::Sc };
-        let wanted = Search {
+        let memory = if entry.catcher == Catcher::Tso { Models::Tso } else { Models::Sc };
+        let quick = Search {
             seed,
             schedules: budget.schedules.unwrap_or(hints.schedules),
             memory,
             jobs: 1,
-            yield_percent: hints.yield_percent,
-            max_steps: hints.max_steps,
-            minimise: budget.story && self.oracle.is_none(),
+            max_steps: hints.max_steps.unwrap_or(Search::default().max_steps),
+            minimise: 0,
+            story: false,
             ..Search::default()
         };
-        let found = search(program, Some(entry.bug), &wanted, control)?;
-        self.schedules.push(found.violation.is_some().then_some(found.schedules));
-        if let Some(failure) = found.violation.filter(|_| self.oracle.is_none()) {
+        let thorough = Search { minimise: Search::default().minimise, story: true, ..quick.clone() };
+        let first = self.oracle.is_none();
+        let found = search(
+            program,
+            Some(entry.bug),
+            if budget.story && first { &thorough } else { &quick },
+            control,
+        )?;
+        self.schedules.push(found.failure.as_ref().map(|failure| failure.found_after));
+        if let Some(failure) = found.failure.filter(|_| first) {
             self.took(seed, failure);
         }
-        let clean = search(program, None, &Search { minimise: false, ..wanted }, control)?;
+        let clean = search(program, None, &quick, control)?;
         self.schedules_clean += clean.schedules;
-        if let Some(failure) = clean.violation {
+        if let Some(failure) = clean.failure {
             self.false_alarm = true;
-            self.alarm = Some(format!("seed {seed}: {}: {}: {}", failure.rule, failure.what, failure.schedule));
+            let Failure { finding, seed: text, .. } = &failure;
+            self.alarm.get_or_insert(format!("{}: {} ({text})", finding.rule, finding.what));
         }
         Ok(())
     }
 
     fn took(&mut self, seed: u64, failure: Failure) {
+        self.oracle = Some(match failure.oracle.as_str() {
+            "" => failure.finding.rule.to_string(),
+            oracle => format!("{oracle}: {}", failure.finding.rule),
+        });
         self.seed = Some(seed);
+        self.what = Some(failure.finding.what);
         self.preemptions = Some(failure.preemptions);
-        self.schedule = Some(failure.minimised.unwrap_or(failure.schedule));
-        self.what = Some(failure.what);
-        self.oracle = Some(failure.rule);
-        self.story = failure.story;
+        self.schedule = Some(failure.seed);
+        self.story = failure.story.map(|story| story.to_string());
     }
 
     fn measured(
@@ -187,7 +197,7 @@ impl Demo {
         self.schedules_clean += 1;
         if let Some(found) = measure(None, seed)? {
             self.false_alarm = true;
-            self.alarm = Some(format!("seed {seed}: {}: {}", found.rule, found.what));
+            self.alarm.get_or_insert(format!("seed {seed}: {}: {}", found.rule, found.what));
         }
         Ok(())
     }

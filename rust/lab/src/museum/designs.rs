@@ -53,7 +53,7 @@ pub(super) const ENTRIES: &[Entry] = &[
         interleaving: "A fast zap invalidates and unlocks. A vCPU loads a new root and loses it: the put invalidates the root and arms its count for who zaps it. The second phase meets the root, takes it for one of \
                        its own and puts the one reference there is; the zapper's own put finds nothing.",
         catcher: Catcher::Sim,
-        show: Show::Search(lost_between_phases, Hints::USUAL.yields(30)),
+        show: Show::Search(lost_between_phases, Hints::USUAL),
     },
     Entry {
         bug: Bug::B22a,

@@ -76,7 +76,7 @@ pub(super) const ENTRIES: &[Entry] = &[
                 that step is to the side: the entry that was current at the yield is never visited.",
         interleaving: "A fast zap with one pass at the root's level yields at entry k and goes on with k+1. Everything below k stays linked under a root that is freed; or it is found later, when the memslot and the process's memory are gone.",
         catcher: Catcher::Sim,
-        show: Show::Search(top_entries, Hints::USUAL.yields(30)),
+        show: Show::Search(top_entries, Hints::USUAL),
     },
     Entry {
         bug: Bug::B06,
@@ -98,7 +98,7 @@ pub(super) const ENTRIES: &[Entry] = &[
         cause: "The yield left the RCU section, then flushed, then dropped the lock. Harmless while the removal of a table flushed for itself; afterwards the section was all that kept an unlinked table from being used again before the flush.",
         interleaving: "A walk unlinks table P and yields: it leaves its section. The grace period ends, P is a page of somebody else. A vCPU that has P in its paging-structure cache walks it; the flush comes after that.",
         catcher: Catcher::Sim,
-        show: Show::Search(collapse_yields, Hints::USUAL.yields(30)),
+        show: Show::Search(collapse_yields, Hints::USUAL),
     },
     Entry {
         bug: Bug::B08,

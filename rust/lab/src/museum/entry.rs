@@ -98,21 +98,13 @@ pub struct Found {
 pub struct Hints {
     /// Schedules tried for each seed.
     pub schedules: u64,
-    /// How often, in percent, a reschedule check says yes.
-    pub yield_percent: u8,
     /// Steps after which a run counts as one that goes nowhere.
     pub max_steps: Option<u64>,
 }
 
 impl Hints {
     /// What does for most.
-    pub const USUAL: Self = Self { schedules: 4000, yield_percent: 10, max_steps: None };
-
-    /// Reschedule checks say yes so often.
-    pub const fn yields(mut self, percent: u8) -> Self {
-        self.yield_percent = percent;
-        self
-    }
+    pub const USUAL: Self = Self { schedules: 4000, max_steps: None };
 
     /// So many schedules for each seed.
     pub const fn schedules(mut self, schedules: u64) -> Self {

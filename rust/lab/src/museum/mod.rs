@@ -10,6 +10,8 @@
 //! | --- | --- |
 //! | `entry.rs` | what an exhibit is |
 //! | `card.rs` | the catalogue as data |
+//! | `command.rs` | JSON in, JSON out |
+//! | `mutation.rs` | where each bug sits in the engine |
 //! | `demo.rs` | both searches, and what they came to |
 //! | `early.rs` | 1 to 8: debts, the iterator, RCU |
 //! | `roots.rs` | 9 to 13: roots, and who may still reach them |
@@ -20,17 +22,19 @@
 //!
 //! Not here: bug 12, since its fix dereferenced the page of a root that has none (PAE and nested roots; this engine has roots with pages only).
 
-mod card;
 mod canaries;
+mod card;
 mod designs;
 mod dirty;
 mod early;
 mod entry;
 mod faults;
+mod mutation;
 mod roots;
 
 pub use card::{Card, cards};
 pub use entry::{Catcher, Class, Entry, Found, Hints, Show};
+pub use mutation::{Mutation, mutation};
 
 /// Every exhibit, in the catalogue's order.
 pub fn entries() -> Vec<&'static Entry> {
@@ -57,6 +61,11 @@ pub fn canaries() -> &'static [Entry] {
 /// The exhibit, or the canary, of that id.
 pub fn find(id: &str) -> Option<&'static Entry> {
     entries().into_iter().chain(canaries()).find(|entry| entry.id().eq_ignore_ascii_case(id))
+}
+
+/// The program of the exhibit with that id, for who replays its schedules.
+pub fn program_named(id: &str) -> Option<crate::program::Program> {
+    find(id)?.program()
 }
 
 #[cfg(test)]

@@ -23,7 +23,10 @@ pub fn mutation(bug: Bug) -> Option<Mutation> {
         Bug::B06 => ("rust/mmu/src/root.rs", "no RCU section around the step to the next root"),
         Bug::B07 => ("rust/mmu/src/walk.rs", "at a yield the RCU section ends before the flush"),
         Bug::B08 => ("rust/mmu/src/zap.rs", "the flush of a removed table begins at its last entry"),
-        Bug::B09 => ("rust/mmu/src/nx.rs", "the flag of a new table is written after the link, and not looked at again"),
+        Bug::B09 => (
+            "rust/mmu/src/nx.rs",
+            "the flag of a new table is written after the link, and not looked at again",
+        ),
         Bug::B10 => ("rust/mmu/src/zap.rs", "the zap of a range visits roots without references"),
         Bug::B11 => ("rust/vm/src/fault.rs", "a fault does not ask whether its root is obsolete"),
         Bug::B13 => ("rust/mmu/src/zap.rs", "an unmap visits valid roots only"),
@@ -34,16 +37,25 @@ pub fn mutation(bug: Bug) -> Option<Mutation> {
         Bug::B18 => ("rust/mmu/src/dirty.rs", "D is taken from an L2's entries too"),
         Bug::B19 => ("rust/mmu/src/design/async_worker.rs", "the last put zaps in place, as in 5.13-5.17"),
         Bug::B20 => ("rust/mmu/src/zap.rs", "one pass, at the root's level"),
-        Bug::B21 => ("rust/mmu/src/design/defunct_flag.rs", "nobody looks at the flag that tells defunct roots apart"),
+        Bug::B21 => {
+            ("rust/mmu/src/design/defunct_flag.rs", "nobody looks at the flag that tells defunct roots apart")
+        }
         Bug::B22a => ("rust/mmu/src/design/async_worker.rs", "the fast zap does not flush the queue"),
-        Bug::B22b => ("rust/mmu/src/design/async_worker.rs", "the fast zap flushes the queue only if it has queued something"),
+        Bug::B22b => (
+            "rust/mmu/src/design/async_worker.rs",
+            "the fast zap flushes the queue only if it has queued something",
+        ),
         Bug::B22c => ("rust/mmu/src/design/sync.rs", "the mark is taken and the root not zapped"),
-        Bug::B23 => ("rust/mmu/src/design/async_worker.rs", "invalid roots are given a reference and queued again"),
+        Bug::B23 => {
+            ("rust/mmu/src/design/async_worker.rs", "invalid roots are given a reference and queued again")
+        }
         Bug::B24 => ("rust/mmu/src/zap.rs", "leaves go, tables stay"),
         Bug::B26 => ("rust/mmu/src/nx.rs", "the flag of a new table is not looked at again under the lock"),
         Bug::B27 => ("rust/mmu/src/map.rs", "the goal's level is tested before the frozen value"),
         Bug::B28 => ("rust/mmu/src/map.rs", "the leaf step is made at the level where the walk ended"),
-        Bug::B29 => ("rust/vm/src/notifier.rs", "the sequence is compared with a sign-extended 32-bit snapshot"),
+        Bug::B29 => {
+            ("rust/vm/src/notifier.rs", "the sequence is compared with a sign-extended 32-bit snapshot")
+        }
         Bug::B30 => ("rust/mmu/src/lib.rs", "the first reference is the vCPU's alone"),
         Bug::B31 => ("rust/mmu/src/age.rs", "aging without the lock is a blind AND"),
         Bug::B34 => ("rust/mmu/src/nx.rs", "the slot is looked up in address space 0"),

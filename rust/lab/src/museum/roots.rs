@@ -29,7 +29,7 @@ pub(super) const ENTRIES: &[Entry] = &[
         cause: "Two iterators over the roots: one takes a reference on the root it stands on, one does not. The unmap of a notifier may yield inside a root, and used the second.",
         interleaving: "The notifier yields inside root A, with no reference. A fast zap and the last vCPU put A; it is unlisted and freed. The notifier goes on in A, and then with A's next link.",
         catcher: Catcher::Sim,
-        show: Show::Search(unheld_root, Hints::USUAL.yields(30)),
+        show: Show::Search(unheld_root, Hints::USUAL),
     },
     Entry {
         bug: Bug::B11,
