@@ -34,6 +34,8 @@ mod real;
 pub mod rwlock;
 #[cfg_attr(loom, allow(dead_code))]
 mod sched;
+#[cfg(not(loom))]
+pub mod sim;
 pub mod site;
 mod slice;
 pub mod task;
@@ -42,8 +44,6 @@ pub mod task;
 pub mod time;
 pub mod timeline;
 
-#[cfg(not(loom))]
-pub use crate::real::Real;
 #[cfg(not(loom))]
 pub use crate::time::Timed;
 pub use crate::{
@@ -66,3 +66,5 @@ pub use crate::{
     task::{PhaseScope, Preempt, RcuGuard, Role, Task, TaskConfig},
     timeline::{Mark, Moment, Recording, Timeline},
 };
+#[cfg(not(loom))]
+pub use crate::{real::Real, sim::Sim};

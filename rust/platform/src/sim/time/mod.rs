@@ -568,6 +568,7 @@ impl Platform for Timed {
     type Rcu = TimedRcu;
     const NAME: &'static str = "timed";
     const BY_COUNT: bool = true;
+    const BULK: bool = false;
 
     #[inline]
     fn load(cell: &AtomicU64, site: Site) -> u64 {
@@ -764,6 +765,11 @@ impl Platform for Timed {
             let me = world.task() as usize;
             world.inner().tasks[me].serving = what;
         }
+    }
+
+    fn world() -> u64 {
+        // One world a thread at a time; its address tells it from those of other threads.
+        WORLD.get().addr() as u64
     }
 
     fn by_count(base: *const u8, bytes: usize, words: Arc<dyn HeldWords>) {
