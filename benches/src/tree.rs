@@ -144,6 +144,7 @@ pub(crate) fn engine(passes: &str, pages: u64, hugepages: bool) -> Result<Arc<Td
         design: design::build("sync", &design::DesignOptions::default()).map_err(BenchError::engine)?,
         max_tables,
         hugepages,
+        quarantine: false,
         batch: TABLE as u16,
         write_back: false,
         observer: None,

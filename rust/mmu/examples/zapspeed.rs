@@ -31,6 +31,7 @@ fn main() {
             design: design::build("sync", &design::DesignOptions::default()).expect("sync"),
             max_tables,
             hugepages: true,
+            quarantine: false,
             batch: 512,
             write_back: !clean,
             observer: None,

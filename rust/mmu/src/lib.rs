@@ -38,6 +38,7 @@ mod debt;
 pub mod design;
 mod dirty;
 mod harvest;
+mod held;
 mod host;
 mod iter;
 mod ledger;
@@ -56,8 +57,8 @@ use std::sync::atomic::{AtomicI64, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex as StdMutex, PoisonError};
 
 use tdpmmu_platform::{
-    Bug, Event, MmuLock, NO_TASK, Observer, Phase, Platform, RcuConfig, RcuDomain, Role as TaskRole, Site, Task,
-    TaskConfig,
+    Bug, Event, MmuLock, NO_TASK, Observer, Phase, Platform, RcuConfig, RcuDomain, Role as TaskRole, Site,
+    Task, TaskConfig,
 };
 use tdpmmu_spte::geometry::max_gfn;
 use tdpmmu_spte::{Format, KernelProfile, Ownership, Passes, Role, WriteBack};
@@ -98,6 +99,8 @@ pub struct MmuConfig<P: Platform> {
     pub max_tables: u32,
     /// Back tables with huge pages.
     pub hugepages: bool,
+    /// Poison freed tables, and use them again only when no others are left: for who looks for a use after free.
+    pub quarantine: bool,
     /// Entries of a leaf table handled between two reschedule checks: 512 (a table) to measure, 1 (the kernel's) to
     /// conform.
     pub batch: u16,
@@ -149,8 +152,17 @@ impl<P: Platform> TdpMmu<P> {
     /// # Errors
     /// [`MmuError`] when the host refuses address space for the pool, or a thread.
     pub fn new(config: MmuConfig<P>, host: Arc<dyn MmuHost<P>>) -> Result<Arc<Self>, MmuError> {
-        let pool = TablePool::new(PoolConfig { max_tables: config.max_tables, hugepages: config.hugepages })?;
+        let pool = TablePool::new(PoolConfig {
+            max_tables: config.max_tables,
+            hugepages: config.hugepages,
+            quarantine: config.quarantine,
+        })?;
+        let pool = if P::BY_COUNT { pool.holding_by_count() } else { pool };
         let pool = Arc::new(pool.observed(config.observer.clone()).clocked(P::ticks));
+        if let Some(uniform) = pool.by_count() {
+            let (base, bytes) = pool.words();
+            P::by_count(base, bytes, uniform.clone());
+        }
         let reclaim: Arc<dyn tdpmmu_platform::Reclaim> = pool.clone();
         let rcu = P::Rcu::try_new(reclaim, config.rcu.clone()).map_err(MmuError::Thread)?;
         let mut config = config;
@@ -433,6 +445,10 @@ impl<P: Platform> TdpMmu<P> {
         if left != Leftovers::default() {
             self.violation(&format!("the VM ended with {left:?}"));
         }
+        let written = self.pool.stats().overwritten + self.pool.overwritten().len() as u64;
+        if written != 0 {
+            self.violation(&format!("{written} table pages were written to after they were freed"));
+        }
         let candidates = self.nx_splits();
         if candidates != 0 {
             self.violation(&format!("the VM ended with {candidates} tables on the NX list"));
@@ -444,6 +460,9 @@ impl<P: Platform> TdpMmu<P> {
 impl<P: Platform> Drop for TdpMmu<P> {
     fn drop(&mut self) {
         self.rcu.stop();
+        if P::BY_COUNT {
+            P::forget_words(self.pool.words().0);
+        }
     }
 }
 

@@ -153,11 +153,19 @@ impl<P: Platform> TdpMmu<P> {
         };
         let role = Role(self.pool().meta(parent).role()).child().raw();
         let leaf_at = |base: u64| map.template.with_pfn(map.first_pfn + (base - map.gfns.start));
+        // Consecutive frames under one template: on a platform that can, a description is enough.
+        let by_count = if P::BY_COUNT { self.pool().by_count() } else { None };
+        if let Some(uniform) = by_count {
+            uniform.hold(run, count as u32, leaf_at(gfn).raw(), 1 << 12, span(2) << 12);
+        }
         for i in 0..count {
             let (table, base) = (run + i as u32, gfn + i as u64 * span(2));
             self.pool().meta(table).init(role, base, 1, Some((parent, (first + i) as u16)));
+            if by_count.is_some() {
+                continue;
+            }
             // SAFETY: the run was taken from the pool above and is linked below, after `fill_done`: until then nobody else knows it.
-            unsafe { self.pool().fill_unpublished(table, leaf_at(base).raw(), 1 << 12) };
+            unsafe { self.pool().fill_unpublished::<P>(table, leaf_at(base).raw(), 1 << 12) };
         }
         self.pool().fill_done();
         let mut linked = 0;

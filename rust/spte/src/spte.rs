@@ -24,6 +24,8 @@ impl Spte {
     pub const PFN_SHIFT: u32 = 12;
     /// Bits 12..=51: the page frame number.
     pub const PFN_MASK: u64 = ((1 << 52) - 1) & !((1 << Self::PFN_SHIFT) - 1);
+    /// What every entry of a table in quarantine holds: not present to hardware or software, neither empty nor frozen nor MMIO in any profile, and the name of no frame.
+    pub const POISON: u64 = 0xdead_0000_0000_05e0;
     /// Exclusive end of the frame numbers that fit.
     pub const PFN_END: u64 = 1 << 40;
 

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 use tdpmmu_spte::profile::DESIGNS;
 use tdpmmu_spte::{
     Collapse, FormatKind, KernelProfile, LockMode, Ownership, Passes, ProfileError, RoleLayout, RootSet,
-    WriteBack,
+    Spte, WriteBack,
 };
 
 fn named(text: &str) -> KernelProfile {
@@ -21,6 +21,18 @@ fn every_profile_is_found_by_its_name_and_is_sound() {
         assert!(DESIGNS.contains(&p.design));
         // "sync" tears nothing down at the last put, so somebody else must own a root.
         assert_eq!(p.design == "sync", p.ownership == Ownership::Mmu);
+    }
+}
+
+#[test]
+fn no_profile_has_a_table_that_holds_poison() {
+    let poison = Spte(Spte::POISON);
+    for profile in KernelProfile::ALL {
+        for kind in [FormatKind::Npt, FormatKind::Ept] {
+            let format = profile.format(kind);
+            assert!(!poison.is_present() && !format.hardware_present(poison), "{profile} {kind:?}");
+            assert!(!format.is_mmio(poison) && !format.is_frozen(poison) && poison != format.empty());
+        }
     }
 }
 

@@ -4,6 +4,8 @@
 //! the read of every line before it is overwritten: a third of the time of plain stores (`write_nt_ns` beside `write_ns` in the
 //! limits of each result).
 
+use tdpmmu_platform::{Platform, Site};
+
 use crate::{Entries, TablePool};
 
 impl TablePool {
@@ -12,9 +14,15 @@ impl TablePool {
     /// # Safety
     /// The table is not published: no other thread reads or writes its entries until [`TablePool::fill_done`] was called
     /// and the table was linked.
-    pub unsafe fn fill_unpublished(&self, index: u32, first: u64, step: u64) {
-        // SAFETY: the caller's promise.
-        unsafe { stream(self.entries(index), first, step) }
+    pub unsafe fn fill_unpublished<P: Platform>(&self, index: u32, first: u64, step: u64) {
+        if P::BULK {
+            // SAFETY: the caller's promise.
+            unsafe { stream(self.entries(index), first, step) }
+        } else {
+            for (i, entry) in self.entries(index).iter().enumerate() {
+                P::store(entry, first.wrapping_add(step.wrapping_mul(i as u64)), Site::SpteInstall);
+            }
+        }
     }
 
     /// Orders every [`TablePool::fill_unpublished`] of this thread before whatever it stores next: before the tables are linked.

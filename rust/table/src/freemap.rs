@@ -115,6 +115,18 @@ impl FreeMap {
         self.words[word].fetch_or(mask, Ordering::Release) & mask
     }
 
+    /// Is the page free?
+    pub fn has(&self, page: u32) -> bool {
+        self.words[page as usize / WORD_PAGES].load(Ordering::Acquire) >> (page as usize % WORD_PAGES) & 1
+            != 0
+    }
+
+    /// Takes one page; false when it was not free. The caller serialises takers.
+    pub fn take(&self, page: u32) -> bool {
+        let bit = 1 << (page as usize % WORD_PAGES);
+        self.words[page as usize / WORD_PAGES].fetch_and(!bit, Ordering::Acquire) & bit != 0
+    }
+
     /// Gives back one page; false when it was free already.
     pub fn give(&self, page: u32) -> bool {
         let (w, b) = (page as usize / WORD_PAGES, page as usize % WORD_PAGES);

@@ -19,6 +19,8 @@
 //! | `freemap.rs` | which pages are free; runs |
 //! | `meta.rs` | what is known about a table |
 //! | `pool.rs` | the pool: alloc, free, cap, counts, per-task caches |
+//! | `quarantine.rs` | freed pages, poisoned and kept from their next user |
+//! | `uniform.rs` | leaf tables held by count, in virtual time |
 //! | `fill.rs` | whole tables written around the caches |
 //! | `tally.rs` | counters with one writer |
 //! | `prefetch.rs` | hints about the next table |
@@ -29,12 +31,15 @@ mod freemap;
 mod meta;
 mod pool;
 pub mod prefetch;
+mod quarantine;
 mod tally;
+pub mod uniform;
 
 pub use freemap::FreeMap;
 pub use meta::{NO_PARENT, TableFlag, TableMeta};
 pub use pool::{DeadChain, PoolConfig, PoolError, PoolStats, TableCache, TablePool};
 pub use tally::Tally;
+pub use uniform::{Held, Uniform, UniformStats};
 
 /// Bytes of a page-table page.
 pub const TABLE_BYTES: usize = 4096;

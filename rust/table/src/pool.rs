@@ -9,7 +9,8 @@ use tdpmmu_spte::Spte;
 
 use crate::arena::Arena;
 use crate::freemap::{FreeMap, WORD_PAGES};
-use crate::{Entries, TABLE_BYTES, TableMeta, Tally};
+use crate::quarantine::{Quarantine, was_written};
+use crate::{Entries, TABLE_BYTES, TableMeta, Tally, Uniform};
 
 /// How large the pool may become, and what backs it.
 #[derive(Clone, Copy, Debug)]
@@ -18,6 +19,8 @@ pub struct PoolConfig {
     pub max_tables: u32,
     /// Ask for transparent huge pages.
     pub hugepages: bool,
+    /// Poison what comes back from RCU, and use it again only when nothing else is left.
+    pub quarantine: bool,
 }
 
 /// Why the pool could not serve.
@@ -58,6 +61,8 @@ pub struct PoolStats {
     pub cap_hits: u64,
     /// Frees of a page that was free already: must stay 0.
     pub double_frees: u64,
+    /// Pages that were written to in quarantine, found as they left it: must stay 0.
+    pub overwritten: u64,
 }
 
 /// Table pages by index. Index 0 is never handed out, so that no entry points to it by accident.
@@ -73,10 +78,13 @@ pub struct TablePool {
     frees: AtomicU64,
     cap_hits: AtomicU64,
     double_frees: AtomicU64,
+    overwritten: AtomicU64,
+    quarantine: Option<Quarantine>,
     committed: AtomicU64,
     observer: Option<Arc<dyn Observer>>,
     clock: Option<fn() -> u64>,
     last_reclaim: AtomicU64,
+    uniform: Option<Arc<Uniform>>,
 }
 
 impl TablePool {
@@ -103,10 +111,13 @@ impl TablePool {
             frees: AtomicU64::new(0),
             cap_hits: AtomicU64::new(0),
             double_frees: AtomicU64::new(0),
+            overwritten: AtomicU64::new(0),
+            quarantine: config.quarantine.then(|| Quarantine::new(len)),
             committed: AtomicU64::new(0),
             observer: None,
             clock: None,
             last_reclaim: AtomicU64::new(0),
+            uniform: None,
         })
     }
 
@@ -115,6 +126,25 @@ impl TablePool {
     pub fn clocked(mut self, clock: fn() -> u64) -> Self {
         self.clock = Some(clock);
         self
+    }
+
+    /// The same pool, able to hold leaf tables by count: for platforms whose accesses ask ([`Uniform`]).
+    #[must_use]
+    pub fn holding_by_count(mut self) -> Self {
+        // SAFETY: the arena lives as long as the pool, and who expands or settles a table has it in hand.
+        self.uniform = Some(Arc::new(unsafe { Uniform::new(self.tables.base(), self.tables.len()) }));
+        self
+    }
+
+    /// The tables held by count, where the pool does that.
+    #[inline]
+    pub fn by_count(&self) -> Option<&Arc<Uniform>> {
+        self.uniform.as_ref()
+    }
+
+    /// The begin of the tables, and their bytes.
+    pub fn words(&self) -> (*const u8, usize) {
+        (self.tables.base().as_ptr().cast_const().cast(), self.tables.len() * TABLE_BYTES)
     }
 
     /// When the last page came back from RCU, by the clock of [`TablePool::clocked`]; 0 before the first, or without one.
@@ -152,6 +182,9 @@ impl TablePool {
     /// # Errors
     /// [`PoolError::Host`] when the host has not so much memory.
     pub fn prefault(&self, tables: u64) -> Result<(), PoolError> {
+        if self.uniform.is_some() {
+            return Ok(());
+        }
         let to = (tables as usize + WORD_PAGES).min(self.cap as usize + 2 * WORD_PAGES);
         let from = self.committed.load(Ordering::Relaxed) as usize;
         let host = |error: std::io::Error| PoolError::Host {
@@ -214,7 +247,12 @@ impl TablePool {
         self.reserve_count(pages as u64)?;
         let run = {
             let _turn = self.take.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-            self.free.take_run(pages)
+            loop {
+                let run = self.free.take_run(pages);
+                if run.is_some() || !self.end_quarantine() {
+                    break run;
+                }
+            }
         };
         match run {
             Some(first) => {
@@ -228,8 +266,49 @@ impl TablePool {
         }
     }
 
+    /// The page that has been in quarantine longest becomes free; false: there is none. The caller serialises takers.
+    #[cold]
+    fn end_quarantine(&self) -> bool {
+        let Some(page) = self.quarantine.as_ref().and_then(Quarantine::release) else { return false };
+        let entries = self.entries(page);
+        if was_written(entries) {
+            self.overwritten.fetch_add(1, Ordering::Relaxed);
+        }
+        entries.iter().for_each(|entry| entry.store(0, Ordering::Relaxed));
+        self.free.give(page)
+    }
+
+    /// The pages in quarantine that somebody has written to since they came back: must be none.
+    pub fn overwritten(&self) -> Vec<u32> {
+        let pages = self.quarantine.as_ref().map_or_else(Vec::new, Quarantine::pages);
+        pages.into_iter().filter(|&page| was_written(self.entries(page))).collect()
+    }
+
+    /// Is the page in quarantine?
+    pub fn is_quarantined(&self, index: u32) -> bool {
+        self.quarantine.as_ref().is_some_and(|quarantine| quarantine.holds(index))
+    }
+
+    /// A page has come back from RCU: into quarantine.
+    #[cold]
+    fn isolate(&self, quarantine: &Quarantine, page: u32) {
+        if self.free.has(page) || !quarantine.take_in(page, self.entries(page)) {
+            self.double_frees.fetch_add(1, Ordering::Relaxed);
+            return;
+        }
+        self.frees.fetch_add(1, Ordering::Relaxed);
+        self.taken.fetch_sub(1, Ordering::AcqRel);
+    }
+
     /// Gives one page back at once: only for a page that was never published.
     pub fn free_unpublished(&self, index: u32) {
+        if self.is_quarantined(index) {
+            self.double_frees.fetch_add(1, Ordering::Relaxed);
+            return;
+        }
+        if let Some(uniform) = &self.uniform {
+            uniform.release(index);
+        }
         self.give(index as usize / WORD_PAGES, 1 << (index as usize % WORD_PAGES));
     }
 
@@ -253,6 +332,7 @@ impl TablePool {
             frees: self.frees.load(Ordering::Relaxed),
             cap_hits: self.cap_hits.load(Ordering::Relaxed),
             double_frees: self.double_frees.load(Ordering::Relaxed),
+            overwritten: self.overwritten.load(Ordering::Relaxed),
         }
     }
 }
@@ -273,7 +353,13 @@ impl Reclaim for TablePool {
                 (word, mask) = (w, 0);
             }
             self.tell_free(at);
-            mask |= bit;
+            if let Some(uniform) = &self.uniform {
+                uniform.release(at);
+            }
+            match &self.quarantine {
+                Some(quarantine) => self.isolate(quarantine, at),
+                None => mask |= bit,
+            }
             freed += 1;
             at = next;
         }
@@ -319,7 +405,11 @@ impl TableCache {
                     let had = self.pages.len();
                     let got = {
                         let _turn = pool.take.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-                        pool.free.take_some(&mut self.pages, want)
+                        let mut got = pool.free.take_some(&mut self.pages, want);
+                        while self.pages.len() < min && pool.end_quarantine() {
+                            got += pool.free.take_some(&mut self.pages, 1);
+                        }
+                        got
                     };
                     pool.allocs.fetch_add(got as u64, Ordering::Relaxed);
                     if got < want {
@@ -439,7 +529,8 @@ mod tests {
     use super::*;
 
     fn pool(max_tables: u32) -> TablePool {
-        TablePool::new(PoolConfig { max_tables, hugepages: false }).expect("a small reservation")
+        TablePool::new(PoolConfig { max_tables, hugepages: false, quarantine: false })
+            .expect("a small reservation")
     }
 
     #[test]
@@ -499,6 +590,43 @@ mod tests {
         pool.free_unpublished(page);
         let stats = pool.stats();
         assert_eq!((stats.double_frees, stats.taken), (1, 0));
+    }
+
+    #[test]
+    fn a_page_from_rcu_waits_poisoned_until_nothing_else_is_left_and_tells_who_wrote_to_it() {
+        let config = PoolConfig { max_tables: 4, hugepages: false, quarantine: true };
+        let pool = TablePool::new(config).expect("a small reservation");
+        let free = |page| {
+            let mut chain = DeadChain::default();
+            chain.push(&pool, page);
+            let (head, _, _) = chain.take(&pool).expect("not empty");
+            assert_eq!(pool.reclaim(head), 1);
+        };
+        let (first, second) = (pool.alloc_run(1).expect("room"), pool.alloc_run(1).expect("room"));
+        let poisoned = |page| pool.entries(page).iter().all(|e| e.load(Ordering::Relaxed) == Spte::POISON);
+        free(first);
+        free(second);
+        assert!(poisoned(first) && poisoned(second) && pool.is_quarantined(first));
+        assert_eq!(pool.stats().taken, 0);
+        free(first);
+        pool.free_unpublished(second);
+        assert_eq!((pool.stats().double_frees, pool.stats().taken), (2, 0));
+        // As many other pages as the free map has; each comes back as never published.
+        for _ in 0..WORD_PAGES {
+            let page = pool.alloc_run(1).expect("room");
+            assert!(page != first && page != second);
+            pool.free_unpublished(page);
+        }
+        assert_eq!(pool.overwritten(), []);
+        pool.entries(second)[17].store(1, Ordering::Relaxed);
+        assert_eq!(pool.overwritten(), [second]);
+        // All that is free at once: the quarantine gives its own last, and in order.
+        let all = pool.free.count() as usize;
+        let mut taken = Vec::new();
+        assert_eq!(pool.free.take_some(&mut taken, all), all);
+        assert_eq!(pool.alloc_run(1), Ok(first));
+        assert_eq!((pool.alloc_run(1), pool.stats().overwritten), (Ok(second), 1));
+        assert!(pool.alloc_run(1).is_err());
     }
 
     #[test]

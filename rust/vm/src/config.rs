@@ -47,6 +47,8 @@ pub struct VmConfig {
     pub max_tables: u32,
     /// Back tables with huge pages.
     pub hugepages: bool,
+    /// Poison freed tables, and use them again only when no others are left: for who looks for a use after free.
+    pub quarantine: bool,
     /// Entries handled between two reschedule checks in a leaf table: 512 to measure, 1 to conform.
     pub batch: u16,
     /// Write Dirty and Accessed back at zap (where the profile does).
@@ -94,6 +96,7 @@ impl VmConfig {
             vcpus: 1,
             max_tables: 1 << 20,
             hugepages: true,
+            quarantine: false,
             batch: 512,
             write_back: true,
             max_level: LEVEL_1G,

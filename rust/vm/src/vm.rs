@@ -206,6 +206,7 @@ impl<P: Platform> Vm<P> {
                 design,
                 max_tables: config.max_tables,
                 hugepages: config.hugepages,
+                quarantine: config.quarantine,
                 batch: config.batch,
                 write_back: config.write_back,
                 observer: config.observer.clone(),

@@ -75,6 +75,7 @@ impl Setup {
             design: design::build(self.design, &self.options()).expect("a known design"),
             max_tables: self.max_tables,
             hugepages: false,
+            quarantine: false,
             batch: self.batch,
             write_back: true,
             observer: self.observer,

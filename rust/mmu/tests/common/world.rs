@@ -75,6 +75,7 @@ impl World {
             design: design::build(design, &options).expect("a known design"),
             max_tables: 256,
             hugepages: false,
+            quarantine: false,
             batch: 512,
             write_back: true,
             observer: None,

@@ -86,6 +86,7 @@ impl Setup {
             design,
             max_tables: self.max_tables,
             hugepages: false,
+            quarantine: false,
             batch: self.batch,
             write_back: true,
             observer: Some(observer),
