@@ -65,6 +65,8 @@ pub enum Kind {
     Wake,
     /// A fault struck.
     Fault,
+    /// The schedule takes the CPU from a task that could go on.
+    Switch,
     Note,
 }
 
@@ -86,6 +88,7 @@ impl Kind {
             Kind::Block => "block",
             Kind::Wake => "wake",
             Kind::Fault => "fault",
+            Kind::Switch => "switch",
             Kind::Note => "note",
         }
     }

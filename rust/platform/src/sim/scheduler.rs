@@ -116,6 +116,7 @@ impl World {
                         task.involuntary += 1;
                         self.preemptions += 1;
                         self.sites.force(site);
+                        self.note(site, Kind::Switch, 0, u64::from(next), String::new);
                     } else {
                         task.voluntary += 1;
                     }
