@@ -155,6 +155,16 @@ pub trait Platform: Sized + Send + Sync + 'static {
     /// The region that begins at `base` is about to be unmapped.
     #[inline(always)]
     fn forget_words(_base: *const u8) {}
+    /// One turn of a wait for the clock to say `until`, by who would also be interrupted: a guest between two accesses. A spin-wait hint where time passes by itself.
+    #[inline(always)]
+    fn idle_until(_until: u64, site: Site) {
+        Self::relax(site);
+    }
+    /// What sets up or checks is not part of what is measured: on a platform of virtual time none passes meanwhile, and nobody else goes on. No sleeping inside.
+    #[inline(always)]
+    fn quiet<R>(body: impl FnOnce() -> R) -> R {
+        body()
+    }
     /// Tables may be held by count: described, not stored, until they are changed. `false` where every table is a page: what stands behind the question is compiled out.
     const BY_COUNT: bool = false;
     /// The words of `bytes` bytes from `base` on may be held by count: accesses are answered by `words`, until [`Platform::forget_words`].

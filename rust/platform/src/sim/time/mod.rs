@@ -661,6 +661,14 @@ impl Platform for Timed {
         }
     }
 
+    fn idle_until(until: u64, _site: Site) {
+        idle_until(until);
+    }
+
+    fn quiet<R>(body: impl FnOnce() -> R) -> R {
+        quiet(body)
+    }
+
     fn yield_cpu(_site: Site) {
         if let Some(world) = current_world() {
             let syscall = ps(world.inner().costs.syscall);
