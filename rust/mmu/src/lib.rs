@@ -163,6 +163,13 @@ impl<P: Platform> TdpMmu<P> {
             let (base, bytes) = pool.words();
             P::by_count(base, bytes, uniform.clone());
         }
+        let (base, bytes) = pool.region();
+        let named = Arc::downgrade(&pool);
+        P::name_words(
+            base,
+            bytes,
+            Arc::new(move |offset| named.upgrade().map_or_else(String::new, |pool| pool.entry_name(offset))),
+        );
         let reclaim: Arc<dyn tdpmmu_platform::Reclaim> = pool.clone();
         let rcu = P::Rcu::try_new(reclaim, config.rcu.clone()).map_err(MmuError::Thread)?;
         let mut config = config;
@@ -459,6 +466,7 @@ impl<P: Platform> TdpMmu<P> {
 
 impl<P: Platform> Drop for TdpMmu<P> {
     fn drop(&mut self) {
+        P::forget_words(self.pool.region().0);
         self.rcu.stop();
         if P::BY_COUNT {
             P::forget_words(self.pool.words().0);

@@ -6,7 +6,7 @@
 //! **Mechanism.** The fast fault may hit a leaf in a table that was unlinked meanwhile; harmless, as teardown exchanges volatile leaves atomically and the memory is not
 //! recycled before the section ends.
 
-use tdpmmu_platform::{Bug, Event, Platform, RcuGuard, Site, Task};
+use tdpmmu_platform::{Bug, Event, Fault, Platform, RcuGuard, Site, Task};
 use tdpmmu_spte::Spte;
 use tdpmmu_spte::geometry::{ENTRIES, index, round_down};
 
@@ -64,6 +64,15 @@ impl<P: Platform> TdpMmu<P> {
             }
             walk.table = entry.pfn() as u32;
             walk.level -= 1;
+            self.lose_cpu(Site::WalkLockless);
+        }
+    }
+
+    /// Fault injection: the task loses its CPU here, for as long as the fault says.
+    #[inline(always)]
+    fn lose_cpu(&self, site: Site) {
+        for _ in 0..P::inject_for(Fault::VcpuPause, site) {
+            P::yield_cpu(site);
         }
     }
 
@@ -87,6 +96,7 @@ impl<P: Platform> TdpMmu<P> {
                 return entry.is_leaf(level).then_some((entry, level));
             }
             entries = pool.child_entries(entry);
+            self.lose_cpu(Site::WalkLockless);
             shift -= 9;
             level -= 1;
         }

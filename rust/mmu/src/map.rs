@@ -11,7 +11,7 @@
 
 use std::sync::atomic::Ordering;
 
-use tdpmmu_platform::{Bug, Event, Guard, Platform, Shared, Site, Task};
+use tdpmmu_platform::{Bug, Event, Fault, Guard, Platform, Shared, Site, Task};
 use tdpmmu_spte::geometry::{ENTRIES, index, round_down, span};
 use tdpmmu_spte::{
     Access, AdMode, AtomicZapOrder, FormatKind, LEVEL_1G, MadeLeaf, MakeLeaf, MarkDirty, ReplaceFlushSpan,
@@ -115,15 +115,38 @@ impl<P: Platform> TdpMmu<P> {
     /// [`PoolError::Exhausted`] at the cap.
     #[inline]
     pub fn top_up(&self, task: &Task<P>, cache: &mut TableCache) -> Result<(), PoolError> {
+        self.top_up_at(task, cache, Site::AllocFault)
+    }
+
+    #[inline(always)]
+    pub(crate) fn top_up_at(
+        &self,
+        task: &Task<P>,
+        cache: &mut TableCache,
+        site: Site,
+    ) -> Result<(), PoolError> {
+        // Asked also where the cache has enough: a fault at each place where it might not have had.
+        self.may_allocate(site, self.fault_tables() as u64)?;
         if cache.len() >= self.fault_tables() {
             return Ok(());
         }
         self.refill(task, cache)
     }
 
+    /// A place where the pool is asked for `wanted` tables: fault injection may have it refuse.
+    #[inline(always)]
+    pub(crate) fn may_allocate(&self, site: Site, wanted: u64) -> Result<(), PoolError> {
+        if P::inject(Fault::Alloc, site) {
+            let in_use = self.pool().stats().taken;
+            return Err(PoolError::Exhausted { in_use, cap: self.pool().cap(), wanted });
+        }
+        Ok(())
+    }
+
     #[cold]
     fn refill(&self, task: &Task<P>, cache: &mut TableCache) -> Result<(), PoolError> {
         task.might_sleep();
+        P::point(Site::TableAlloc);
         if !cache.has_tally() {
             cache.adopt(self.new_tally());
         }

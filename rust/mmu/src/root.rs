@@ -257,7 +257,7 @@ impl<P: Platform> TdpMmu<P> {
         cache: &mut TableCache,
         role: RootRole,
     ) -> Result<u32, PoolError> {
-        self.top_up(task, cache)?;
+        self.top_up_at(task, cache, Site::AllocRoot)?;
         let mut stale = Vec::new();
         // 5.10-6.8.
         let mode = if P::bug(Bug::B40) { LockMode::Exclusive } else { self.profile().root_load_lock };

@@ -85,6 +85,7 @@ impl<P: Platform> TdpMmu<P> {
                 done = self.split_root(guard, root, gfns.clone(), target, &mut tables).map(|n| before + n);
             }
         });
+        P::point(Site::TableFree);
         tables.stock.drain(self.pool());
         if let Some(table) = tables.at_hand {
             self.pool().free_unpublished(table);
@@ -116,7 +117,11 @@ impl<P: Platform> TdpMmu<P> {
                 if self.is_obsolete(root) {
                     break 'walk;
                 }
-                if tables.at_hand.is_none() && nowait && tables.stock.top_up(self.pool(), 1, |_| {}).is_ok() {
+                if tables.at_hand.is_none()
+                    && nowait
+                    && self.may_allocate(Site::AllocSplit, 1).is_ok()
+                    && tables.stock.top_up(self.pool(), 1, |_| {}).is_ok()
+                {
                     tables.at_hand = tables.stock.pop();
                 }
                 let Some(table) = tables.at_hand.take() else {
@@ -150,6 +155,7 @@ impl<P: Platform> TdpMmu<P> {
             // Waiting for the lock afterwards is booked as such by the lock.
             let _allocating = task.phase(Phase::Other);
             task.might_sleep();
+            self.may_allocate(Site::AllocSplit, 1)?;
             stock.top_up(self.pool(), 1, |_| {})
         })
     }

@@ -210,6 +210,17 @@ impl TablePool {
         self.tables.at_offset(entry.raw() & Spte::PFN_MASK)
     }
 
+    /// Where the tables lie: the first byte, and how many. For names in stories.
+    pub fn region(&self) -> (*const u8, usize) {
+        (self.tables.address(0).cast(), (self.cap as usize + 2 * WORD_PAGES) * TABLE_BYTES)
+    }
+
+    /// A name for the entry `offset` bytes into [`TablePool::region`].
+    pub fn entry_name(&self, offset: usize) -> String {
+        let table = (offset / TABLE_BYTES) as u32;
+        format!("table {table} (level {})", self.meta(table).level())
+    }
+
     /// The header of table `index`.
     #[inline(always)]
     pub fn meta(&self, index: u32) -> &TableMeta {

@@ -125,6 +125,9 @@ impl<P: Platform> Vm<P> {
         let pieces: Vec<Range<u64>> = (gfns.start / gig..gfns.end.div_ceil(gig))
             .map(|n| (n * gig).max(gfns.start)..((n + 1) * gig).min(gfns.end))
             .collect();
+        if !P::BULK {
+            return self.populate_pieces(root, as_id, pieces, options, progress);
+        }
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(options.threads)
             .thread_name(|n| format!("populate-{n}"))
@@ -155,6 +158,33 @@ impl<P: Platform> Vm<P> {
             hand.cache.drain(self.mmu().pool());
         }
         result
+    }
+
+    /// One piece after the other, by the calling task.
+    fn populate_pieces(
+        &self,
+        root: u32,
+        as_id: u8,
+        pieces: Vec<Range<u64>>,
+        options: &BulkOptions,
+        progress: &Progress,
+    ) -> Result<u64, VmError> {
+        let mut hand = Hand {
+            task: self.task("populate", TaskRole::Populate),
+            cache: TableCache::default(),
+            slots: self.side().slots.reader("populate"),
+        };
+        let made = pieces.into_iter().try_fold(0, |sum, piece| {
+            if progress.cancel.load(Relaxed) {
+                return Err(VmError::Cancelled);
+            }
+            let pages = piece.end - piece.start;
+            let made = self.populate_piece(&mut hand, root, as_id, piece, options)?;
+            progress.done.fetch_add(pages, Relaxed);
+            Ok(sum + made)
+        });
+        hand.cache.drain(self.mmu().pool());
+        made
     }
 
     fn populate_piece(
@@ -282,24 +312,32 @@ impl<P: Platform> Vm<P> {
             }
             Ok((fixed, vcpu.task().meter().take()))
         };
-        let results: Vec<Result<(u64, MeterSnapshot), VmError>> = std::thread::scope(|scope| {
-            let handles: Vec<_> = vcpus
-                .clone()
-                .enumerate()
-                .map(|(nth, id)| {
-                    std::thread::Builder::new()
-                        .name(format!("vcpu-{id}"))
-                        .spawn_scoped(scope, move || run(id, nth as u64))
-                        .map_err(|e| VmError::Host { what: "a vCPU thread", reason: e.to_string() })
-                })
-                .collect();
-            handles
-                .into_iter()
-                .map(|handle| {
-                    handle?.join().unwrap_or_else(|_| Err(VmError::Mmu("a populating vCPU panicked".into())))
-                })
-                .collect()
-        });
+        // On a platform that has no threads of the host's, one vCPU after the other: who wants them to race starts them itself.
+        let in_turn = || vcpus.clone().enumerate().map(|(nth, id)| run(id, nth as u64)).collect();
+        let results: Vec<Result<(u64, MeterSnapshot), VmError>> = if !P::BULK {
+            in_turn()
+        } else {
+            std::thread::scope(|scope| {
+                let handles: Vec<_> = vcpus
+                    .clone()
+                    .enumerate()
+                    .map(|(nth, id)| {
+                        std::thread::Builder::new()
+                            .name(format!("vcpu-{id}"))
+                            .spawn_scoped(scope, move || run(id, nth as u64))
+                            .map_err(|e| VmError::Host { what: "a vCPU thread", reason: e.to_string() })
+                    })
+                    .collect();
+                handles
+                    .into_iter()
+                    .map(|handle| {
+                        handle?
+                            .join()
+                            .unwrap_or_else(|_| Err(VmError::Mmu("a populating vCPU panicked".into())))
+                    })
+                    .collect()
+            })
+        };
         let (mut fixed, mut meters) = (0, Vec::new());
         for result in results {
             let (n, meter) = result?;

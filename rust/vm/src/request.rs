@@ -19,7 +19,7 @@
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use tdpmmu_platform::{Bug, Phase, Platform, Site, Task};
+use tdpmmu_platform::{Bug, Fault, Phase, Platform, Site, Task};
 
 /// Not in the guest.
 pub const OUTSIDE: u64 = 0;
@@ -221,6 +221,14 @@ impl VcpuState {
     }
 }
 
+/// Fault injection: the caller stands still for as long as the fault says. Nothing on a platform without faults.
+#[inline(always)]
+pub(crate) fn pause<P: Platform>(fault: Fault, site: Site) {
+    for _ in 0..P::inject_for(fault, site) {
+        P::yield_cpu(site);
+    }
+}
+
 /// What a request to all vCPUs met.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Kicks {
@@ -247,6 +255,10 @@ pub fn make_all_cpus_request<P: Platform, V: AsRef<VcpuState>>(
     }
     for vcpu in vcpus {
         vcpu.as_ref().request::<P>(bits);
+    }
+    // Those who come now find their bit set, and are served by the same flush.
+    if bits & TLB_FLUSH != 0 {
+        pause::<P>(Fault::FlushMerge, Site::TlbFlush);
     }
     P::fence(Site::VcpuRequest);
     if P::bug(Bug::C01) {

@@ -7,11 +7,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use tdpmmu_mmu::MmuHost;
-use tdpmmu_platform::{Event, Platform, Task};
+use tdpmmu_platform::{Event, Fault, Platform, Site, Task};
 
 use crate::host::PrimaryMmu;
 use crate::notifier::Invalidation;
-use crate::request::{self, Kicks, VcpuState, make_all_cpus_request};
+use crate::request::{self, Kicks, VcpuState, make_all_cpus_request, pause};
 use crate::ring::{RingEntry, Rings};
 use crate::slots::Memslots;
 
@@ -103,6 +103,10 @@ impl<P: Platform> HostSide<P> {
 impl<P: Platform> MmuHost<P> for HostSide<P> {
     fn flush_remote(&self, task: &Task<P>, _range: Option<Range<u64>>) {
         // As KVM without ranged flushes of its hypervisor: everything, on every vCPU, before its next entry.
+        pause::<P>(Fault::FlushDelay, Site::TlbFlush);
+        if P::inject(Fault::FlushExtra, Site::TlbFlush) {
+            self.request_all(task, request::TLB_FLUSH | request::WAIT | request::NO_WAKEUP);
+        }
         self.flushes.fetch_add(1, Relaxed);
         let kicks = self.request_all(task, request::TLB_FLUSH | request::WAIT | request::NO_WAKEUP);
         if kicks.kicked != 0 {

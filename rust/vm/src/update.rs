@@ -9,7 +9,7 @@
 
 use std::sync::atomic::Ordering;
 
-use tdpmmu_platform::{Event, Phase, Platform, Task};
+use tdpmmu_platform::{Event, Fault, Phase, Platform, Site, Task};
 
 use crate::slot::{MemSlot, SlotFlags};
 use crate::slots::{Change, MAX_SLOT_PAGES, Region, SlotWriter, Swapped, plan};
@@ -51,6 +51,9 @@ impl<P: Platform> Vm<P> {
     pub fn set_memslot(&self, task: &Task<P>, region: &Region) -> Result<SlotUpdate, VmError> {
         let mut slots = self.lock_slots(task);
         self.open()?;
+        if region.pages != 0 && P::inject(Fault::Alloc, Site::AllocSlot) {
+            return Err(VmError::Host { what: "a memslot's arrays", reason: "out of memory".into() });
+        }
         Ok(match plan(&slots.set(), region, self.mmu().max_gfn(), self.logs())? {
             Change::Nothing => SlotUpdate::Nothing,
             Change::Create(slot) => {

@@ -9,7 +9,7 @@
 
 use std::sync::MutexGuard;
 
-use tdpmmu_platform::{Bug, Event, NIL, Platform, Site, Task};
+use tdpmmu_platform::{Bug, Event, Fault, NIL, Platform, Site, Task};
 use tdpmmu_spte::Role;
 use tdpmmu_table::TableCache;
 
@@ -391,7 +391,9 @@ impl<'v, P: Platform> Vcpu<'v, P> {
             && let Some(root) = self.core.roots.current()
             && let Some(hit) = self.core.tlb.lookup(root.root, access.gfn, access.write, access.exec)
         {
+            // A vCPU that loses its CPU in the guest still uses what it has translated.
             P::point(Site::TlbAccess);
+            request::pause::<P>(Fault::VcpuPause, Site::TlbAccess);
             if self.vm.rules().check_frames {
                 self.accessed(root.root, access, hit.pfn(access.gfn));
             }

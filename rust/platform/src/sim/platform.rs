@@ -79,6 +79,11 @@ impl Platform for Sim {
         scheduler::point(site, Kind::Point);
     }
 
+    fn locked(site: Site) {
+        scheduler::point(site, Kind::Point);
+        world::with(|world| world.drain_all(world.current));
+    }
+
     fn relax(site: Site) {
         scheduler::relax(site);
     }
