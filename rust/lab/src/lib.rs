@@ -35,6 +35,8 @@ pub mod conform;
 mod control;
 mod error;
 pub mod experiment;
+pub mod explain;
+pub mod explore;
 pub mod export;
 pub mod faults;
 pub mod fit;

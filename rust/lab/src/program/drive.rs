@@ -137,11 +137,15 @@ impl<P: Platform> Stage<P> {
         panics
     }
 
-    /// Nothing moves any more: the judge compares everything with everything.
-    pub(super) fn quiet_check(&self, judge: &Judge) {
+    /// Waits until the workers have nothing left.
+    pub(super) fn settle(&self) {
         if let Some(queue) = self.vm.mmu().design().queue() {
             queue.flush();
         }
+    }
+
+    /// Nothing moves any more: the judge compares everything with everything.
+    pub(super) fn quiet_check(&self, judge: &Judge) {
         judge.check_quiet(self.vm.mmu(), &self.vm.task("judge", TaskRole::Observer));
     }
 
@@ -149,9 +153,13 @@ impl<P: Platform> Stage<P> {
     pub(super) fn end(&self, judge: Option<&Judge>) -> Result<CloseReport, VmError> {
         let report = self.vm.close()?;
         if let Some(judge) = judge {
-            judge.finish(self.vm.mmu(), &self.vm.task("judge", TaskRole::Observer));
+            self.judge_the_end(judge);
         }
         Ok(report)
+    }
+
+    pub(super) fn judge_the_end(&self, judge: &Judge) {
+        judge.finish(self.vm.mmu(), &self.vm.task("judge", TaskRole::Observer));
     }
 
     pub(super) fn take_performed(&self) -> Vec<Performed> {
@@ -201,6 +209,7 @@ pub fn run_on<P: Platform>(program: &Program, judge: Option<Arc<Judge>>) -> Resu
     let handles = stage.start(&program, |_, _| ()).map_err(|error| internal("a thread", &error))?;
     let panics = stage.join(handles);
     if let Some(judge) = judge.as_deref().filter(|_| panics.is_empty() && !stage.was_closed()) {
+        stage.settle();
         stage.quiet_check(judge);
     }
     let close = stage.end(judge.as_deref()).map_err(|error| internal("the end of the VM", &error))?;

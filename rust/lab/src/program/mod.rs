@@ -33,7 +33,7 @@ pub use check::ProgramError;
 pub use drive::{Ended, Performed, run_on, run_real};
 pub use expect::{Expect, Want};
 pub use machine::{MachineSpec, SlotSpec};
-pub use once::{JudgeSet, Outcome};
+pub use once::{Finding, JudgeSet, Line, Outcome, Told, run_once, run_with};
 pub use perform::{Done, Flags, Hands, perform};
 
 pub use crate::scenario::Who;
