@@ -7,7 +7,8 @@
 //! **Mechanism.** Items are numbered as they are queued. What is not done is the queue, whose front has the smallest
 //! number, and at most one item per worker; the smallest number of both is how far everything is done.
 //!
-//! **Fault injection.** [`WorkQueue::hold_for`] keeps one owner's items from being started: a worker that is late, without a clock in the test.
+//! **Fault injection.** [`WorkQueue::hold_for`] keeps one owner's items from being started: a worker that is late, without a clock in the test. On a platform with faults a worker may stand still before it
+//! begins an item, or its thread may end there: the item goes back to the front, and whoever queues, flushes or shuts down next starts the worker anew (in Linux: the pool's manager, and the rescuer).
 
 use std::{
     any::Any,
@@ -23,6 +24,7 @@ use std::{
 
 use crate::{
     api::{JoinHandle, Platform},
+    fault::Fault,
     histogram::Histogram,
     mutex::Mutex,
     site::Site,
@@ -81,6 +83,8 @@ struct State<T> {
     running: Vec<Option<(u64, u64)>>,
     /// Owners whose items are held back.
     held: Vec<u64>,
+    /// Workers whose threads have ended before their time.
+    dead: Vec<usize>,
     idle: u32,
     flushers: u32,
     stopping: bool,
@@ -141,6 +145,7 @@ impl<P: Platform, T: Send + 'static> WorkQueue<P, T> {
                 next: 0,
                 running: Vec::new(),
                 held: Vec::new(),
+                dead: Vec::new(),
                 idle: 0,
                 flushers: 0,
                 stopping: false,
@@ -171,17 +176,38 @@ impl<P: Platform, T: Send + 'static> WorkQueue<P, T> {
                 state.running.push(None);
                 state.running.len() - 1
             };
-            let (shared, body) = (self.shared.clone(), self.body.clone());
-            let work = move || {
-                P::background();
-                P::set_serving(Arc::as_ptr(&shared).addr());
-                body(&shared, index);
-            };
-            match P::spawn(&format!("{}/{index}", self.name), Box::new(work)) {
+            match self.start(index) {
                 Ok(handle) => threads.push(handle),
                 Err(error) => {
                     self.shared.state.lock().running.pop();
                     return Err(error);
+                }
+            }
+        }
+    }
+
+    fn start(&self, index: usize) -> io::Result<JoinHandle> {
+        let (shared, body) = (self.shared.clone(), self.body.clone());
+        let work = move || {
+            P::background();
+            P::set_serving(Arc::as_ptr(&shared).addr());
+            body(&shared, index);
+        };
+        P::spawn(&format!("{}/{index}", self.name), Box::new(work))
+    }
+
+    /// Starts those workers anew whose threads have ended. A host that refuses a thread is asked again by the next who comes.
+    #[cold]
+    fn revive(&self) {
+        let mut threads = self.threads.lock();
+        loop {
+            let Some(index) = self.shared.state.lock().dead.pop() else { return };
+            match self.start(index) {
+                Ok(handle) => threads.push(handle),
+                Err(_) => {
+                    self.shared.state.lock().dead.push(index);
+                    P::yield_cpu(Site::QueueWork);
+                    return;
                 }
             }
         }
@@ -208,8 +234,11 @@ impl<P: Platform, T: Send + 'static> WorkQueue<P, T> {
         state.next += 1;
         state.items.push_back(Item { number, owner, queued: P::ticks(), what: item });
         self.shared.work.fetch_add(1, Ordering::Release);
-        let idle = state.idle > 0;
+        let (idle, dead) = (state.idle > 0, !state.dead.is_empty());
         drop(state);
+        if dead {
+            self.revive();
+        }
         if idle {
             self.shared.wakes.fetch_add(1, Ordering::Relaxed);
             P::futex_wake(&self.shared.work, 1);
@@ -238,6 +267,12 @@ impl<P: Platform, T: Send + 'static> WorkQueue<P, T> {
         let mut state = shared.state.lock();
         let target = state.next;
         while state.done_below(owner) < target {
+            if !state.dead.is_empty() {
+                drop(state);
+                self.revive();
+                state = shared.state.lock();
+                continue;
+            }
             state.flushers += 1;
             let seen = shared.done.load(Ordering::Acquire);
             drop(state);
@@ -284,8 +319,15 @@ impl<P: Platform, T: Send + 'static> WorkQueue<P, T> {
             return;
         }
         let mut payload = None;
-        for handle in self.threads.lock().drain(..) {
-            payload = payload.or(handle.join().err());
+        loop {
+            for handle in self.threads.lock().drain(..) {
+                payload = payload.or(handle.join().err());
+            }
+            if self.shared.state.lock().dead.is_empty() {
+                break;
+            }
+            // One that died has left items behind, or might have.
+            self.revive();
         }
         payload = self.shared.state.lock().panic.take().or(payload);
         if let Some(payload) = payload.filter(|_| !thread::panicking()) {
@@ -323,6 +365,13 @@ impl<P: Platform, T> Shared<P, T> {
                 state.delay_ns.record(P::ticks_to_ns(P::ticks().saturating_sub(queued)));
                 drop(state);
                 P::point(Site::QueueRun);
+                // As long as the fault says, but not for ever: a flush waits.
+                for _ in 0..P::inject_for(Fault::WorkerStall, Site::QueueRun).min(STALL_STEPS) {
+                    P::yield_cpu(Site::QueueRun);
+                }
+                if P::inject(Fault::WorkerDie, Site::QueueRun) {
+                    return self.dies(index, Item { number, owner, queued, what });
+                }
                 // A panic must not leave a flush waiting for an item that will never be done.
                 let result = panic::catch_unwind(AssertUnwindSafe(|| {
                     worker.run(&what);
@@ -362,6 +411,21 @@ impl<P: Platform, T> Shared<P, T> {
         }
     }
 
+    /// The worker's thread ends with an item in its hands.
+    #[cold]
+    fn dies(&self, index: usize, item: Item<T>) {
+        let mut state = self.state.lock();
+        state.running[index] = None;
+        state.items.push_front(item);
+        state.dead.push(index);
+        // A flusher that sleeps is to start another, a worker that sleeps is to take the item.
+        self.done.fetch_add(1, Ordering::Release);
+        self.work.fetch_add(1, Ordering::Release);
+        drop(state);
+        P::futex_wake(&self.done, u32::MAX);
+        P::futex_wake(&self.work, 1);
+    }
+
     /// Looks for more work for a while before sleeping: waking a sleeper costs the queueing task (a vCPU) far more than
     /// the word that it writes anyway. True: there is more.
     fn linger(&self, seen: u32) -> bool {
@@ -378,6 +442,9 @@ impl<P: Platform, T> Shared<P, T> {
         false
     }
 }
+
+/// How long a worker stands still at most that a fault makes stand still, in steps of others.
+const STALL_STEPS: u32 = 1000;
 
 /// How long an idle worker looks for more work before it sleeps: about the price of the wake-up that it saves.
 const LINGER_NS: u64 = 50_000;

@@ -281,5 +281,5 @@ fn is_paused_vcpu() -> bool {
 
 /// An injected panic says so: who finds another one in a worker has found a defect.
 pub fn is_injected(payload: &(dyn Any + Send)) -> bool {
-    payload.downcast_ref::<&str>().is_some_and(|text| text.contains("injected"))
+    payload.is::<tdpmmu_platform::InjectedPanic>()
 }
