@@ -21,8 +21,8 @@ use tdpmmu_spte::{Format, Spte};
 
 use tdpmmu_table::prefetch::{Intent, LINE, prefetch};
 
-use crate::TdpMmu;
 use crate::ledger::Ledger;
+use crate::{TdpMmu, held};
 
 /// Where a change happened.
 #[derive(Clone, Copy, Debug)]
@@ -209,6 +209,10 @@ fn freeze_leaf_table<P: Platform, M: Mode>(
     table: u32,
     at: At,
 ) {
+    if P::BY_COUNT && held::freeze::<P, M>(mmu, task, ledger, table, at) {
+        ledger.upcoming = None;
+        return;
+    }
     let frozen = mmu.format().frozen();
     let entries = mmu.pool().entries(table);
     let next =
@@ -243,6 +247,9 @@ fn freeze_leaf_table<P: Platform, M: Mode>(
         account::<P, M>(mmu, task, ledger, At { gfn, ..at }, &olds, shape, frozen);
     }
     task.count(if M::SHARED { 0 } else { ENTRIES as u64 }, writes);
+    if P::BY_COUNT {
+        held::settle(mmu, table);
+    }
 }
 
 /// Exclusive mode: takes the present entries of a block out; `olds` gets their true old values, the others their present ones.
@@ -378,6 +385,12 @@ pub(crate) fn zap_leaf_batch<P: Platform, M: Mode>(
     at: At,
     range: Range<u16>,
 ) -> u64 {
+    if P::BY_COUNT
+        && range.len() == ENTRIES
+        && let Some(zapped) = held::zap::<P, M>(mmu, task, ledger, table, at)
+    {
+        return zapped;
+    }
     let empty = mmu.format().empty();
     let cells = &mmu.pool().entries(table)[range.start as usize..range.end as usize];
     let (blocks, rest) = cells.as_chunks::<BLOCK>();
@@ -419,6 +432,9 @@ pub(crate) fn zap_leaf_batch<P: Platform, M: Mode>(
         gfn += 1;
     }
     task.count(cells.len() as u64, writes);
+    if P::BY_COUNT {
+        held::settle(mmu, table);
+    }
     writes
 }
 

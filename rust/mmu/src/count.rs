@@ -85,6 +85,16 @@ impl<P: Platform> TdpMmu<P> {
         counts.tables[level as usize] = 1;
         let entries = self.pool().entries(table);
         if level == 1 {
+            if P::BY_COUNT
+                && let Some(held) = self.pool().by_count().and_then(|uniform| uniform.get(table))
+            {
+                // The present bit is none of those that differ from entry to entry.
+                let (spte, all) = (Spte(held.first), ENTRIES as u64);
+                let present = spte.is_present();
+                counts.leaves[1] = if present { all } else { 0 };
+                counts.others = if present || spte == self.format().empty() { 0 } else { all };
+                return counts;
+            }
             // Branch-free: this loop reads every SPTE of the guest.
             let (mut present, mut empty) = (0u64, 0u64);
             for (n, line) in entries.as_chunks::<LINE>().0.iter().enumerate() {

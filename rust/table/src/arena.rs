@@ -101,6 +101,16 @@ impl<T: ZeroAtomic> Arena<T> {
         self.base.as_ptr().wrapping_add(index as usize)
     }
 
+    /// Element 0.
+    pub(crate) fn base(&self) -> NonNull<T> {
+        self.base
+    }
+
+    /// Elements there is room for.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
     /// Commits elements `[from, to)` now, so that no first touch falls into a measurement.
     pub(crate) fn commit(&self, from: usize, to: usize) -> io::Result<()> {
         let to = to.min(self.len);
