@@ -107,6 +107,10 @@ impl<'w, 'a, P: Platform, M: Mode> Walk<'w, 'a, P, M> {
         if P::bug(Bug::B04a) && self.ledger.is_settled() {
             return false;
         }
+        if !P::BULK && !P::check_at(&self.mmu.pool().entries(self.iter.table())[self.iter.index() as usize]) {
+            self.task.check_passed();
+            return false;
+        }
         let iter = &self.iter;
         // 5.10 did not remember where it had yielded last.
         let moved = iter.may_yield() || P::bug(Bug::B04b);

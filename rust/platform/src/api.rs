@@ -63,6 +63,9 @@ pub trait Platform: Sized + Send + Sync + 'static {
     fn locked(site: Site) {
         Self::point(site);
     }
+    /// Before a locked instruction that is no point of its own (an unlock): what this thread has stored before is visible to all when it returns.
+    #[inline(always)]
+    fn settle(_site: Site) {}
     /// Spin-wait hint.
     fn relax(site: Site);
     /// Gives the CPU away (sched_yield).
@@ -122,6 +125,11 @@ pub trait Platform: Sized + Send + Sync + 'static {
     const SPINS: bool = true;
     /// Bulk work may leave the platform: threads of a pool, non-temporal stores.
     const BULK: bool = true;
+    /// Is a reschedule check of a walk that stands at this entry one to be looked at? False where nothing can differ by it: it counts as made, and nobody yields.
+    #[inline(always)]
+    fn check_at(_cell: &AtomicU64) -> bool {
+        true
+    }
     /// The schedule wants the calling task to give way at this reschedule check, whatever its slice and the lock say.
     #[inline(always)]
     fn asked_to_yield() -> bool {

@@ -352,6 +352,14 @@ impl<P: Platform> Task<P> {
         }
     }
 
+    /// A reschedule check at which nothing is asked.
+    #[inline]
+    pub fn check_passed(&self) {
+        if self.noted {
+            self.check_noted();
+        }
+    }
+
     #[cold]
     fn check_noted(&self) {
         if self.measure {

@@ -237,6 +237,18 @@ pub(super) fn cmpxchg(cell: &AtomicU64, old: u64, new: u64, site: Site) -> Resul
     .unwrap_or(Err(0))
 }
 
+/// As [`crate::Platform::check_at`]: at an entry that no other task can care for a yield makes no difference that a yield at its neighbour does not make.
+pub(super) fn check_at(cell: &AtomicU64) -> bool {
+    world::with(|world| {
+        let matters = world.matters(cell);
+        if !matters && world.task().held != 0 {
+            world.step_ends();
+        }
+        matters
+    })
+    .unwrap_or(true)
+}
+
 pub(super) fn fence(site: Site) {
     if world::current().is_null() {
         return std::sync::atomic::fence(Ordering::SeqCst);

@@ -84,6 +84,10 @@ impl Platform for Sim {
         world::with(|world| world.drain_all(world.current));
     }
 
+    fn settle(site: Site) {
+        scheduler::settle(site);
+    }
+
     fn relax(site: Site) {
         scheduler::relax(site);
     }
@@ -125,6 +129,7 @@ impl Platform for Sim {
             // Another OS thread may change the word, nobody of a simulation will.
             return std::thread::yield_now();
         }
+        scheduler::settle(Site::Mutex);
         if cell.load(Ordering::SeqCst) == expected {
             let key = std::ptr::from_ref(cell).addr();
             scheduler::block(key, "a wake-up (sleeping lock, queue or flush)", Site::Mutex, timeout_ns);
@@ -146,6 +151,10 @@ impl Platform for Sim {
     #[inline]
     fn inject_for(fault: Fault, site: Site) -> u32 {
         scheduler::ask(fault, site)
+    }
+
+    fn check_at(cell: &AtomicU64) -> bool {
+        memory::check_at(cell)
     }
 
     fn asked_to_yield() -> bool {
@@ -205,6 +214,7 @@ impl Join for SimThread {
             // The run is over, and all its tasks with it.
             return Ok(());
         }
+        scheduler::settle(Site::Spin);
         let task = self.task;
         let ended = || world::with(|world| world.tasks[task as usize].state == State::Ended).unwrap_or(true);
         while !ended() {
