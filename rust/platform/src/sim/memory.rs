@@ -18,6 +18,9 @@ use super::{
 };
 use crate::{fault::Fault, site::Site};
 
+/// An empty entry has this bit in some kernels (6.4 on), and no other.
+const SUPPRESS_VE: u64 = 1 << 63;
+
 impl World {
     /// What the current task sees in a word.
     #[inline]
@@ -37,8 +40,8 @@ impl World {
         let address = std::ptr::from_ref(cell).addr();
         self.region(address).is_none()
             || self.hot[(address & 0xfff) >> 3]
-            || cell.load(Ordering::Relaxed) != 0
-            || self.seen(cell) != 0
+            || cell.load(Ordering::Relaxed) & !SUPPRESS_VE != 0
+            || self.seen(cell) & !SUPPRESS_VE != 0
     }
 
     /// Books an access.
