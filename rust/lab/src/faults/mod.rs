@@ -4,10 +4,12 @@
 //! worker that is late or dies, a flush that is late. So whatever the engine guarantees it guarantees under every plan, and a violation under one is a defect. The same plan and the same seed inject the same faults.
 //!
 //! **Mechanism.** A [`FaultPlan`] is data; [`FaultPlan::arm`] makes an [`Armed`] of it, which the platform asks wherever a fault could be: the simulated one with the dice of its schedule, so that a
-//! fault is a recorded choice that replays and minimises, the rough one (`torture/rough.rs`) with dice of each thread.
+//! fault is a recorded choice that replays and minimises; the rough one (`torture/rough.rs`) with dice of each thread.
 
 mod armed;
+mod enumerate;
 mod plan;
 
 pub use armed::{Armed, FaultCount};
+pub use enumerate::{Enumeration, enumerate};
 pub use plan::{FaultError, FaultPlan, Injection, KINDS, Length, Nth, Rate, Who, WorkerFault};

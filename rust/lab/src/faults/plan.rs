@@ -8,11 +8,11 @@
 //! | `alloc=every`, `alloc=5%` | one of them, another in each run; each with that probability |
 //! | `tables=600` | the pool ends at so many pages |
 //! | `cmpxchg=5%`, `cmpxchg=SpteInstall:5%` | a compare-exchange fails although it found what it expected |
-//! | `yield=all`, `yield=SpteZap`, `yield=20%` | a walk gives mmu_lock up at each check; where its last access was of that site; at some |
+//! | `yield=all`, `yield=SpteZap`, `yield=20%` | a walk gives mmu_lock up at each check; where its last access was of that site (real threads only); at some |
 //! | `gp-delay=200`, `gp-delay=2ms`, `gp-delay=inf` | a grace period takes so much longer; never ends while anything else can go on |
 //! | `worker=stall`, `worker=panic`, `worker=die` | a worker takes long to begin; panics as it begins an item; ends with items left |
 //! | `tlb-delay=200`, `tlb-merge`, `tlb-extra` | a flush is delivered late; shared by those who ask at once; done although nobody asked |
-//! | `pause=lockless`, `pause=guest:1` | whoever is in a lockless walk, or vCPU 1 in guest mode, is taken off its CPU for long |
+//! | `pause=lockless`, `pause=guest:1` | whoever is in a lockless walk, or vCPU 1 in guest mode (simulated: whichever the dice choose), is taken off its CPU for long |
 //! | `storm=64` | so many readers, and one writer, that take mmu_lock and do nothing |
 //!
 //! A length without a unit is in schedule points (other tasks' steps); on real threads a point is taken for a microsecond, and the other way round.
@@ -23,6 +23,8 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use tdpmmu_platform::Site;
 use tdpmmu_spte::closest;
+
+use crate::program::{Act, Program, ThreadSpec};
 
 /// Which requests for table pages fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -182,6 +184,28 @@ impl FaultPlan {
             .iter()
             .find_map(|fault| if let Injection::Storm(n) = fault { Some(*n) } else { None })
             .unwrap_or(0)
+    }
+
+    /// What of the plan is the machine's, and no question of the platform: the pool's cap, and the threads of a storm (at most three on a simulated machine, each more costs the search a factor).
+    #[must_use]
+    pub fn apply(&self, program: &Program) -> Program {
+        let mut program = program.clone();
+        if let Some(cap) = self.max_tables() {
+            program.machine.max_tables = cap;
+        }
+        for n in 0..usize::from(self.storm().min(3)) {
+            // Above whatever the program maps: only the lock is met.
+            let empty = |page| {
+                if n == 0 {
+                    Act::ZapRange { gfn: 0x80_0000, pages: 1 }
+                } else {
+                    Act::TestAge { hva_page: page, pages: 1 }
+                }
+            };
+            let acts = (0..4).map(|_| empty(0)).collect::<Vec<_>>();
+            program.threads.push(ThreadSpec::other(100 + n, &format!("storm-{n}"), acts));
+        }
+        program
     }
 
     /// May an operation run out of table pages under this plan?
