@@ -43,7 +43,7 @@ impl<P: Platform, T: ?Sized> Mutex<P, T> {
     /// Waits for the mutex.
     #[inline]
     pub fn lock(&self) -> MutexGuard<'_, P, T> {
-        P::point(Site::Mutex);
+        P::locked(Site::Mutex);
         if self.state.compare_exchange(FREE, HELD, Ordering::Acquire, Ordering::Relaxed).is_err() {
             self.lock_contended();
         }
@@ -52,7 +52,7 @@ impl<P: Platform, T: ?Sized> Mutex<P, T> {
 
     /// Takes the mutex if it is free.
     pub fn try_lock(&self) -> Option<MutexGuard<'_, P, T>> {
-        P::point(Site::Mutex);
+        P::locked(Site::Mutex);
         self.state
             .compare_exchange(FREE, HELD, Ordering::Acquire, Ordering::Relaxed)
             .is_ok()
@@ -114,6 +114,7 @@ impl<P: Platform, T: ?Sized> DerefMut for MutexGuard<'_, P, T> {
 impl<P: Platform, T: ?Sized> Drop for MutexGuard<'_, P, T> {
     #[inline]
     fn drop(&mut self) {
+        P::settle(Site::Mutex);
         if self.mutex.state.swap(FREE, Ordering::Release) == AWAITED {
             P::futex_wake(&self.mutex.state, 1);
         }

@@ -63,6 +63,7 @@ impl SimRwLock {
     }
 
     fn try_take(&self, shared: bool) -> bool {
+        scheduler::settle(Site::LockAcquire);
         if abandoned() {
             return true;
         }
@@ -103,6 +104,7 @@ impl SimRwLock {
     }
 
     fn release(&self, shared: bool) {
+        scheduler::settle(Site::LockRelease);
         let over = world::with(|world| {
             if world.abandoned.is_some() {
                 return true;

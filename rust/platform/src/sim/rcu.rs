@@ -97,6 +97,7 @@ impl Inner {
 
     /// Waits one grace period.
     fn grace_period(&self) {
+        scheduler::settle(Site::RcuGrace);
         world::with(|world| world.drain_everybody());
         let mut inside: Vec<(Arc<Slot>, u64)> = lock(&self.readers)
             .iter()
@@ -250,6 +251,7 @@ impl RcuDomain for SimRcu {
     }
 
     fn barrier(&self) {
+        scheduler::settle(Site::RcuGrace);
         let inner = &self.inner;
         let target = inner.drawn.fetch_add(1, Ordering::SeqCst) + 1;
         inner.wake(inner.keys()[0]);
@@ -339,7 +341,7 @@ impl RcuReader for SimReader {
             let limit = world.limits.rcu_units;
             let task = world.task();
             task.sections = task.sections.saturating_sub(1);
-            if task.sections == 0 {
+            if task.sections == 0 && task.quiet == 0 {
                 let units = task.accesses.saturating_sub(task.section_since);
                 world.longest_rcu = world.longest_rcu.max(units);
                 if units > limit {
