@@ -135,7 +135,7 @@ fn what_cannot_be_tortured_is_refused_by_name() {
     assert!(refused(&|c| c.seconds = -1.0).contains("seconds = -1"));
     assert!(refused(&|c| c.seconds = f64::NAN).contains("seconds = NaN"));
     assert!(refused(&|c| c.threads = 0).contains("threads = 0"));
-    assert!(refused(&|c| c.design = Some("snyc".into())).contains("did you mean \"sync\""));
+    assert!(refused(&|c| c.design = Some("synk".into())).contains("did you mean \"sync\""));
     assert!(refused(&|c| c.profile = Some("9.9".into())).contains("9.9"));
     assert!(refused(&|c| c.bug = Some("99x".into())).contains("99x"));
     assert!(refused(&|c| c.shake = 2000).contains("shake = 2000"));

@@ -228,14 +228,17 @@ impl<P: Platform> Conductor<'_, P> {
         }
         let all = threads.len();
         for round in 0..self.draw.rounds {
+            let begin = Instant::now();
             self.run_for(self.draw.run, control);
             let last = round + 1 == self.draw.rounds || control.cancelled();
             if last && self.draw.close_under_fire {
+                self.ran_since(begin);
                 break;
             }
             if !self.gather(all) {
                 return self.stuck();
             }
+            self.ran_since(begin);
             self.quiet();
             if last || !lock(&shared.sum).violations.is_empty() {
                 break;
@@ -271,6 +274,10 @@ impl<P: Platform> Conductor<'_, P> {
         while begin.elapsed() < length && !control.cancelled() {
             thread::sleep(Duration::from_millis(5).min(length));
         }
+    }
+
+    /// Operations ran since `begin`.
+    fn ran_since(&self, begin: Instant) {
         lock(&self.shared.sum).episode.seconds += begin.elapsed().as_secs_f64();
     }
 
@@ -476,7 +483,8 @@ impl<P: Platform> Shared<P> {
         if self.armed.plan().panics() && what.contains("panicked") {
             return;
         }
-        if sum.violations.len() < 100 {
+        let known = sum.violations.iter().any(|there| there.rule == rule && there.what == what);
+        if !known && sum.violations.len() < 100 {
             sum.violations.push(TortureViolation { episode: 0, rule: rule.into(), what: what.into() });
         }
     }
@@ -569,7 +577,9 @@ impl<P: Platform> Shared<P> {
                 }
             }
             // A page cannot be had: where the plan takes them, and where it keeps them from coming back.
-            Err(VmError::Pool(_)) if self.armed.plan().starves() || self.armed.plan().delays_grace() => {
+            Err(VmError::Pool(_) | VmError::Host { .. })
+                if self.armed.plan().starves() || self.armed.plan().delays_grace() =>
+            {
                 count.starved += 1;
             }
             Err(

@@ -162,7 +162,11 @@ impl Chooser {
                 let first = 64 * self.dice.below(words);
                 Act::ClearDirtyLog { as_id, id, first, mask: self.dice.next() & self.dice.next() }
             }
-            90..=93 => Act::SetLogProtect { manual: self.dice.one_in(2), initially_set: self.dice.one_in(2) },
+            90..=93 => {
+                // A log that is all set at first needs manual protection.
+                let manual = self.dice.one_in(2);
+                Act::SetLogProtect { manual, initially_set: manual && self.dice.one_in(2) }
+            }
             _ => Act::ZapRange { gfn, pages: 1 + self.dice.below(64) },
         }
     }
