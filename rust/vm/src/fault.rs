@@ -281,6 +281,14 @@ impl<'v, P: Platform> Vcpu<'v, P> {
         }
     }
 
+    /// The fault is about to be made again: somebody else has to get on first. Where a schedule decides who runs it is told so, or it might choose this vCPU for ever.
+    pub(crate) fn before_retry(&self) {
+        self.task.might_sleep();
+        if !P::SPINS {
+            P::relax(Site::FaultStale);
+        }
+    }
+
     #[inline]
     pub(crate) fn counts(&self) -> &'v FaultCounts {
         &self.vm.counts[self.id()]

@@ -300,6 +300,7 @@ impl<P: Platform> Vm<P> {
                         }
                         vcpu.leave();
                         // The page is still missing: the guest would fault again.
+                        vcpu.before_retry();
                         continue;
                     }
                     FaultOutcome::Fixed { .. } => {

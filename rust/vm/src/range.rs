@@ -115,7 +115,7 @@ impl<P: Platform> Vcpu<'_, P> {
                     let rule = "its memslot is about to go: try again (EAGAIN)";
                     return Err(VmError::BadRange { as_id, start, end, rule });
                 }
-                FaultOutcome::Retry => self.task.might_sleep(),
+                FaultOutcome::Retry => self.before_retry(),
             }
         }
     }

@@ -469,7 +469,7 @@ impl<'v, P: Platform> Vcpu<'v, P> {
                     outcome = outcome.max(AccessOutcome::Retry);
                     let (as_id, gfn) = (self.core.role.as_id(), access.gfn);
                     self.task.observe(|| Event::FaultRetry { as_id, gfn });
-                    self.task.might_sleep();
+                    self.before_retry();
                 }
                 FaultOutcome::Emulate => return Ok(AccessOutcome::Emulate),
             }

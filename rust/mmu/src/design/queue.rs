@@ -25,7 +25,7 @@ use std::thread;
 
 use tdpmmu_platform::queue::Serve;
 use tdpmmu_platform::{
-    Bug, Event, Histogram, Mutex, MutexGuard, Owner, Platform, Role, Site, Task, WorkQueue,
+    Bug, Event, Fault, Histogram, InjectedPanic, Mutex, MutexGuard, Owner, Platform, Role, Site, Task, WorkQueue,
 };
 
 use super::{DesignOptions, Held, QueueKind, WorkerReport, check_worker_cpus};
@@ -88,7 +88,8 @@ impl<P: Platform> ZapQueue<P> {
         let client = Client::new(mmu, self.work.clone());
         let crew = match self.kind {
             QueueKind::PerVm => {
-                let crew = Crew::start("tdp_mmu_zap_wq", Some(client.clone()), self.workers, &self.cpus, None)?;
+                let crew =
+                    Crew::start("tdp_mmu_zap_wq", Some(client.clone()), self.workers, &self.cpus, None)?;
                 // Every worker has its task before the first root is scheduled, and a report is one of each.
                 client.await_tasks(self.workers)?;
                 crew
@@ -523,6 +524,9 @@ impl<P: Platform> Worker<P> {
             }
         };
         tell(Event::WorkBegin { root: item.what, waited_ns });
+        if P::inject(Fault::WorkerPanic, Site::QueueRun) {
+            panic::panic_any(InjectedPanic);
+        }
         let begin = P::thread_cpu_ns();
         if P::bug(Bug::B23) {
             mmu.pool().meta(item.what).clear(TableFlag::Scheduled);
