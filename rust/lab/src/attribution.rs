@@ -12,7 +12,7 @@
 use std::collections::BTreeMap;
 
 use serde::Serialize;
-use tdpmmu_platform::{Histogram, MeterSnapshot, Phase, Platform, Real};
+use tdpmmu_platform::{Histogram, MeterSnapshot, Phase};
 
 use crate::outcome::{Outcome, ThreadReport};
 use crate::scenario::{Mark, Who};
@@ -41,9 +41,9 @@ impl Request {
         }
     }
 
-    /// Entry to return, all calls together, in ns.
-    pub fn elapsed_ns(&self) -> u64 {
-        Real::ticks_to_ns(self.calls.iter().map(|(entered, returned)| returned - entered).sum())
+    /// Entry to return, all calls together, in ticks.
+    pub fn elapsed(&self) -> u64 {
+        self.calls.iter().map(|(entered, returned)| returned - entered).sum()
     }
 }
 
@@ -81,8 +81,8 @@ pub struct Others {
     pub accesses_late: u64,
 }
 
-fn by_phase(ticks: &[u64; PHASES]) -> BTreeMap<&'static str, u64> {
-    Phase::ALL.iter().map(|&phase| (phase.name(), Real::ticks_to_ns(ticks[phase as usize]))).collect()
+fn by_phase(outcome: &Outcome, ticks: &[u64; PHASES]) -> BTreeMap<&'static str, u64> {
+    Phase::ALL.iter().map(|&phase| (phase.name(), (outcome.to_ns)(ticks[phase as usize]))).collect()
 }
 
 fn zapped(meter: &MeterSnapshot) -> bool {
@@ -91,7 +91,8 @@ fn zapped(meter: &MeterSnapshot) -> bool {
 
 /// A row per thread, in the order caller, vCPUs, others, workers, RCU.
 pub fn attribution(outcome: &Outcome) -> Vec<Attribution> {
-    let mut rows: Vec<Attribution> = outcome.threads.iter().map(of_thread).collect();
+    let mut rows: Vec<Attribution> =
+        outcome.threads.iter().map(|thread| of_thread(outcome, thread)).collect();
     if outcome.pays.is_none() {
         rows.insert(0, of_close(outcome));
     }
@@ -101,8 +102,8 @@ pub fn attribution(outcome: &Outcome) -> Vec<Attribution> {
         cpu: None,
         cpu_ns: *cpu_ns,
         pays: zapped(meter),
-        ns: by_phase(&meter.phase_ticks),
-        elapsed_ns: Real::ticks_to_ns(meter.elapsed_ticks),
+        ns: by_phase(outcome, &meter.phase_ticks),
+        elapsed_ns: (outcome.to_ns)(meter.elapsed_ticks),
         run_delay_ns: None,
     }));
     rows.push(of_rcu(outcome));
@@ -119,12 +120,12 @@ pub const RCU: &str = "tdpmmu-rcu";
 /// The name of the row and track of whoever closes the VM, where that is the request.
 pub const CLOSE: &str = "close";
 
-fn of_thread(thread: &ThreadReport) -> Attribution {
+fn of_thread(outcome: &Outcome, thread: &ThreadReport) -> Attribution {
     let (ticks, elapsed_ns) = match &thread.request {
-        Some(request) => (&request.phase_ticks, request.elapsed_ns()),
+        Some(request) => (&request.phase_ticks, (outcome.to_ns)(request.elapsed())),
         None => {
             let ticks = thread.stamped_ticks.unwrap_or(thread.meter.elapsed_ticks);
-            (&thread.meter.phase_ticks, Real::ticks_to_ns(ticks))
+            (&thread.meter.phase_ticks, (outcome.to_ns)(ticks))
         }
     };
     Attribution {
@@ -133,7 +134,7 @@ fn of_thread(thread: &ThreadReport) -> Attribution {
         cpu: thread.cpu,
         cpu_ns: thread.cpu_ns,
         pays: thread.request.is_some() || zapped(&thread.meter),
-        ns: by_phase(ticks),
+        ns: by_phase(outcome, ticks),
         elapsed_ns,
         run_delay_ns: thread.run_delay_ns,
     }
@@ -155,7 +156,7 @@ fn of_close(outcome: &Outcome) -> Attribution {
         cpu: None,
         cpu_ns: outcome.close.cpu_ns,
         pays: true,
-        ns: by_phase(&outcome.close.phase_ticks),
+        ns: by_phase(outcome, &outcome.close.phase_ticks),
         elapsed_ns: outcome.close.total_ns,
         run_delay_ns: None,
     }
@@ -163,9 +164,9 @@ fn of_close(outcome: &Outcome) -> Attribution {
 
 /// The RCU thread, over the window.
 fn of_rcu(outcome: &Outcome) -> Attribution {
-    let elapsed_ns = Real::ticks_to_ns(outcome.end.saturating_sub(outcome.t0));
+    let elapsed_ns = (outcome.to_ns)(outcome.end.saturating_sub(outcome.t0));
     let (waiting, freeing) = outcome.rcu_thread_ns;
-    let mut ns = by_phase(&[0; PHASES]);
+    let mut ns = by_phase(outcome, &[0; PHASES]);
     ns.insert(Phase::GracePeriod.name(), waiting);
     ns.insert(Phase::Free.name(), freeing);
     ns.insert(Phase::Other.name(), elapsed_ns.saturating_sub(waiting + freeing));
@@ -273,7 +274,7 @@ mod tests {
         ticks[Phase::Yield as usize] = 30;
         request.add(1_000, 1_100, &ticks);
         request.add(90_000, 90_100, &ticks);
-        assert_eq!(request.elapsed_ns(), Real::ticks_to_ns(200));
+        assert_eq!(request.elapsed(), 200);
         assert_eq!(request.phase_ticks.iter().sum::<u64>(), 200);
     }
 }

@@ -170,7 +170,7 @@ pub fn run<P: Platform>(
             if stop() || !vcpu.poll().map_err(fail)? {
                 break 'run;
             }
-            P::relax(Site::VcpuMode);
+            P::idle_until(intended, Site::VcpuMode);
         }
         // A vCPU that is far behind still polls its stop flag.
         if stop() {

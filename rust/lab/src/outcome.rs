@@ -42,6 +42,10 @@ pub struct ThreadReport {
 
 /// What a scenario came to.
 pub struct Outcome {
+    /// Ticks of the platform to nanoseconds.
+    pub to_ns: fn(u64) -> u64,
+    /// How leaf tables were held, where they may be held by count.
+    pub by_count: Option<tdpmmu_table::UniformStats>,
     /// Whose operation was the request; `None`: the end of the VM was.
     pub pays: Option<Who>,
     /// Leaves that had to be mapped at t0.

@@ -123,7 +123,7 @@ pub fn said(mark: &Mark) -> String {
 /// The timeline of a run whose tasks recorded; `None` if they did not.
 pub fn timeline(outcome: &Outcome) -> Option<Timeline> {
     let shared = outcome.timeline.as_ref()?;
-    let since = |at: u64| Real::ticks_to_ns(at.saturating_sub(outcome.t0));
+    let since = |at: u64| (outcome.to_ns)(at.saturating_sub(outcome.t0));
     let drawn = |slices: &[Slice]| {
         let after = slices.iter().filter(|slice| slice.to > outcome.t0);
         let stretches = after.map(|slice| (since(slice.from), since(slice.to), slice.phase.name()));
@@ -164,7 +164,7 @@ pub fn backlog(outcome: &Outcome) -> Vec<(u64, u64)> {
     let after: Vec<(u64, u64)> = points
         .iter()
         .filter(|(at, _)| *at >= outcome.t0)
-        .map(|(at, pages)| (Real::ticks_to_ns(at - outcome.t0), *pages))
+        .map(|(at, pages)| ((outcome.to_ns)(at - outcome.t0), *pages))
         .collect();
     thinned(&after, MOST_POINTS)
 }

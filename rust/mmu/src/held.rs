@@ -55,7 +55,8 @@ fn take_out<P: Platform, M: Mode>(
     if present {
         ledger.leaf(1, -(ALL as i64));
         if mmu.writes_back() {
-            let owed = [Format::leaf_needs_dirty, Format::leaf_needs_accessed].map(|owes| owes(format, first));
+            let owed =
+                [Format::leaf_needs_dirty, Format::leaf_needs_accessed].map(|owes| owes(format, first));
             ledger.write_back(mmu, first.pfn(), ALL, owed[0], owed[1]);
         }
     }

@@ -102,9 +102,12 @@ impl Books {
     fn put(&mut self, table: u32, run: Run) {
         self.stats.held += u64::from(run.tables);
         self.stats.held_peak = self.stats.held_peak.max(self.stats.held);
-        if let Some((_, before)) = self.runs.range_mut(..table).next_back().filter(|(begin, before)| {
-            **begin + before.tables == table && before.continues_in(&run)
-        }) {
+        if let Some((_, before)) = self
+            .runs
+            .range_mut(..table)
+            .next_back()
+            .filter(|(begin, before)| **begin + before.tables == table && before.continues_in(&run))
+        {
             before.tables += run.tables;
             return;
         }
@@ -216,7 +219,9 @@ impl Uniform {
         let (word, bit) = self.bit(table);
         word.fetch_or(bit, Ordering::Relaxed);
         // SAFETY: one page of the pool's private mapping; its contents are of no use any more, and reads of it are answered from the books.
-        unsafe { libc::madvise(std::ptr::from_ref(entries).cast_mut().cast(), TABLE_BYTES, libc::MADV_DONTNEED) };
+        unsafe {
+            libc::madvise(std::ptr::from_ref(entries).cast_mut().cast(), TABLE_BYTES, libc::MADV_DONTNEED)
+        };
     }
 
     /// The counts so far.

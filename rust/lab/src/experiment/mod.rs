@@ -4,7 +4,7 @@ mod believe;
 
 use std::collections::BTreeMap;
 
-use tdpmmu_platform::{Histogram, Histograms, MeterSnapshot, Platform, Real};
+use tdpmmu_platform::{Histogram, Histograms, MeterSnapshot};
 use tdpmmu_spte::LockMode;
 use tdpmmu_spte::geometry::page_size_name;
 use tdpmmu_table::{TABLE_BYTES, TablePool};
@@ -104,7 +104,7 @@ pub fn to_run(plan: &Plan, case: &Case, rep: u32, outcome: &Outcome, cpus: usize
         zap_all: outcome.close.zap_all_ns,
         rest: outcome.close.total_ns.saturating_sub(outcome.close.zap_all_ns),
     });
-    let since_t0 = |at: u64| Real::ticks_to_ns(at.saturating_sub(outcome.t0));
+    let since_t0 = |at: u64| (outcome.to_ns)(at.saturating_sub(outcome.t0));
     // Of many calls the last return: what is torn down is what all of them asked for.
     let requests = outcome.threads.iter().filter_map(|t| t.request.as_ref());
     let returned = requests.flat_map(|request| &request.calls).map(|call| call.1).max().map_or(0, since_t0);

@@ -9,7 +9,7 @@ use tdpmmu_vm::slots::Region;
 use tdpmmu_vm::{FastZapTimes, SlotFlags, SlotUpdate};
 
 use super::setup::{Regions, task_config};
-use super::{Account, P, Paid, Shared, internal, lock};
+use super::{Account, Paid, Shared, internal, lock, sleep};
 use crate::LabError;
 use crate::guest::Felt;
 use crate::scenario::{Flag, Intruder, Mark, Op, Update, Who};
@@ -19,7 +19,7 @@ const NOTIFIER_PAUSE: Duration = Duration::from_millis(1);
 /// At most so many pages are unmapped.
 const NOTIFIER_PAGES: u64 = 256;
 
-impl Shared<'_> {
+impl<P: Platform> Shared<'_, P> {
     pub(super) fn vmm_thread(&self, name: &str, who: Who, ops: &[Op]) -> Result<(), LabError> {
         let task = self.vm.task_with(name, TaskRole::Caller, task_config(&self.scenario.vm));
         let mut account = self.account(who);
@@ -80,10 +80,10 @@ impl Shared<'_> {
                         return Err(LabError::Cancelled);
                     }
                     self.vm.wake(vcpu);
-                    std::thread::sleep(Duration::from_micros(50));
+                    sleep::<P>(Duration::from_micros(50));
                 }
             }
-            Op::SleepMs(ms) => std::thread::sleep(Duration::from_millis(ms)),
+            Op::SleepMs(ms) => sleep::<P>(Duration::from_millis(ms)),
             Op::Raise(flag) => self.raise(flag),
             Op::Await { flag, count } => self.wait_for(flag, count)?,
             _ => return Err(LabError::Usage(format!("{op:?} is for a vCPU's thread"))),
@@ -113,7 +113,7 @@ impl Shared<'_> {
             }
             self.zap(task, Update::Delete, paid)?;
             self.set_slot(task, &self.regions()?.extra)?;
-            std::thread::sleep(Duration::from_micros(pause_us));
+            sleep::<P>(Duration::from_micros(pause_us));
             done.fetch_add(1, Ordering::Relaxed);
         }
         Ok(())
@@ -135,7 +135,7 @@ impl Shared<'_> {
         self.window.updates.fetch_add(1, Ordering::Relaxed);
         paid.cpu_ns += P::thread_cpu_ns() - cpu;
         paid.switched_out += P::switches().involuntary - switches.involuntary;
-        paid.delayed(delayed);
+        paid.delayed::<P>(delayed);
         paid.add(times.t0, times.t0 + P::ns_to_ticks(times.total_ns), &times.phase_ticks);
         let meter = task.meter().take();
         match &mut paid.meter {
@@ -147,7 +147,7 @@ impl Shared<'_> {
             self.window.t0.store(times.t0, Ordering::Release);
         }
         // What is still mapped under a root that this zap has invalidated: P-FZ says nothing.
-        let left = self.vm.sptes_under_obsolete_roots(task);
+        let left = P::quiet(|| self.vm.sptes_under_obsolete_roots(task));
         let mut all = lock(&self.collected);
         all.mapped_at_return = all.mapped_at_return.max(left);
         all.marks.entry(Mark::Update).or_default().record(times.total_ns);
@@ -175,7 +175,7 @@ impl Shared<'_> {
             if self.stopped() {
                 return Err(LabError::Cancelled);
             }
-            std::thread::sleep(Duration::from_micros(20));
+            sleep::<P>(Duration::from_micros(20));
         }
         account.look(&self.window, task);
         let timed = |call: &dyn Fn() -> Result<(), LabError>| {
@@ -199,7 +199,7 @@ impl Shared<'_> {
                         let unmapped = self.vm.unmap_gfns(task, gfn..gfn + 1, true);
                         unmapped.map(drop).map_err(internal("a notifier"))
                     })?;
-                    std::thread::sleep(NOTIFIER_PAUSE);
+                    sleep::<P>(NOTIFIER_PAUSE);
                 }
                 Ok(())
             }

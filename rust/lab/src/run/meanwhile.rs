@@ -11,7 +11,6 @@ use std::sync::atomic::Ordering;
 
 use tdpmmu_platform::{MeterSnapshot, Phase, Platform, Task};
 
-use super::P;
 use crate::guest::Window;
 
 const PHASES: usize = Phase::ALL.len();
@@ -49,7 +48,7 @@ pub(super) struct Stretch {
 }
 
 /// Splits the meter at `at`: the ticks by phase before, and where the split is. The meter has been read up to `now`.
-fn split(task: &Task<P>, at: u64, now: u64) -> ([u64; PHASES], u64) {
+fn split<P: Platform>(task: &Task<P>, at: u64, now: u64) -> ([u64; PHASES], u64) {
     let before = task.meter().phase_ticks(at);
     let all = task.meter().phase_ticks(now);
     let since: u64 = all.iter().zip(&before).map(|(all, before)| all - before).sum();
@@ -58,13 +57,13 @@ fn split(task: &Task<P>, at: u64, now: u64) -> ([u64; PHASES], u64) {
 
 impl Meanwhile {
     /// From here on the thread runs and does not sleep.
-    pub(super) fn awake(&mut self) {
+    pub(super) fn awake<P: Platform>(&mut self) {
         self.awake = P::run_delay_ns();
     }
 
     /// Looks at the window.
     #[inline]
-    pub(super) fn look(&mut self, window: &Window, task: &Task<P>) {
+    pub(super) fn look<P: Platform>(&mut self, window: &Window, task: &Task<P>) {
         match &self.within {
             None => {
                 let t0 = window.t0.load(Ordering::Acquire);
@@ -83,7 +82,7 @@ impl Meanwhile {
     }
 
     #[cold]
-    fn begin(&mut self, task: &Task<P>, t0: u64) {
+    fn begin<P: Platform>(&mut self, task: &Task<P>, t0: u64) {
         // Only sums are read here: the vCPU is about to be kicked, and what a fresh set of histograms costs the kicker would wait for.
         let (before, from) = split(task, t0, P::ticks());
         let (run_delay_ns, cpu_ns, seen) = (P::run_delay_ns(), P::thread_cpu_ns(), P::ticks());
@@ -96,7 +95,7 @@ impl Meanwhile {
         self.within = Some(Within { t0, from, seen, cpu_ns, run_delay_ns, late_ns, before });
     }
 
-    fn end(&mut self, task: &Task<P>, end: u64) {
+    fn end<P: Platform>(&mut self, task: &Task<P>, end: u64) {
         let Some(within) = self.within.as_ref() else { return };
         let now = P::ticks();
         let (at_end, to) = split(task, end, now);
@@ -123,7 +122,7 @@ impl Meanwhile {
     }
 
     /// The thread ends; `None`: it had nothing to do with the window.
-    pub(super) fn over(&mut self, window: &Window, task: &Task<P>) -> Option<Stretch> {
+    pub(super) fn over<P: Platform>(&mut self, window: &Window, task: &Task<P>) -> Option<Stretch> {
         // Both edges may have passed since the last look.
         self.look(window, task);
         self.look(window, task);
@@ -144,6 +143,8 @@ mod tests {
 
     use super::*;
 
+    type P = tdpmmu_platform::Real;
+
     fn vm() -> Vm<P> {
         Vm::new(VmConfig::new(KernelProfile::named("6.12").expect("a profile"))).expect("a small VM")
     }
@@ -158,7 +159,7 @@ mod tests {
         let config = TaskConfig { measure: true, attribute: true, record: true, ..TaskConfig::default() };
         let task = vm.task_with("guest", Role::Vcpu, config);
         let (window, mut meanwhile) = (Window::default(), Meanwhile::default());
-        meanwhile.awake();
+        meanwhile.awake::<P>();
         meanwhile.look(&window, &task);
         doze();
         let t0 = P::ticks();

@@ -1,9 +1,9 @@
-//! The runner: a scenario on the real platform.
+//! The runner: a scenario on a platform, the real one or that of virtual time.
 //!
-//! **Guarantee.** Every operation really happens, on real threads. Measuring costs the measured threads nothing but clock reads at the ends of an operation. Whatever happens, also
+//! **Guarantee.** Every operation really happens, on threads of the platform. Measuring costs the measured threads nothing but clock reads at the ends of an operation. Whatever happens, also
 //! cancellation and errors, every thread is joined and the VM closed, and what it left behind is part of the outcome.
 //!
-//! **Mechanism.** Threads are scoped; each runs its ops in order. Flags are counters that threads sleep on: who waits takes no CPU from who is measured.
+//! **Mechanism.** Threads are joined before the runner returns; each runs its ops in order. Flags are counters that threads sleep on: who waits takes no CPU from who is measured.
 //! The first error raises the abort flag, which every wait and every guest loop tests.
 //!
 //! | file | idea |
@@ -13,10 +13,12 @@
 //! | `caller.rs` | what a thread of the VMM does |
 //! | `window.rs` | t0, the end of the teardown, the counters in between |
 //! | `meanwhile.rs` | what a thread does and loses in the window of somebody else's request |
+//! | `scoped.rs` | threads of a platform that borrow |
 //! | `watch.rs` | progress, told from beside |
 
 mod caller;
 mod meanwhile;
+mod scoped;
 mod setup;
 mod vcpu;
 mod watch;
@@ -42,12 +44,10 @@ use crate::{Control, LabError};
 pub(crate) use self::setup::MOST_COLLAPSED;
 pub use self::setup::vm_config;
 
-type P = Real;
-
 /// Who sleeps looks up so often whether the run was cancelled.
 const NAP_NS: u64 = 20_000_000;
 
-struct Shared<'a> {
+struct Shared<'a, P: Platform> {
     scenario: &'a Scenario,
     vm: &'a Vm<P>,
     control: &'a Control,
@@ -79,7 +79,7 @@ struct Account {
 }
 
 impl Account {
-    fn look(&mut self, window: &Window, task: &Task<P>) {
+    fn look<P: Platform>(&mut self, window: &Window, task: &Task<P>) {
         if let Some(meanwhile) = &mut self.meanwhile {
             meanwhile.look(window, task);
         }
@@ -93,7 +93,7 @@ impl Paid {
     }
 
     /// The time without a CPU since the host said `before` is part of the request.
-    fn delayed(&mut self, before: Option<u64>) {
+    fn delayed<P: Platform>(&mut self, before: Option<u64>) {
         let delay = P::run_delay_ns().zip(before).map(|(now, then)| now.saturating_sub(then));
         self.run_delay_ns = delay.map(|delay| delay + self.run_delay_ns.unwrap_or(0));
     }
@@ -107,15 +107,35 @@ fn internal(what: &str) -> impl Fn(VmError) -> LabError + '_ {
     }
 }
 
+/// Sleeps for as long, on the platform's clock.
+fn sleep<P: Platform>(time: std::time::Duration) {
+    let (nobody, until) = (AtomicU32::new(0), P::ticks() + P::ns_to_ticks(time.as_nanos() as u64));
+    while P::ticks() < until {
+        P::futex_wait(&nobody, 0, Some(P::ticks_to_ns(until - P::ticks().min(until)).max(1)));
+    }
+}
+
 fn lock<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-/// Runs `scenario`; `judge` listens to everything.
+/// Runs `scenario` on the real platform; `judge` listens to everything.
 ///
 /// # Errors
 /// [`LabError`]; the VM is closed and all threads joined in any case.
 pub fn run(scenario: &Scenario, control: &Control, judge: Option<Arc<Judge>>) -> Result<Outcome, LabError> {
+    run_on::<Real>(scenario, control, judge)
+}
+
+/// Runs `scenario` on any platform.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_on<P: Platform>(
+    scenario: &Scenario,
+    control: &Control,
+    judge: Option<Arc<Judge>>,
+) -> Result<Outcome, LabError> {
     let observer = judge.clone().map(|judge| judge as Arc<dyn Observer>);
     let vm = Vm::<P>::new(vm_config(&scenario.vm, observer)?).map_err(internal("the VM"))?;
     let guests = scenario.threads.iter().filter(|t| t.ops.iter().any(|o| matches!(o, Op::Guest(_)))).count();
@@ -130,7 +150,7 @@ pub fn run(scenario: &Scenario, control: &Control, judge: Option<Arc<Judge>>) ->
         regions: OnceLock::new(),
         collected: std::sync::Mutex::default(),
     };
-    let result = shared.prepare().and_then(|()| shared.all_threads());
+    let result = P::quiet(|| shared.prepare()).and_then(|()| shared.all_threads());
     let queue = vm.mmu().design().queue_ns();
     if let Some(judge) = &judge {
         // A worker may still be at the roots that were lost last: their pages go to RCU after the barrier that the judge waits for.
@@ -155,6 +175,8 @@ pub fn run(scenario: &Scenario, control: &Control, judge: Option<Arc<Judge>>) ->
         Who::Other(n) => (2, n),
     });
     Ok(Outcome {
+        to_ns: P::ticks_to_ns,
+        by_count: vm.mmu().pool().by_count().map(|uniform| uniform.stats()),
         pays: scenario.pays,
         expected: scenario.sptes,
         t0: shared.window.t0.load(Ordering::Acquire),
@@ -194,7 +216,7 @@ pub fn run(scenario: &Scenario, control: &Control, judge: Option<Arc<Judge>>) ->
     })
 }
 
-impl Shared<'_> {
+impl<P: Platform> Shared<'_, P> {
     fn stopped(&self) -> bool {
         self.abort.load(Ordering::Relaxed) || self.control.cancelled()
     }
@@ -228,43 +250,30 @@ impl Shared<'_> {
     }
 
     fn all_threads(&self) -> Result<(), LabError> {
-        let results: Vec<Result<(), LabError>> = std::thread::scope(|scope| {
-            let handles: Vec<_> = self
-                .scenario
-                .threads
-                .iter()
-                .map(|thread| {
-                    let name = match thread.who {
-                        Who::Vcpu(id) => format!("vcpu-{id}"),
-                        Who::Caller => "vmm".to_owned(),
-                        Who::Other(n) => format!("other-{n}"),
-                    };
-                    let handle =
-                        std::thread::Builder::new().name(name.clone()).spawn_scoped(scope, move || {
-                            let done = match thread.who {
-                                Who::Vcpu(id) => self.vcpu_thread(&name, id, &thread.ops),
-                                who => self.vmm_thread(&name, who, &thread.ops),
-                            };
-                            if done.is_err() {
-                                self.abort.store(true, Ordering::Relaxed);
-                            }
-                            done
-                        });
-                    if handle.is_err() {
-                        self.abort.store(true, Ordering::Relaxed);
-                    }
-                    handle
-                })
-                .collect();
-            handles
-                .into_iter()
-                .map(|handle| match handle {
-                    Ok(handle) => {
-                        handle.join().unwrap_or_else(|_| Err(LabError::Internal("a thread panicked".into())))
-                    }
-                    Err(error) => Err(LabError::Internal(format!("the host refused a thread: {error}"))),
-                })
-                .collect()
+        let jobs = self.scenario.threads.iter().map(|thread| {
+            let name = match thread.who {
+                Who::Vcpu(id) => format!("vcpu-{id}"),
+                Who::Caller => "vmm".to_owned(),
+                Who::Other(n) => format!("other-{n}"),
+            };
+            let own = name.clone();
+            let job = move || {
+                let done = match thread.who {
+                    Who::Vcpu(id) => self.vcpu_thread(&own, id, &thread.ops),
+                    who => self.vmm_thread(&own, who, &thread.ops),
+                };
+                if done.is_err() {
+                    self.abort.store(true, Ordering::Relaxed);
+                }
+                done
+            };
+            (name, job)
+        });
+        let refused = || self.abort.store(true, Ordering::Relaxed);
+        let results = scoped::all::<P, _>(jobs.collect(), refused).into_iter().map(|end| match end {
+            Ok(Ok(done)) => done,
+            Ok(Err(_)) => Err(LabError::Internal("a thread panicked".into())),
+            Err(error) => Err(LabError::Internal(format!("the host refused a thread: {error}"))),
         });
         // An error explains more than the cancellations that it caused elsewhere.
         let mut cancelled = None;
@@ -292,7 +301,8 @@ impl Shared<'_> {
             op_cpu_ns: paid.cpu_ns,
             switched_out: paid.switched_out,
             felt,
-            cpu: current_cpu(),
+            // Of the host's CPUs: a machine of virtual time has its own.
+            cpu: if P::NAME == Real::NAME { current_cpu() } else { None },
             run_delay_ns: paid.run_delay_ns,
             request: paid.request.take(),
         };

@@ -11,7 +11,7 @@ use tdpmmu_spte::{KernelProfile, Ownership, Passes};
 use tdpmmu_vm::slots::Region;
 use tdpmmu_vm::{AdMix, BulkOptions, MAX_HOST_PAGES, Progress, SlotFlags, VmConfig};
 
-use super::{P, Shared, internal, lock};
+use super::{Shared, internal, lock};
 use crate::LabError;
 use crate::scenario::{Ad, By, Populate, VmSpec};
 
@@ -88,7 +88,7 @@ pub(super) struct Regions {
     pub(super) other: Region,
 }
 
-impl Shared<'_> {
+impl<P: Platform> Shared<'_, P> {
     /// First gfn of one of several places far from the guest's memory.
     fn place(&self, n: u64) -> u64 {
         let (middle, away) = (max_gfn(4, 48) / 2, n * 2 * EXTRA_PAGES);
@@ -175,7 +175,7 @@ impl Shared<'_> {
                             Ad::Accessed => AdMix::Clean,
                             Ad::Dirty => AdMix::Dirty,
                         };
-                        let options = BulkOptions { level: spec.level, ad, threads: 0 };
+                        let options = BulkOptions { level: spec.level, ad, threads: usize::from(!P::BULK) };
                         self.vm.populate_bulk(&mut vcpu, 0..pages, &options, &progress)
                     }),
                     By::Faults => {

@@ -9,7 +9,7 @@ use tdpmmu_spte::geometry::span;
 use tdpmmu_spte::{Ownership, Role};
 use tdpmmu_vm::{AccessOutcome, GuestAccess, Vcpu};
 
-use super::{Account, NAP_NS, P, Paid, Shared, internal, lock, setup::task_config};
+use super::{Account, NAP_NS, Paid, Shared, internal, lock, setup::task_config, sleep};
 use crate::LabError;
 use crate::guest::{self, Felt, GuestPlan, WorkingSet};
 use crate::scenario::{Drop, Flag, Mark, Op, Sharing, Who};
@@ -23,12 +23,12 @@ struct Drops {
 }
 
 /// A task's ticks by phase until `end`, since it had spent `before`.
-fn since(task: &Task<P>, end: u64, before: &[u64; Phase::ALL.len()]) -> [u64; Phase::ALL.len()] {
+fn since<P: Platform>(task: &Task<P>, end: u64, before: &[u64; Phase::ALL.len()]) -> [u64; Phase::ALL.len()] {
     let now = task.meter().phase_ticks(end);
     std::array::from_fn(|phase| now[phase] - before[phase])
 }
 
-impl Shared<'_> {
+impl<P: Platform> Shared<'_, P> {
     pub(super) fn vcpu_thread(&self, name: &str, id: usize, ops: &[Op]) -> Result<(), LabError> {
         let cpus = &self.scenario.vm.vcpu_cpus;
         if !cpus.is_empty() {
@@ -121,7 +121,7 @@ impl Shared<'_> {
                 }
                 self.raise(Flag::WarmedUp);
                 if let Some(meanwhile) = &mut account.meanwhile {
-                    meanwhile.awake();
+                    meanwhile.awake::<P>();
                 }
                 let until = code.until;
                 let stop = || self.raised(until) > 0 || self.stopped();
@@ -153,7 +153,7 @@ impl Shared<'_> {
                 all.refaults.0 += touched.faults + felt.faults_after;
                 all.refaults.1 = all.refaults.1.max(self.since_t0(last));
             }
-            Op::SleepMs(ms) => std::thread::sleep(Duration::from_millis(ms)),
+            Op::SleepMs(ms) => sleep::<P>(Duration::from_millis(ms)),
             Op::Raise(flag) => self.raise(flag),
             Op::Await { flag, count } => self.wait_for(flag, count)?,
             _ => return Err(LabError::Usage(format!("{op:?} is for a thread of the VMM"))),
@@ -215,7 +215,7 @@ impl Shared<'_> {
             if big {
                 paid.add(begin, end, &since(vcpu.task(), end, &before));
                 paid.cpu_ns += P::thread_cpu_ns() - cpu;
-                paid.delayed(delayed);
+                paid.delayed::<P>(delayed);
                 paid.meter = Some(vcpu.task().meter().take());
             }
             histogram.record(P::ticks_to_ns(end - begin));
@@ -262,7 +262,7 @@ impl Shared<'_> {
             }
             self.mark(Mark::Replace, end - begin);
         }
-        paid.delayed(delayed);
+        paid.delayed::<P>(delayed);
         paid.cpu_ns += P::thread_cpu_ns() - cpu;
         paid.meter = Some(vcpu.task().meter().take());
         vcpu.leave();

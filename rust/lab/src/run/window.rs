@@ -8,7 +8,7 @@ use tdpmmu_platform::{Histogram, MeterSnapshot, Phase, Platform, RcuDomain, Role
 use tdpmmu_spte::Ownership;
 use tdpmmu_vm::{CloseReport, FastZapTimes};
 
-use super::{P, Shared, internal, lock};
+use super::{Shared, internal, lock};
 use crate::LabError;
 use crate::outcome::{LastState, ThreadReport};
 use crate::scenario::Mark;
@@ -53,16 +53,16 @@ pub(super) struct Base {
     pub(super) dirtied: u64,
 }
 
-impl Shared<'_> {
+impl<P: Platform> Shared<'_, P> {
     /// Counts everything and notes the counters: just before t0.
     pub(super) fn open_window(&self, task: &Task<P>, root: Option<u32>) {
         let mmu = self.vm.mmu();
         // What workers did so far belongs to nobody's window.
         drop(mmu.design().take_worker_reports());
-        let counts = match root {
+        let counts = P::quiet(|| match root {
             Some(root) => mmu.count(task, root),
             None => mmu.count_all(task),
-        };
+        });
         // Nor does what was recorded so far, and what waits for a grace period from before.
         mmu.rcu().barrier();
         drop(mmu.rcu().timeline().map(|timeline| timeline.take()));
@@ -99,6 +99,13 @@ impl Shared<'_> {
         all.workers = reports.into_iter().map(|r| (r.meter, r.cpu_ns)).collect();
         drop(all);
         self.seal();
+        P::quiet(|| self.look_at_the_rest(task));
+        self.control.report("torn down", 1.0);
+    }
+
+    /// What is left when everything is torn down.
+    fn look_at_the_rest(&self, task: &Task<P>) {
+        let mmu = self.vm.mmu();
         let mut all = lock(&self.collected);
         let _rcu = task.rcu_read();
         all.tables_after = mmu.linked_tables().max(0) as u64 + mmu.listed_roots().count() as u64;
@@ -112,7 +119,6 @@ impl Shared<'_> {
             all.dropped.filter(|root| mmu.listed_roots().any(|r| r == *root) && !mmu.is_obsolete(*root));
         let owned = mmu.ownership() == Ownership::Mmu;
         all.retained = kept.filter(|_| owned).map_or(0, |root| mmu.count(task, root).all_tables());
-        self.control.report("torn down", 1.0);
     }
 
     /// The RCU thread's times from t0 to now, the end of the window.
@@ -151,14 +157,16 @@ impl Shared<'_> {
         } else if complete {
             mmu.design().quiesce();
             mmu.rcu().barrier();
-            let mut state = LastState::default();
-            for root in mmu.valid_roots(&task) {
-                let counts = mmu.count(&task, root);
-                state.roots += 1;
-                state.sptes += counts.sptes();
-                state.tables += counts.all_tables();
-            }
-            last = Some(state);
+            last = Some(P::quiet(|| {
+                let mut state = LastState::default();
+                for root in mmu.valid_roots(&task) {
+                    let counts = mmu.count(&task, root);
+                    state.roots += 1;
+                    state.sptes += counts.sptes();
+                    state.tables += counts.all_tables();
+                }
+                state
+            }));
         }
         let report = self.vm.close().map_err(internal("closing the VM"))?;
         if measured {
