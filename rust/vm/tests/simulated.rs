@@ -6,11 +6,14 @@ use std::sync::Arc;
 
 use tdpmmu_mmu::DESIGNS;
 use tdpmmu_platform::sim::{self, End, Memory, Run, SimConfig, Strategy};
-use tdpmmu_platform::{Platform, Role as TaskRole, Sim};
+use tdpmmu_platform::{Platform, Role as TaskRole, Sim, Site};
 use tdpmmu_spte::KernelProfile;
-use tdpmmu_vm::{GuestAccess, Vm, VmConfig, VmError};
+use tdpmmu_vm::{DirtyMode, GuestAccess, Region, SlotFlags, Vm, VmConfig, VmError};
 
 const GIG: u64 = 512 * 512;
+
+type Body = fn(&Vm<Sim>);
+type Threads = &'static [(&'static str, Body)];
 
 fn config(profile: &str, design: &str) -> VmConfig {
     VmConfig {
@@ -37,7 +40,7 @@ fn sim_config(seed: u64) -> SimConfig {
 }
 
 /// Runs `threads` on a VM with a slot of 1024 pages at gfn 0, then closes it; what went wrong is a violation of the run.
-fn run(config: VmConfig, sim_config: SimConfig, threads: Vec<(&'static str, fn(&Vm<Sim>))>) -> Run {
+fn run(config: VmConfig, sim_config: SimConfig, threads: Vec<(&'static str, Body)>) -> Run {
     sim::run(
         sim_config,
         Box::new(move || {
@@ -129,7 +132,7 @@ fn every_sound_design_survives_random_schedules_of_faults_a_deletion_and_the_hos
     for design in DESIGNS.iter().filter(|design| !design.flawed) {
         for seed in 0..300 {
             let config = config(profile_of(design.name), design.name);
-            let threads: Vec<(&'static str, fn(&Vm<Sim>))> =
+            let threads: Vec<(&'static str, Body)> =
                 vec![("writer", writer), ("reader", reader), ("deleter", deleter), ("host", host)];
             let run = run(config, sim_config(seed), threads);
             assert_fine(&run, &format!("{} seed {seed}", design.name));
@@ -137,10 +140,135 @@ fn every_sound_design_survives_random_schedules_of_faults_a_deletion_and_the_hos
     }
 }
 
+/// Turns logging on, collects, clears, and turns it off again.
+fn logger(vm: &Vm<Sim>) {
+    let task = vm.task("logger", TaskRole::Caller);
+    let slot = vm.slots().by_id(0, 0).cloned().expect("nobody deletes it");
+    let region = |log_dirty| Region {
+        id: 0,
+        as_id: 0,
+        base: slot.base,
+        pages: slot.pages,
+        hva: slot.hva,
+        flags: SlotFlags { log_dirty, readonly: false },
+    };
+    vm.set_memslot(&task, &region(true)).expect("the same slot");
+    vm.get_dirty_log(&task, 0, 0).expect("it logs");
+    vm.clear_dirty_log(&task, 0, 0, 0, 64, &[3]).expect("inside");
+    vm.set_memslot(&task, &region(false)).expect("the same slot");
+}
+
+fn fetcher(vm: &Vm<Sim>) {
+    let mut vcpu = vm.vcpu(1).expect("free");
+    for gfn in [513, 1, 513] {
+        vcpu.access(GuestAccess::fetch(gfn)).expect("memory");
+        vcpu.access(GuestAccess::write(gfn)).expect("memory");
+    }
+    vcpu.leave();
+}
+
+fn toggler(vm: &Vm<Sim>) {
+    let task = vm.task("toggler", TaskRole::Caller);
+    vm.set_nx_huge_pages(&task, true).expect("open");
+    vm.recover_nx(&task, 1).expect("open");
+    vm.set_nx_huge_pages(&task, false).expect("open");
+    vm.recover_nx(&task, 1).expect("open");
+}
+
+fn ager(vm: &Vm<Sim>) {
+    let task = vm.task("ager", TaskRole::Caller);
+    vm.age_gfns(&task, 0..2).expect("memory");
+    vm.write_protect_gfn(&task, 0, 1).expect("memory");
+    vm.zap_gfn_range(&task, 0..2).expect("a range");
+    vm.promote_gfns(&task, 0..1024, 2).expect("memory");
+}
+
+fn smi(vm: &Vm<Sim>) {
+    let mut vcpu = vm.vcpu(1).expect("free");
+    vcpu.access(GuestAccess::write(1)).expect("memory");
+    vcpu.enter_smm();
+    vcpu.access(GuestAccess::write(1)).expect("emulated: no memory there");
+    vcpu.exit_smm();
+    vcpu.access(GuestAccess::read(1)).expect("memory");
+    vcpu.leave();
+}
+
+/// Closes while others are still at it: they end, or are told.
+fn closer(vm: &Vm<Sim>) {
+    vm.release_user();
+    while let Err(VmError::Busy { .. }) = vm.close() {
+        Sim::yield_cpu(Site::Users);
+    }
+}
+
+fn hasty(vm: &Vm<Sim>) {
+    let Ok(mut vcpu) = vm.vcpu(0) else { return };
+    for gfn in [0, 512] {
+        if vcpu.access(GuestAccess::write(gfn)).is_err() {
+            return;
+        }
+    }
+    vcpu.drop_root().expect("a page for a root");
+}
+
+fn gone_or(vm: &Vm<Sim>) {
+    let task = vm.task("late", TaskRole::Caller);
+    ignore_gone(vm.fast_zap(&task));
+    ignore_gone(vm.age_gfns(&task, 0..2).map_err(|error| match error {
+        VmError::BadRange { .. } => VmError::Closed,
+        other => other,
+    }));
+}
+
+/// Every kernel that has no known defect in what these threads do.
+const KERNELS: [&str; 6] = ["5.18", "6.1-async", "6.1", "6.9", "6.12", "7.2"];
+
+#[test]
+fn every_kernel_survives_logging_the_nx_mitigation_aging_smm_and_a_close_among_them() {
+    let scenes: [Threads; 5] = [
+        &[("writer", writer), ("logger", logger), ("reader", reader)],
+        &[("writer", writer), ("fetcher", fetcher), ("toggler", toggler)],
+        &[("writer", writer), ("reader", reader), ("ager", ager)],
+        &[("writer", writer), ("smi", smi), ("zapper", zapper)],
+        &[("hasty", hasty), ("late", gone_or), ("closer", closer)],
+    ];
+    for kernel in KERNELS {
+        for (n, threads) in scenes.iter().enumerate() {
+            for seed in 0..60 {
+                let profile = KernelProfile::named(kernel).expect("known");
+                let mut config = config(kernel, profile.design);
+                config.nx_huge_pages = seed % 3 == 0;
+                config.dirty_mode = if seed % 5 == 0 { DirtyMode::DBits } else { DirtyMode::WriteProtect };
+                let run = run(config, sim_config(seed), threads.to_vec());
+                assert_fine(&run, &format!("{kernel} scene {n} seed {seed}"));
+            }
+        }
+    }
+}
+
+fn dropper(vm: &Vm<Sim>) {
+    let mut vcpu = vm.vcpu(0).expect("free");
+    for _ in 0..2 {
+        vcpu.access(GuestAccess::write(0)).expect("memory");
+        vcpu.drop_root().expect("a page for a root");
+    }
+    vcpu.leave();
+}
+
+#[test]
+fn the_flawed_design_of_2022_is_found_out_by_the_engine_itself() {
+    let found = (0..2000).find(|&seed| {
+        let threads: Vec<(&'static str, Body)> = vec![("dropper", dropper), ("zapper", zapper)];
+        let run = run(config("6.1-async", "system-workqueue"), sim_config(seed), threads);
+        run.violations.iter().any(|violation| violation.what.contains("nobody held"))
+    });
+    assert!(found.is_some(), "the reference that nobody gave was never put");
+}
+
 #[test]
 fn the_same_seed_makes_the_same_run_and_its_schedule_replays() {
     let once = |strategy| {
-        let threads: Vec<(&'static str, fn(&Vm<Sim>))> =
+        let threads: Vec<(&'static str, Body)> =
             vec![("writer", writer), ("reader", reader), ("zapper", zapper), ("host", host)];
         run(config("6.1-async", "async-worker"), SimConfig { strategy, ..sim_config(1) }, threads)
     };
