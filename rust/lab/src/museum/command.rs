@@ -26,7 +26,7 @@ struct Request {
 
 impl Default for Request {
     fn default() -> Self {
-        let Budget { seed, seeds, schedules, story } = Budget::default();
+        let Budget { seed, seeds, schedules, story, .. } = Budget::default();
         Self { ids: Vec::new(), seeds, schedules, seed, jobs: 0, story }
     }
 }
@@ -74,7 +74,7 @@ pub fn command(config_json: &str, control: &Control) -> Result<String, LabError>
         [] => entries(),
         ids => ids.iter().map(|id| named(id)).collect::<Result<_, _>>()?,
     };
-    let budget = Budget { seed, seeds, schedules, story };
+    let budget = Budget { seed, seeds, schedules, story, clean: None };
     let pool = rayon::ThreadPoolBuilder::new()
         .num_threads(jobs)
         .build()

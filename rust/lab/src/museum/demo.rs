@@ -25,13 +25,15 @@ pub struct Budget {
     pub seeds: u32,
     /// Schedules a seed; `None`: as many as the exhibit asks for.
     pub schedules: Option<u64>,
+    /// Schedules a seed with the bug off; `None`: as many as with it on.
+    pub clean: Option<u64>,
     /// The first seed's failure is minimised and told as a story.
     pub story: bool,
 }
 
 impl Default for Budget {
     fn default() -> Self {
-        Self { seed: 1, seeds: 5, schedules: None, story: false }
+        Self { seed: 1, seeds: 5, schedules: None, clean: None, story: false }
     }
 }
 
@@ -161,7 +163,8 @@ impl Demo {
         if let Some(failure) = found.failure.filter(|_| first) {
             self.took(seed, failure);
         }
-        let clean = search(program, None, &quick, control)?;
+        let clean = Search { schedules: budget.clean.unwrap_or(quick.schedules), ..quick };
+        let clean = search(program, None, &clean, control)?;
         self.schedules_clean += clean.schedules;
         if let Some(failure) = clean.failure {
             self.false_alarm = true;
@@ -180,7 +183,7 @@ impl Demo {
         self.what = Some(failure.finding.what);
         self.preemptions = Some(failure.preemptions);
         self.schedule = Some(failure.seed);
-        self.story = failure.story.map(|story| story.to_string());
+        self.story = failure.story.map(|story| story.text);
     }
 
     fn measured(

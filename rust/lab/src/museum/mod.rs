@@ -24,6 +24,8 @@
 
 mod canaries;
 mod card;
+mod command;
+mod demo;
 mod designs;
 mod dirty;
 mod early;
@@ -33,6 +35,8 @@ mod mutation;
 mod roots;
 
 pub use card::{Card, cards};
+pub use command::{command, list_json, show};
+pub use demo::{Budget, Demo, Museum, demo, demo_all, demo_of};
 pub use entry::{Catcher, Class, Entry, Found, Hints, Show};
 pub use mutation::{Mutation, mutation};
 
