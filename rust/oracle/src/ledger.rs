@@ -27,7 +27,9 @@ use tdpmmu_spte::{Role, Spte};
 
 use crate::chain::{Chain, Edge};
 use crate::model::{Key, ReferenceModel};
-use crate::rule::{OWNERS, Rule, Rules, Verdict, slot};
+use crate::rule::{OWNERS, Rule, slot};
+use crate::rules::Rules;
+use crate::verdict::Verdict;
 
 #[derive(Clone, Debug)]
 struct Root {
@@ -35,6 +37,8 @@ struct Root {
     count: Chain,
     owners: [i64; OWNERS.len()],
     valid: bool,
+    /// Its count was told as zero, and nobody has re-armed it: no vCPU can have it.
+    lost: bool,
     scheduled: u32,
     zapping: u32,
     zapped: u32,
@@ -127,6 +131,10 @@ impl RootLedger {
                 if Spte(old).is_present() && !Spte(new).is_present() {
                     self.before.remove(&Key { as_id, root, gfn, level });
                 }
+                if !self.live.contains_key(&root) && self.rules.in_true_order() {
+                    let what = format!("an entry below {root} changed, which is no live root");
+                    verdict.broken(Rule::UnknownRoot, Some(root), Some(gfn), what);
+                }
                 let created = !Spte(old).is_present() && Spte(new).is_present();
                 if created && self.live.get(&root).is_some_and(|r| !r.valid) {
                     verdict.broken(
@@ -173,6 +181,7 @@ impl RootLedger {
             count: Chain::new(u64::from(refs)),
             owners,
             valid: true,
+            lost: false,
             scheduled: 0,
             zapping: 0,
             zapped: 0,
@@ -195,6 +204,7 @@ impl RootLedger {
             verdict.broken(Rule::Resurrected, Some(root), None, what);
         }
         r.owners[slot(owner)] += 1;
+        r.lost = false;
         r.step(refs.wrapping_sub(1), refs);
     }
 
@@ -224,6 +234,7 @@ impl RootLedger {
             verdict.broken(Rule::PutByNonOwner, Some(root), None, what);
         }
         r.owners[slot(owner)] -= 1;
+        r.lost |= after == 0;
         r.step(before, after);
     }
 
@@ -321,6 +332,16 @@ impl RootLedger {
     fn held_after(&self, root: &Root) -> bool {
         let holds = |owner: Owner| root.owners[slot(owner)] > 0;
         holds(Owner::Gift) || holds(Owner::Mmu) || holds(Owner::Work) && !self.rules.design.zapper_outlives
+    }
+
+    /// May a vCPU use translations of that root: is it known, valid, and held?
+    pub fn in_use(&self, root: u32) -> bool {
+        self.live.get(&root).is_some_and(|r| r.valid && !r.lost)
+    }
+
+    /// Is that root known and valid?
+    pub fn is_valid(&self, root: u32) -> bool {
+        self.live.get(&root).is_some_and(|r| r.valid)
     }
 
     /// Live roots: (page, address space, valid).

@@ -25,19 +25,42 @@
 
 #![warn(missing_docs)]
 
+mod against;
+mod caches;
 mod chain;
+mod dirty;
+mod flush;
+mod history;
 mod judge;
 mod ledger;
+mod lists;
+mod locks;
 mod model;
+mod notifier;
 mod pool;
+mod progress;
+mod rcu;
 mod rule;
+mod rules;
 mod sequential;
 mod tree;
+mod verdict;
 
-pub use judge::Judge;
+pub use caches::Caches;
+pub use dirty::{DirtyBook, PendingWrite};
+pub use flush::FlushLedger;
+pub use history::{Answer, Call, Counterexample, History, Operation};
+pub use judge::{Judge, OnViolation};
 pub use ledger::RootLedger;
+pub use lists::Lists;
+pub use locks::Locks;
 pub use model::{Key, ReferenceModel};
+pub use notifier::Notifier;
 pub use pool::{CountingPool, Leak};
-pub use rule::{Rule, Rules, Verdict, Violation};
+pub use progress::Progress;
+pub use rcu::Sections;
+pub use rule::{Rule, RuleSet};
+pub use rules::{Check, Order, Rules};
 pub use sequential::{Node, Sequential};
 pub use tree::{SeenTable, Tree};
+pub use verdict::{Verdict, Violation};

@@ -19,7 +19,9 @@ use tdpmmu_spte::geometry::{ENTRIES, MAX_LEVEL, round_down, span};
 use tdpmmu_spte::{Format, Spte};
 
 use crate::chain::{Chain, Edge};
-use crate::rule::{Rule, Rules, Verdict};
+use crate::rule::Rule;
+use crate::rules::Rules;
+use crate::verdict::Verdict;
 
 /// Where an entry is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -32,6 +34,13 @@ pub struct Key {
     pub gfn: u64,
     /// Level of the entry, 1..=5.
     pub level: u8,
+}
+
+impl Key {
+    /// Is `gfn` below this entry?
+    pub fn covers(&self, gfn: u64) -> bool {
+        (self.gfn..self.gfn + span(self.level)).contains(&gfn)
+    }
 }
 
 /// Empty and frozen alike.
@@ -86,6 +95,43 @@ fn split_children(rules: &Rules, key: Key, edge: Edge, work: &mut Vec<(Key, Edge
     }
 }
 
+/// Is the change legal, whatever was there before?
+pub(crate) fn judge_change(rules: &Rules, key: Key, old: Spte, new: Spte, verdict: &mut Verdict) {
+    let format = &rules.format;
+    let mut broken = |rule, what: String| verdict.broken(rule, Some(key.root), Some(key.gfn), what);
+    if !(1..=MAX_LEVEL).contains(&key.level) || round_down(key.gfn, key.level) != key.gfn {
+        broken(Rule::MalformedSpte, format!("gfn {:#x} is not aligned to level {}", key.gfn, key.level));
+        return;
+    }
+    if format.is_frozen(old) {
+        broken(Rule::FrozenChanged, format!("a frozen entry became {:#x}", new.raw()));
+    }
+    let (was_leaf, is_leaf) = (old.is_leaf(key.level), new.is_leaf(key.level));
+    if was_leaf && is_leaf && old.pfn() != new.pfn() {
+        broken(
+            Rule::LeafMoved,
+            format!("a present leaf went from frame {:#x} to {:#x}", old.pfn(), new.pfn()),
+        );
+    }
+    if is_leaf && let Err(state) = format.write_state(new) {
+        broken(Rule::MalformedSpte, format!("{:#x}: {state:?}", new.raw()));
+    }
+    if is_leaf && !new.pfn().is_multiple_of(span(key.level)) {
+        broken(Rule::MalformedSpte, format!("frame {:#x} is not aligned to level {}", new.pfn(), key.level));
+    }
+    // Hardware sets Accessed in entries of every level.
+    let bare = |spte: Spte| spte.raw() & !format.accessed;
+    let full = |off: bool| bare(format.table(new.pfn(), off));
+    if new.is_table(key.level) && ![full(false), full(true)].contains(&bare(new)) {
+        let what = format!("{:#x} at level {} links a table and denies something", new.raw(), key.level);
+        broken(Rule::TableProtected, what);
+    }
+    let reason = format.is_mmio(old) || format.is_mmio(new) || format.is_frozen(new);
+    if !old.is_present() && !new.is_present() && !reason {
+        broken(Rule::IdleChange, format!("{:#x} became {:#x}", old.raw(), new.raw()));
+    }
+}
+
 impl ReferenceModel {
     /// An empty model.
     pub fn new(rules: Rules) -> Self {
@@ -102,45 +148,12 @@ impl ReferenceModel {
         match *event {
             Event::SpteChanged { as_id, root, gfn, level, old, new, shared } => {
                 let key = Key { as_id, root, gfn, level };
-                self.judge_change(key, Spte(old), Spte(new), verdict);
+                judge_change(&self.rules, key, Spte(old), Spte(new), verdict);
                 self.push(key, Edge { from: self.normal(old), to: self.normal(new), shared });
             }
             // Every change below a root is told before its reporter gives its own reference up, so all are here.
             Event::RootFree { root } => self.forget(root, verdict),
             _ => {}
-        }
-    }
-
-    /// Is the change legal, whatever was there before?
-    fn judge_change(&self, key: Key, old: Spte, new: Spte, verdict: &mut Verdict) {
-        let format = &self.rules.format;
-        let mut broken = |rule, what: String| verdict.broken(rule, Some(key.root), Some(key.gfn), what);
-        if !(1..=MAX_LEVEL).contains(&key.level) || round_down(key.gfn, key.level) != key.gfn {
-            broken(Rule::MalformedSpte, format!("gfn {:#x} is not aligned to level {}", key.gfn, key.level));
-            return;
-        }
-        if format.is_frozen(old) {
-            broken(Rule::FrozenChanged, format!("a frozen entry became {:#x}", new.raw()));
-        }
-        let (was_leaf, is_leaf) = (old.is_leaf(key.level), new.is_leaf(key.level));
-        if was_leaf && is_leaf && old.pfn() != new.pfn() {
-            broken(
-                Rule::LeafMoved,
-                format!("a present leaf went from frame {:#x} to {:#x}", old.pfn(), new.pfn()),
-            );
-        }
-        if is_leaf && let Err(state) = format.write_state(new) {
-            broken(Rule::MalformedSpte, format!("{:#x}: {state:?}", new.raw()));
-        }
-        if is_leaf && !new.pfn().is_multiple_of(span(key.level)) {
-            broken(
-                Rule::MalformedSpte,
-                format!("frame {:#x} is not aligned to level {}", new.pfn(), key.level),
-            );
-        }
-        let reason = format.is_mmio(old) || format.is_mmio(new) || format.is_frozen(new);
-        if !old.is_present() && !new.is_present() && !reason {
-            broken(Rule::IdleChange, format!("{:#x} became {:#x}", old.raw(), new.raw()));
         }
     }
 
@@ -294,6 +307,12 @@ impl ReferenceModel {
     /// All reports are in (mmu_lock is held exclusively): puts the rest in order.
     pub fn settle_all(&mut self, verdict: &mut Verdict) {
         self.settle_where(|_| true, verdict);
+    }
+
+    /// The present leaves that are certain by now.
+    pub(crate) fn leaves(&self) -> impl Iterator<Item = (&Key, Spte)> {
+        let certain = self.cells.iter().filter(|(_, chain)| chain.is_whole());
+        certain.map(|(key, chain)| (key, Spte(chain.at()))).filter(|(key, spte)| spte.is_leaf(key.level))
     }
 
     /// The entries that should be there, in order.

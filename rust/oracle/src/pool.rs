@@ -19,8 +19,9 @@ use std::collections::BTreeMap;
 
 use tdpmmu_platform::Event;
 
-use crate::rule::{Rule, Verdict};
+use crate::rule::Rule;
 use crate::tree::SeenTable;
+use crate::verdict::Verdict;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {

@@ -8,7 +8,8 @@ use tdpmmu_spte::geometry::span;
 use tdpmmu_spte::{Role, Spte};
 
 use crate::model::Key;
-use crate::rule::{Rule, Verdict};
+use crate::rule::Rule;
+use crate::verdict::Verdict;
 
 /// A table that was reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -137,9 +137,9 @@ fn protection_takes_w_and_leaves_the_rest_and_the_fast_fault_gives_it_back() {
             assert_eq!(cpu.fast_fault(50, true), FastOutcome::Spurious);
             // By mask: what has no W, and what is no 4 KiB leaf, is left alone.
             let mut guard = world.mmu.lock.write(&task);
-            assert_eq!(world.mmu.write_protect_masked(&mut guard, 0, 640, 1 << 10 | 1 << 11), 1);
-            assert_eq!(world.mmu.write_protect_masked(&mut guard, 0, 5000, u64::MAX), 0);
-            assert_eq!(world.mmu.write_protect_masked(&mut guard, 1, 0, u64::MAX), 0);
+            assert_eq!(world.mmu.clear_dirty_masked(&mut guard, 0, 640, 1 << 10 | 1 << 11, true), 1);
+            assert_eq!(world.mmu.clear_dirty_masked(&mut guard, 0, 5000, u64::MAX, true), 0);
+            assert_eq!(world.mmu.clear_dirty_masked(&mut guard, 1, 0, u64::MAX, true), 0);
             drop(guard);
             assert_eq!(leaves(&world, root)[650].2, format.without_write(before[650].2));
             world.check(&task, "after all");
@@ -240,7 +240,7 @@ fn race(setup: &Setup) -> World {
                 world.mmu.write_protect(&task, 0, dice.roll(span(2))..pages, 1 + dice.roll(2) as u8);
                 drop(held);
                 let mut guard = world.mmu.lock.write(&task);
-                world.mmu.write_protect_masked(&mut guard, 0, dice.roll(pages / 64) * 64, dice.0);
+                world.mmu.clear_dirty_masked(&mut guard, 0, dice.roll(pages / 64) * 64, dice.0, true);
                 if dice.roll(4) == 0 {
                     world.judge.check_locked(&world.mmu, &guard);
                 }

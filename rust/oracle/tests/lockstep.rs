@@ -192,7 +192,7 @@ impl Lockstep {
             Op::Mask { as_id, gfn, mask } => {
                 let base = gfn / 64 * 64;
                 let mut guard = self.world.mmu.lock.write(&self.task);
-                let got = self.world.mmu.write_protect_masked(&mut guard, as_id, base, mask);
+                let got = self.world.mmu.clear_dirty_masked(&mut guard, as_id, base, mask, true);
                 assert_eq!(got, self.model.write_protect_masked(as_id, base, mask), "{op:?}");
             }
             Op::FastZap => {
