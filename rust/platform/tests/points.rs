@@ -1,5 +1,5 @@
-//! Schedule points compile to nothing on the real platform: the machine code of a function that is full of them is
-//! that of the same function without.
+//! Schedule points, the museum's bugs, faults and the schedule's yields compile to nothing on the real platform: the machine code of a function
+//! that is full of them is that of the same function without.
 #![cfg(target_arch = "x86_64")]
 
 use std::{
@@ -7,20 +7,33 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
-use tdpmmu_platform::{Platform, Real, Site};
+use tdpmmu_platform::{Bug, Fault, Platform, Real, Site};
 
 // The attribute only fixes the name by which the test finds the code.
 #[inline(never)]
 #[unsafe(no_mangle)]
 extern "C" fn tdpmmu_test_with_points(cell: &AtomicU64) -> u64 {
     Real::point(Site::LockAcquire);
-    let old = Real::load(cell, Site::SpteRead);
+    let mut old = Real::load(cell, Site::SpteRead);
+    if Real::bug(Bug::B01) {
+        old |= black_box(8);
+    }
     Real::point(Site::RcuEnter);
+    Real::locked(Site::RootRef);
+    if Real::asked_to_yield() || Real::abandoned() || Real::world() != 0 {
+        Real::yield_cpu(Site::LockYield);
+    }
     let seen = Real::swap(cell, old | 1, Site::SpteZap);
+    if Real::inject(Fault::Alloc, Site::TableAlloc) || Real::inject_for(Fault::FlushDelay, Site::TlbFlush) > 3
+    {
+        return black_box(99);
+    }
+    Real::violation("rule", "what");
     Real::point(Site::RcuLeave);
+    Real::settle(Site::Mutex);
     Real::store(cell, seen, Site::SpteInstall);
     Real::point(Site::LockRelease);
-    seen
+    if Real::SPINS { seen } else { black_box(0) }
 }
 
 // The attribute only fixes the name by which the test finds the code.
@@ -57,7 +70,7 @@ fn code<'a>(elf: &'a [u8], symbol: &str) -> (u64, &'a [u8]) {
 }
 
 #[test]
-fn points_leave_no_instruction_behind() {
+fn points_bugs_and_faults_leave_no_instruction_behind() {
     let cell = AtomicU64::new(4);
     assert_eq!(black_box(tdpmmu_test_with_points as extern "C" fn(&AtomicU64) -> u64)(&cell), 4);
     assert_eq!(black_box(tdpmmu_test_without_points as extern "C" fn(&AtomicU64) -> u64)(&cell), 4);
