@@ -1,7 +1,8 @@
 //! O-TLB, the ledger: what must be flushed before whom.
 //!
 //! **Guarantee.** A change that takes something from a translation (present -> not, W or D away, a table unlinked) under a root that vCPUs may use is an
-//! obligation of the task that made it. It is met by a flush that was asked for *after* the change, by anybody, covers its gfns, and has been delivered. It is due
+//! obligation of the task that made it. It is met by a flush that was asked for *after* the change, covers its gfns, and has been delivered. What removed something is paid by its own task: that
+//! another's flush came in between is luck, which no caller may count on. What only takes W or D may be paid by anybody. It is due
 //!
 //! | obligation | due before |
 //! | --- | --- |
@@ -116,7 +117,7 @@ impl FlushLedger {
             }
             Event::FlushEnd { start, end } => {
                 if let Some(begun) = self.open.get_mut(&task).and_then(Vec::pop) {
-                    self.flushed(&(start..end), begun);
+                    self.flushed(task, &(start..end), begun);
                 }
             }
             Event::Unlock { .. } => {
@@ -215,11 +216,12 @@ impl FlushLedger {
         self.debts.push(Debt { kind, as_id, root, gfns, by, at, flushes });
     }
 
-    /// A flush of `gfns` that was asked for at `begun` has been delivered.
-    fn flushed(&mut self, gfns: &Range<u64>, begun: u64) {
+    /// A flush of `gfns` that `task` asked for at `begun` has been delivered.
+    fn flushed(&mut self, task: u32, gfns: &Range<u64>, begun: u64) {
         let mut left = Vec::with_capacity(self.debts.len());
         for debt in self.debts.drain(..) {
-            if debt.at > begun || debt.gfns.end <= gfns.start || gfns.end <= debt.gfns.start {
+            let paid = debt.by == task || debt.kind == Kind::Taken;
+            if !paid || debt.at > begun || debt.gfns.end <= gfns.start || gfns.end <= debt.gfns.start {
                 left.push(debt);
                 continue;
             }

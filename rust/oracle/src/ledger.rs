@@ -136,7 +136,7 @@ impl RootLedger {
                     verdict.broken(Rule::UnknownRoot, Some(root), Some(gfn), what);
                 }
                 let created = !Spte(old).is_present() && Spte(new).is_present();
-                if created && self.live.get(&root).is_some_and(|r| !r.valid) {
+                if created && self.rules.checks_stale_root && self.live.get(&root).is_some_and(|r| !r.valid) {
                     verdict.broken(
                         Rule::CreatedUnderInvalid,
                         Some(root),
@@ -287,8 +287,10 @@ impl RootLedger {
             verdict.broken(Rule::FastZapOverlap, None, None, what);
             return;
         };
-        for (root, birth) in met {
-            let Some(r) = self.live.get(&root).filter(|r| r.birth == birth) else { continue };
+        for &(root, birth) in &met {
+            if self.live.get(&root).is_none_or(|r| r.birth != birth) {
+                continue;
+            }
             if self.rules.design.keeps_roots {
                 let mut left = self.before.iter().filter(|key| key.root == root);
                 if let Some(key) = left.next() {
@@ -314,6 +316,13 @@ impl RootLedger {
                     format!("the fast zap returned with {left} present entries{text}"),
                 );
             }
+        }
+        if self.rules.design.keeps_roots {
+            return;
+        }
+        // What is mapped is the worse of the two: references come second.
+        for (root, birth) in met {
+            let Some(r) = self.live.get(&root).filter(|r| r.birth == birth) else { continue };
             if r.valid {
                 let what = "the fast zap returned and the root is still valid".to_owned();
                 verdict.broken(Rule::FastZapLeft, Some(root), None, what);

@@ -47,6 +47,8 @@ pub struct Rules {
     pub zap_step: Option<u64>,
     /// The notifier's unmap visits invalid roots too (5.18 on; before, bug-history 13 is the kernel's own).
     pub unmaps_invalid: bool,
+    /// A fault asks whether its root has turned invalid (5.16 on; before, bug-history 11 is the kernel's own).
+    pub checks_stale_root: bool,
     /// Write protection of a gfn passes over what lacks W (up to 5.16: bug-history 17 is the kernel's own).
     pub protects_by_w: bool,
     /// Write protection of a gfn visits invalid roots too.
@@ -86,6 +88,7 @@ impl Rules {
             silenced: RuleSet::default(),
             zap_step: None,
             unmaps_invalid: profile.unmap_invalid_roots,
+            checks_stale_root: profile.stale_root_check,
             protects_by_w: profile.protect_gfn_needs_w,
             protects_invalid: profile.clear_dirty_roots == RootSet::All,
             writes_back: profile.write_back == WriteBack::AtZap,
