@@ -28,7 +28,7 @@ use tdpmmu_spte::{Collapse, Spte};
 
 use crate::TdpMmu;
 use crate::root::Which;
-use crate::walk::{Entry, Walk, Yield};
+use crate::walk::{Entry, Lost, Walk, Yield};
 
 impl<P: Platform> TdpMmu<P> {
     /// Logging has ended for the slot `gfns` of one address space: zaps or replaces what could be mapped larger, under its valid roots. `max_level` says for a gfn of the slot the largest
@@ -64,26 +64,12 @@ impl<P: Platform> TdpMmu<P> {
         slot: &Range<u64>,
         max_level: &dyn Fn(u64) -> u8,
     ) -> u64 {
-        let mut zapped = 0;
-        let mut walk = Walk::new(self, guard, root, LEVEL_4K, slot.clone(), Yield::Allowed);
-        'walk: while let Some(mut entry) = walk.next_entry() {
-            loop {
-                let Some(here) = entry.or_yield() else { continue 'walk };
-                entry = here;
-                let small = entry.old().is_leaf(entry.level())
-                    && slot.contains(&entry.gfn())
-                    && entry.level() < max_level(entry.gfn());
-                if !small {
-                    continue 'walk;
-                }
-                if entry.zap_atomically().is_ok() {
-                    zapped += 1;
-                    continue 'walk;
-                }
-            }
-        }
-        walk.finish_and_flush();
-        zapped
+        self.change_each(guard, root, LEVEL_4K, slot, |entry| {
+            let small = entry.old().is_leaf(entry.level())
+                && slot.contains(&entry.gfn())
+                && entry.level() < max_level(entry.gfn());
+            small.then(|| entry.zap_atomically())
+        })
     }
 
     fn zap_small_tables(
@@ -93,23 +79,9 @@ impl<P: Platform> TdpMmu<P> {
         slot: &Range<u64>,
         max_level: &dyn Fn(u64) -> u8,
     ) -> u64 {
-        let mut zapped = 0;
-        let mut walk = Walk::new(self, guard, root, LEVEL_2M, slot.clone(), Yield::Allowed);
-        'walk: while let Some(mut entry) = walk.next_entry() {
-            loop {
-                let Some(here) = entry.or_yield() else { continue 'walk };
-                entry = here;
-                if !entry.could_be_leaf(slot, max_level) {
-                    continue 'walk;
-                }
-                if entry.zap_atomically().is_ok() {
-                    zapped += 1;
-                    continue 'walk;
-                }
-            }
-        }
-        walk.finish_and_flush();
-        zapped
+        self.change_each(guard, root, LEVEL_2M, slot, |entry| {
+            entry.could_be_leaf(slot, max_level).then(|| entry.zap_atomically())
+        })
     }
 
     fn recover_huge_leaves(
@@ -119,30 +91,50 @@ impl<P: Platform> TdpMmu<P> {
         slot: &Range<u64>,
         max_level: &dyn Fn(u64) -> u8,
     ) -> u64 {
-        let mut recovered = 0;
-        let mut walk = Walk::new(self, guard, root, LEVEL_2M, slot.clone(), Yield::Allowed);
+        self.change_each(guard, root, LEVEL_2M, slot, |entry| {
+            if !entry.could_be_leaf(slot, max_level) {
+                return None;
+            }
+            let (table, level) = (entry.old().pfn() as u32, entry.level());
+            let small = self.first_leaf(entry.walk.task(), table, level - 1)?;
+            let huge = self.format().collapse(small, level, self.nx_huge_pages());
+            let done = entry.set_as(huge, Site::SpteInstall);
+            if done.is_ok() {
+                // Paid before the next yield, and before the RCU section ends: tables are freed.
+                entry.owe_flush();
+            }
+            Some(done)
+        })
+    }
+
+    /// Offers each entry of `slot` from level `min_level` up to `change`, which says nothing where there is nothing to do; an entry that somebody else was faster at is
+    /// offered again, after a check. Returns how many changed.
+    fn change_each(
+        &self,
+        guard: &mut Guard<'_, P, Shared>,
+        root: u32,
+        min_level: u8,
+        slot: &Range<u64>,
+        mut change: impl FnMut(&mut Entry<'_, '_, '_, P, Shared>) -> Option<Result<(), Lost>>,
+    ) -> u64 {
+        let mut changed = 0;
+        let mut walk = Walk::new(self, guard, root, min_level, slot.clone(), Yield::Allowed);
         'walk: while let Some(mut entry) = walk.next_entry() {
             loop {
                 let Some(here) = entry.or_yield() else { continue 'walk };
                 entry = here;
-                if !entry.could_be_leaf(slot, max_level) {
-                    continue 'walk;
-                }
-                let (table, level) = (entry.old().pfn() as u32, entry.level());
-                let Some(small) = self.first_leaf(entry.walk.task(), table, level - 1) else {
-                    continue 'walk;
-                };
-                let huge = self.format().collapse(small, level, self.nx_huge_pages());
-                if entry.set_as(huge, Site::SpteInstall).is_ok() {
-                    // Paid before the next yield, and before the RCU section ends: tables are freed.
-                    entry.owe_flush();
-                    recovered += 1;
-                    continue 'walk;
+                match change(&mut entry) {
+                    None => continue 'walk,
+                    Some(Ok(())) => {
+                        changed += 1;
+                        continue 'walk;
+                    }
+                    Some(Err(Lost)) => {}
                 }
             }
         }
         walk.finish_and_flush();
-        recovered
+        changed
     }
 
     /// The first present leaf under `table`, in preorder. Inside the walk's RCU section.

@@ -80,17 +80,6 @@ impl<P: Platform> TdpMmu<P> {
     ) -> u64 {
         self.harvest(guard, as_id, wrprot).clear(base, mask)
     }
-
-    /// [`TdpMmu::clear_dirty_masked`] by write protection.
-    pub fn write_protect_masked(
-        &self,
-        guard: &mut Guard<'_, P, Exclusive>,
-        as_id: u8,
-        base: u64,
-        mask: u64,
-    ) -> u64 {
-        self.clear_dirty_masked(guard, as_id, base, mask, true)
-    }
 }
 
 impl<'a, P: Platform> Harvest<'_, 'a, P> {
@@ -104,11 +93,10 @@ impl<'a, P: Platform> Harvest<'_, 'a, P> {
     #[inline]
     pub fn expect(&mut self, base: u64, mask: u64) {
         // A hint for the root that was visited last: where there are several, the others go without.
-        let Some(Path { root, gib, middle: Some(middle), .. }) = self.path else { return };
+        let Some(Path { gib, middle: Some(middle), .. }) = self.path else { return };
         if base >> 18 != gib || mask == 0 {
             return;
         }
-        debug_assert!(!self.mmu.is_obsolete(root) || self.rcu.is_some());
         let pool = self.mmu.pool();
         let entry = Spte(P::load(&pool.entries(middle)[index(base, 2)], Site::SpteRead));
         if !entry.is_table(2) {
