@@ -266,6 +266,21 @@ fn the_flawed_design_of_2022_is_found_out_by_the_engine_itself() {
 }
 
 #[test]
+fn a_run_may_be_given_up_at_any_point() {
+    for (design, seed) in [("async-worker", 3), ("sync", 4), ("second-list-worker", 5)] {
+        let threads: Threads = &[("writer", writer), ("reader", reader), ("zapper", zapper), ("host", host)];
+        let whole = run(config(profile_of(design), design), sim_config(seed), threads.to_vec());
+        assert_fine(&whole, design);
+        for max_steps in 1..whole.steps {
+            let config = config(profile_of(design), design);
+            let cut = run(config, SimConfig { max_steps, ..sim_config(seed) }, threads.to_vec());
+            assert!(matches!(cut.end, End::StepLimit), "{design} at {max_steps}: {:?}", cut.end);
+            assert_eq!((cut.leaked_tasks, cut.violations.len()), (0, 0), "{design} at {max_steps}");
+        }
+    }
+}
+
+#[test]
 fn the_same_seed_makes_the_same_run_and_its_schedule_replays() {
     let once = |strategy| {
         let threads: Vec<(&'static str, Body)> =
