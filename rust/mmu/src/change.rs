@@ -70,6 +70,13 @@ pub(crate) fn tell<P: Platform, M: Mode>(mmu: &TdpMmu<P>, task: &Task<P>, at: At
     }
 }
 
+/// Reports that the entry was frozen for a change that is told when it is complete.
+#[inline]
+pub(crate) fn tell_frozen<P: Platform>(mmu: &TdpMmu<P>, task: &Task<P>, at: At, old: Spte) {
+    let At { as_id, root, gfn, level } = at;
+    mmu.tell(task, || Event::SpteFrozen { as_id, root, gfn, level, old: old.raw() });
+}
+
 /// Everything that follows from the change `old -> new` at `at`.
 pub(crate) fn changed<P: Platform, M: Mode>(
     mmu: &TdpMmu<P>,

@@ -537,6 +537,8 @@ impl<P: Platform> TdpMmu<P> {
         let before = self.profile().atomic_zap_order == AtomicZapOrder::BookkeepingBeforeFlush;
         if before {
             book(frozen);
+        } else {
+            change::tell_frozen(self, task, at, old);
         }
         self.flush(task, Some(at.gfn..at.gfn + span(at.level)));
         P::store(cell, empty.raw(), Site::SpteZap);

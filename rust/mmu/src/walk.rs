@@ -295,6 +295,8 @@ impl<P: Platform> Entry<'_, '_, '_, P, Shared> {
         let order = mmu.profile().atomic_zap_order;
         if order == AtomicZapOrder::BookkeepingBeforeFlush {
             change::changed::<P, Shared>(mmu, task, ledger, at, old, frozen);
+        } else {
+            change::tell_frozen(mmu, task, at, old);
         }
         mmu.flush(task, Some(gfn..gfn + span(level)));
         P::store(cell, empty.raw(), Site::SpteZap);

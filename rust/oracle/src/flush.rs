@@ -14,10 +14,12 @@
 //! invalid or that nobody holds (the request that came with the invalidation, or the local flush of a load, serves: F6c), from a split (F6b), from aging (F6e), nor after the VM's end
 //! (F6d). All events that meet in one obligation are one task's own, or lie on both sides of a flush: so this holds in any order of arrival.
 //!
+//! A change that is told only when it is complete (6.12: freeze, flush, empty, tell) owes from the freeze on, which is told by itself.
+//!
 //! **What it cannot see.** Whether a flush reaches every vCPU, and whether one that is not owed by these rules was needed all the same: that is
 //! `caches.rs`. A W that a fault takes when it makes a leaf anew is on the list and never due: the kernel does not flush for it either.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
 
 use tdpmmu_platform::Event;
@@ -80,8 +82,8 @@ pub struct FlushLedger {
     ended: bool,
     /// What the task has taken from a log and not returned yet.
     taken: HashMap<u32, BTreeSet<(u8, u64)>>,
-    /// Tasks of which checks of read sections are told.
-    sections: HashSet<u32>,
+    /// The last entry that the task has frozen for a change that it tells later.
+    frozen: HashMap<u32, (u32, Range<u64>)>,
 }
 
 impl FlushLedger {
@@ -95,7 +97,7 @@ impl FlushLedger {
             clock: 0,
             ended: false,
             taken: HashMap::new(),
-            sections: HashSet::new(),
+            frozen: HashMap::new(),
         }
     }
 
@@ -103,6 +105,18 @@ impl FlushLedger {
     pub fn event(&mut self, task: u32, event: &Event, in_use: impl Fn(u32) -> bool, verdict: &mut Verdict) {
         self.clock += 1;
         match *event {
+            Event::SpteFrozen { as_id, root, gfn, level, old } => {
+                if let Some(kind) = self.owed(level, Spte(old), self.rules.format.frozen())
+                    && !self.ended
+                    && in_use(root)
+                {
+                    self.owe(kind, as_id, root, gfn..gfn + span(level), task);
+                }
+                self.frozen.insert(task, (root, gfn..gfn + span(level)));
+            }
+            // What was owed for it since the freeze is what is owed for all below.
+            Event::SpteChanged { root, gfn, .. }
+                if self.frozen.get(&task).is_some_and(|(at, gfns)| *at == root && gfns.contains(&gfn)) => {}
             Event::SpteChanged { as_id, root, gfn, level, old, new, .. } => {
                 if let Some(kind) = self.owed(level, Spte(old), Spte(new))
                     && !self.ended
@@ -121,6 +135,7 @@ impl FlushLedger {
                 }
             }
             Event::Unlock { .. } => {
+                self.frozen.remove(&task);
                 self.due(Rule::FlushMissing, "mmu_lock was released before", verdict, |debt| {
                     debt.by == task && debt.kind != Kind::Taken
                 });
@@ -164,9 +179,6 @@ impl FlushLedger {
                         && debt.gfns.start < end
                         && start < debt.gfns.end
                 });
-            }
-            Event::RcuEnter => {
-                self.sections.insert(task);
             }
             Event::VmEnd => {
                 self.ended = true;

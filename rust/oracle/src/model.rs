@@ -70,7 +70,9 @@ fn core(format: &Format, level: u8, raw: u64) -> u64 {
     let spte = Spte(raw);
     if spte.is_leaf(level) {
         let spte = if format.is_access_tracked(spte) { format.restore_access_track(spte) } else { spte };
-        spte.raw() & !silent_bits(format)
+        // Whether a small leaf that a split has made may execute depends on the mitigation at that moment, which nobody tells.
+        let untold = if level == 1 { format.exec | format.nx } else { 0 };
+        spte.raw() & !(silent_bits(format) | untold)
     } else if spte.is_present() {
         raw & !format.accessed
     } else {

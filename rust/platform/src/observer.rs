@@ -64,6 +64,14 @@ pub enum Event {
         new: u64,
         shared: bool,
     },
+    /// An entry that held `old` was frozen for a change that is told, as `SpteChanged`, only when it is complete and flushed.
+    SpteFrozen {
+        as_id: u8,
+        root: u32,
+        gfn: u64,
+        level: u8,
+        old: u64,
+    },
     TableAlloc {
         table: u32,
         level: u8,
