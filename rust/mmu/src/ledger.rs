@@ -120,12 +120,11 @@ impl Ledger {
         }
         if let Some((head, tail, count)) = self.dead.take(mmu.pool()) {
             mmu.tables_unlinked(u64::from(count));
-            if P::bug(Bug::C04) {
+            if P::bug(Bug::C04) || P::bug(Bug::C06) {
                 tdpmmu_platform::Reclaim::reclaim(mmu.pool(), head);
-                return;
             }
-            if P::bug(Bug::C06) {
-                mmu.rcu().defer(head, tail, count);
+            if P::bug(Bug::C04) {
+                return;
             }
             mmu.rcu().defer(head, tail, count);
         }

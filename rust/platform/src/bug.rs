@@ -134,7 +134,7 @@ bugs! {
     C04 = "C04",
     /// A lockless walk without an RCU section.
     C05 = "C05",
-    /// A table is handed to RCU twice.
+    /// A table is given back at once, and to RCU as well.
     C06 = "C06",
     /// The notifier's sequence is not compared after mmu_lock was taken.
     C07 = "C07",

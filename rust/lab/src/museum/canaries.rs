@@ -72,8 +72,8 @@ pub(super) const CANARIES: &[Entry] = &[
     canary(
         Bug::C06,
         Class::Crash,
-        "a table given to RCU twice",
-        "The same page is freed twice.",
+        "a table given back twice",
+        "A removed table goes back to the pool at once, and a second time after its grace period.",
         "No race.",
         walker_beside_zap,
     ),
