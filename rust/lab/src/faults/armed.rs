@@ -3,8 +3,9 @@
 //! **Guarantee.** An answer depends on the plan, the number of the question and the dice alone; [`Nth::Drawn`] also on what it drew at the first question of the run. So an [`Armed`] serves one run (or all
 //! threads of a torture, where order is the host's).
 
-use std::sync::Arc;
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
 use tdpmmu_platform::{Fault, Faults, Site};
@@ -33,6 +34,7 @@ pub struct Armed {
     asked: Vec<AtomicU64>,
     struck: Vec<AtomicU64>,
     disarmed: AtomicU32,
+    found: Mutex<BTreeSet<(&'static str, String)>>,
 }
 
 impl FaultPlan {
@@ -45,6 +47,7 @@ impl FaultPlan {
             asked: zeros(),
             struck: zeros(),
             disarmed: AtomicU32::new(0),
+            found: Mutex::default(),
         })
     }
 }
@@ -67,6 +70,16 @@ impl Armed {
     /// Takes one [`Armed::disarm`] back.
     pub fn rearm(&self) {
         self.disarmed.fetch_sub(1, Relaxed);
+    }
+
+    /// The ground itself has seen a rule broken.
+    pub fn found(&self, rule: &'static str, what: &str) {
+        self.found.lock().unwrap_or_else(PoisonError::into_inner).insert((rule, what.to_owned()));
+    }
+
+    /// What [`Armed::found`] was told since the last time, each once.
+    pub fn take_found(&self) -> BTreeSet<(&'static str, String)> {
+        std::mem::take(&mut *self.found.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// How often `fault` was asked about, and how often it struck.

@@ -7,9 +7,11 @@
 //! fault is a recorded choice that replays and minimises; the rough one (`torture/rough.rs`) with dice of each thread.
 
 mod armed;
+mod command;
 mod enumerate;
 mod plan;
 
 pub use armed::{Armed, FaultCount};
-pub use enumerate::{Enumeration, enumerate};
+pub use command::command;
+pub use enumerate::{AllocationRun, Enumeration, enumerate};
 pub use plan::{FaultError, FaultPlan, Injection, KINDS, Length, Nth, Rate, Who, WorkerFault};

@@ -112,6 +112,7 @@ pub(super) fn run<P: Platform>(draw: &Draw, armed: &Arc<Armed>, ground: &Ground,
                     .then(|| Judge::new(Rules::of(&config.profile, config.format, config.design_name())));
                 config.observer = judge.clone().map(|judge| judge as Arc<dyn Observer>);
                 config.rcu.stall_ns = 5_000_000;
+                config.quarantine = draw.rough;
                 Ok((Vm::<P>::new(config).map_err(|error| error.to_string())?, judge))
             },
         );
@@ -306,7 +307,7 @@ impl<P: Platform> Conductor<'_, P> {
         let task = shared.vm.task("judge", TaskRole::Observer);
         shared.vm.mmu().rcu().barrier();
         if let Some(judge) = &self.judge {
-            judge.check_quiet(shared.vm.mmu(), &task);
+            judge.check_vm(&shared.vm, &task);
         } else {
             self.recount(&task);
         }
@@ -348,6 +349,9 @@ impl<P: Platform> Conductor<'_, P> {
             }
             self.seen = all.len();
             lock(&self.shared.sum).episode.events = judge.events();
+        }
+        for (rule, what) in self.shared.armed.take_found() {
+            self.shared.found(rule, &what);
         }
         let mmu = self.shared.vm.mmu();
         let told = mmu.violations();
@@ -642,9 +646,8 @@ impl<P: Platform> Shared<P> {
                     self.storm_writes.fetch_add(1, Ordering::Relaxed);
                     thread::sleep(Duration::from_micros(50));
                 } else {
-                    let guard = self.vm.mmu().lock.read(&task);
+                    drop(self.vm.mmu().lock.read(&task));
                     thread::yield_now();
-                    drop(guard);
                 }
             }
         }

@@ -15,6 +15,7 @@
 //! | `report.rs` | the schema; the rule of three |
 //! | `dice.rs` | repeatable choices |
 
+mod command;
 mod dice;
 mod episode;
 pub mod report;
@@ -29,6 +30,7 @@ use tdpmmu_mmu::DESIGNS;
 use tdpmmu_platform::{Bug, Real};
 use tdpmmu_spte::{KernelProfile, closest};
 
+pub use command::command;
 pub use dice::Dice;
 pub use report::{Proof, TortureReport};
 pub use rough::Rough;
@@ -118,8 +120,8 @@ impl TortureConfig {
         if !self.seconds.is_finite() || self.seconds <= 0.0 {
             return usage(format!("seconds = {}: a positive number", self.seconds));
         }
-        if !(1..=64).contains(&self.threads) {
-            return usage(format!("threads = {}: 1 to 64 vCPUs", self.threads));
+        if !(1..=256).contains(&self.threads) {
+            return usage(format!("threads = {}: 1 to 256 vCPUs", self.threads));
         }
         if self.shake > 1024 {
             return usage(format!("shake = {}: of 1024 accesses, at most all", self.shake));

@@ -106,6 +106,22 @@ fn shake(site: Site) {
     }
 }
 
+/// A value that was found in memory. Freed tables are filled with poison: who meets it came too late.
+#[inline]
+fn found(value: u64, site: Site) -> u64 {
+    if value == tdpmmu_platform::sim::POISON {
+        RIDER.with_borrow(|rider| {
+            if let Some(rider) = rider {
+                rider.ground.armed.found(
+                    "touched-after-free",
+                    &format!("a freed table was read or written at {}", site.name()),
+                );
+            }
+        });
+    }
+    value
+}
+
 impl Platform for Rough {
     type RwLock = <Real as Platform>::RwLock;
     type Rcu = <Real as Platform>::Rcu;
@@ -113,7 +129,7 @@ impl Platform for Rough {
 
     fn load(cell: &AtomicU64, site: Site) -> u64 {
         shake(site);
-        Real::load(cell, site)
+        found(Real::load(cell, site), site)
     }
 
     fn store(cell: &AtomicU64, value: u64, site: Site) {
@@ -123,7 +139,7 @@ impl Platform for Rough {
 
     fn swap(cell: &AtomicU64, value: u64, site: Site) -> u64 {
         shake(site);
-        Real::swap(cell, value, site)
+        found(Real::swap(cell, value, site), site)
     }
 
     fn cmpxchg(cell: &AtomicU64, old: u64, new: u64, site: Site) -> Result<u64, u64> {
@@ -131,22 +147,22 @@ impl Platform for Rough {
         if ask(Fault::Cmpxchg, site) != 0 {
             return Err(Real::load(cell, site));
         }
-        Real::cmpxchg(cell, old, new, site)
+        Real::cmpxchg(cell, old, new, site).map_err(|other| found(other, site))
     }
 
     fn fetch_and(cell: &AtomicU64, value: u64, site: Site) -> u64 {
         shake(site);
-        Real::fetch_and(cell, value, site)
+        found(Real::fetch_and(cell, value, site), site)
     }
 
     fn fetch_or(cell: &AtomicU64, value: u64, site: Site) -> u64 {
         shake(site);
-        Real::fetch_or(cell, value, site)
+        found(Real::fetch_or(cell, value, site), site)
     }
 
     fn fetch_add(cell: &AtomicU64, value: u64, site: Site) -> u64 {
         shake(site);
-        Real::fetch_add(cell, value, site)
+        found(Real::fetch_add(cell, value, site), site)
     }
 
     fn fence(site: Site) {
