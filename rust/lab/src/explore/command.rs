@@ -134,6 +134,7 @@ pub fn command(request: &str, control: &Control) -> Result<String, LabError> {
     let (program, about) = request.what()?;
     let bug = request.bug.as_deref().map(named_bug).transpose()?;
     let how = request.how()?;
+    let program = how.faults.apply(&program);
     let found = search(&program, bug, &how, control)?;
     answer(&program, about, bug, &how, &found)
 }
