@@ -53,7 +53,7 @@ pub enum Strategy {
 /// Bounds whose crossing is a violation. Units are accesses to shared words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limits {
-    /// Of one RCU read section.
+    /// In an RCU read section, up to its end or to a reschedule check, where it could have been left.
     pub rcu_units: u64,
     /// Between two reschedule checks with mmu_lock held.
     pub step_units: u64,

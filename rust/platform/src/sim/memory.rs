@@ -172,7 +172,11 @@ impl World {
 /// The point of an access, if it is one. False: there is no world.
 #[inline]
 fn approach(cell: &AtomicU64, site: Site, kind: Kind) -> bool {
-    match world::with(|world| world.alive > 1 && world.matters(cell)) {
+    let locked = !matches!(kind, Kind::Load | Kind::Store);
+    match world::with(|world| {
+        let full = locked && !world.tasks[world.current as usize].buffer.is_empty();
+        world.alive > 1 && (full || world.matters(cell)) || world.accesses > world.max_accesses
+    }) {
         None => false,
         Some(matters) => {
             if matters {
@@ -244,8 +248,9 @@ pub(super) fn cmpxchg(cell: &AtomicU64, old: u64, new: u64, site: Site) -> Resul
 pub(super) fn check_at(cell: &AtomicU64) -> bool {
     world::with(|world| {
         let matters = world.matters(cell);
-        if !matters && world.task().held != 0 {
+        if !matters {
             world.step_ends();
+            world.section_stretch_ends();
         }
         matters
     })
@@ -256,6 +261,11 @@ pub(super) fn fence(site: Site) {
     if world::current().is_null() {
         return std::sync::atomic::fence(Ordering::SeqCst);
     }
-    scheduler::point(site, Kind::Fence);
-    world::with(|world| world.drain_all(world.current));
+    // With an empty buffer nothing comes of it that others could see.
+    scheduler::settle(site);
+    world::with(|world| {
+        let task = world.current;
+        world.mix(u64::from(task) << 8 ^ site as u64 ^ 0xFE4C_0000);
+        world.note(site, Kind::Fence, 0, 0, String::new);
+    });
 }

@@ -24,6 +24,7 @@
 
 mod config;
 mod coroutine;
+mod lifecycle;
 mod lock;
 mod memory;
 mod minimise;
@@ -56,7 +57,7 @@ pub const POISON: u64 = 0xDEAD_0000_0000_05E0;
 /// # Panics
 /// Inside of a run.
 pub fn run(config: SimConfig, main: Box<dyn FnOnce()>) -> Run {
-    scheduler::run(config, main)
+    lifecycle::run(config, main)
 }
 
 /// Tells the run that a rule was broken; false outside of a run, and once it is over.

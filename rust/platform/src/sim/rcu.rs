@@ -37,7 +37,6 @@ pub struct SimRcu {
 /// One reader, as grace periods see it.
 #[derive(Debug)]
 struct Slot {
-    name: String,
     depth: AtomicU32,
     /// Sections begun so far.
     section: AtomicU64,
@@ -221,9 +220,8 @@ impl RcuDomain for SimRcu {
         })
     }
 
-    fn register(self: &Arc<Self>, name: &str) -> SimReader {
-        let slot =
-            Arc::new(Slot { name: name.to_owned(), depth: AtomicU32::new(0), section: AtomicU64::new(0) });
+    fn register(self: &Arc<Self>, _name: &str) -> SimReader {
+        let slot = Arc::new(Slot { depth: AtomicU32::new(0), section: AtomicU64::new(0) });
         lock(&self.inner.readers).push(slot.clone());
         SimReader { inner: self.inner.clone(), slot }
     }
@@ -338,18 +336,9 @@ impl RcuReader for SimReader {
             return;
         }
         world::with(|world| {
-            let limit = world.limits.rcu_units;
+            world.section_stretch_ends();
             let task = world.task();
             task.sections = task.sections.saturating_sub(1);
-            if task.sections == 0 && task.quiet == 0 {
-                let units = task.accesses.saturating_sub(task.section_since);
-                world.longest_rcu = world.longest_rcu.max(units);
-                if units > limit {
-                    let what =
-                        format!("{}: {units} accesses in one section, at most {limit}", self.slot.name);
-                    world.violation("rcu-section-too-long", what);
-                }
-            }
         });
         self.inner.wake(self.inner.keys()[1]);
     }

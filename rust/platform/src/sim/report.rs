@@ -202,7 +202,7 @@ pub struct Run {
     pub violations: Vec<SimViolation>,
     /// The steps, if they were to be recorded.
     pub log: Vec<Step>,
-    /// The longest RCU read section, in accesses.
+    /// The longest stretch of an RCU read section up to its end or a reschedule check, in accesses.
     pub longest_rcu: u64,
     /// The longest stretch between two reschedule checks with mmu_lock held, in accesses.
     pub longest_step: u64,

@@ -7,14 +7,13 @@
 //! switch. *Relaxed* tasks (spinning, or having given the CPU away) can go on once another task has made a step. If nobody is ready, first those
 //! that relax, pause or wait with a timeout are let go (time passes); if there are none either, it is a deadlock.
 //!
-//! **Abandoning.** A violation, a panic, a deadlock or the step limit ends the run where it stands. Each task is then unwound: what it calls next raises a panic that
-//! the bottom of its stack catches. A destructor that has to wait is resumed again after the others have been unwound; meanwhile no
-//! point is a choice and every lock is free. A task whose destructor waits for what never comes is leaked and counted.
+//! How an abandoned run is unwound: [`super::lifecycle`].
+
+use std::cell::Cell;
 
 use super::{
-    config::SimConfig,
     coroutine::{Stack, Way},
-    report::{End, Kind, Run},
+    report::{End, Kind},
     schedule::Choice,
     strategy::Moment,
     world::{self, Abandoned, Counts, Payload, State, Task, World},
@@ -23,6 +22,16 @@ use crate::{
     fault::{Fault, InjectedPanic},
     site::Site,
 };
+
+thread_local! {
+    /// A task was leaked in the middle of its unwinding: `std` will call this OS thread panicking for ever.
+    pub(super) static LEAKED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Somebody on this OS thread unwinds.
+fn panics() -> bool {
+    std::thread::panicking() && !LEAKED.get()
+}
 
 /// What the caller of a point does next.
 enum Go {
@@ -44,6 +53,9 @@ impl World {
         if self.stopping {
             return self.give_up(End::Stopped);
         }
+        if self.accesses > self.max_accesses {
+            return self.give_up(End::StepLimit);
+        }
         let id = self.current;
         if self.alive < 2 || self.tasks[id as usize].quiet != 0 {
             return Go::On;
@@ -63,7 +75,7 @@ impl World {
         if self.paused != 0 || self.timed != 0 {
             self.time_passes(false);
         }
-        if std::thread::panicking() {
+        if panics() {
             return Go::On;
         }
         if self.faulty {
@@ -156,8 +168,10 @@ impl World {
     fn late(&mut self) -> Go {
         let task = self.task();
         task.late_calls += 1;
-        if task.unwinding && std::thread::panicking() && task.late_calls < 10_000_000 {
-            return Go::On;
+        if task.unwinding && (panics() || LEAKED.get()) {
+            // A destructor that goes on and on gives way to the others, and is leaked with its task in the end.
+            let endless = task.late_calls > 1_000_000;
+            return if endless { Go::Switch(self.way()) } else { Go::On };
         }
         task.unwinding = true;
         Go::Unwind
@@ -268,6 +282,9 @@ impl World {
 
     /// A stretch of work with a lock held ends here.
     pub fn step_ends(&mut self) {
+        if self.task().held == 0 || self.task().quiet != 0 {
+            return;
+        }
         let limit = self.limits.step_units;
         let task = self.task();
         let units = task.accesses - task.step_since;
@@ -285,6 +302,27 @@ impl World {
                 "step-too-long",
                 format!("{name}: {units} accesses without a reschedule check, at most {limit}"),
             );
+        }
+    }
+}
+
+impl World {
+    /// A stretch of a read section ends: at its end, or at a check, where the section could have been left.
+    pub fn section_stretch_ends(&mut self) {
+        let limit = self.limits.rcu_units;
+        let task = self.task();
+        if task.sections == 0 || task.quiet != 0 {
+            return;
+        }
+        let units = task.accesses.saturating_sub(task.section_since);
+        task.section_since = task.accesses;
+        self.longest_rcu = self.longest_rcu.max(units);
+        if units > limit {
+            let name = self.task().name.clone();
+            let what = format!(
+                "{name}: {units} accesses in a read section without a reschedule check, at most {limit}"
+            );
+            self.violation("rcu-section-too-long", what);
         }
     }
 }
@@ -376,8 +414,8 @@ pub(super) fn block(key: usize, why: &'static str, site: Site, timeout: Option<u
     follow(world::with(|world| {
         if world.abandoned.is_some() {
             return match world.late() {
-                Go::On => Go::Switch(world.way()),
-                go => go,
+                Go::Unwind => Go::Unwind,
+                _ => Go::Switch(world.way()),
             };
         }
         if world.stopping {
@@ -409,9 +447,8 @@ pub(super) fn asked_to_yield() -> bool {
         if world.abandoned.is_some() {
             return false;
         }
-        if world.task().held != 0 {
-            world.step_ends();
-        }
+        world.step_ends();
+        world.section_stretch_ends();
         if world.faulty && world.question(Fault::Yield, Site::LockYield) != 0 {
             return true;
         }
@@ -523,115 +560,4 @@ fn message(payload: &Payload) -> String {
     let text = payload.downcast_ref::<&str>().map(|text| (*text).to_owned());
     text.or_else(|| payload.downcast_ref::<String>().cloned())
         .unwrap_or_else(|| "a panic without words".to_owned())
-}
-
-/// Panics inside of a run end it and are told by the run, not on stderr.
-fn install_hook() {
-    static ONCE: std::sync::Once = std::sync::Once::new();
-    ONCE.call_once(|| {
-        let before = std::panic::take_hook();
-        std::panic::set_hook(Box::new(move |info| {
-            let ours = world::with(|world| {
-                if info.payload().is::<InjectedPanic>() {
-                    return;
-                }
-                let text = info.payload_as_str().unwrap_or("a panic without words");
-                let place = info.location().map(ToString::to_string).unwrap_or_default();
-                let id = world.current as usize;
-                let name = world.tasks.get(id).map_or_else(String::new, |task| format!("{}: ", task.name));
-                world.abandon(End::Panicked(format!("{name}{text} ({place})")));
-                if let Some(task) = world.tasks.get_mut(id) {
-                    task.unwinding = true;
-                }
-            });
-            if ours.is_none() {
-                before(info);
-            }
-        }));
-    });
-}
-
-/// Runs `main` as task 0 until every task has ended or the run is abandoned.
-pub(super) fn run(config: SimConfig, main: Box<dyn FnOnce()>) -> Run {
-    install_hook();
-    let world = world::enter(World::new(config));
-    let started = spawn("main", main);
-    if let Err(error) = started {
-        world::leave(world);
-        let end = End::Panicked(format!("no stack for main: {error}"));
-        return report(World::new(SimConfig::default()), Some(end));
-    }
-    loop {
-        let over = world::with(|world| {
-            let id = world.current;
-            if world.abandoned.is_some() || world.alive == 0 { None } else { Some(id) }
-        });
-        let Some(Some(id)) = over else { break };
-        resume(id);
-    }
-    unwind();
-    report(*world::leave(world), None)
-}
-
-/// Runs a task until it switches; false if it has no stack any more.
-fn resume(id: u32) -> bool {
-    let stack = world::with(|world| {
-        world.current = id;
-        world.tasks[id as usize].stack.take()
-    });
-    let Some(mut stack) = stack.flatten() else { return false };
-    if stack.resume() {
-        stack.recycle();
-    } else {
-        world::with(|world| world.tasks[id as usize].stack = Some(stack));
-    }
-    true
-}
-
-/// Unwinds what is left, the youngest first; those that wait in a destructor get their turn again as long as others end.
-fn unwind() {
-    let count =
-        || world::with(|world| world.tasks.iter().filter(|task| task.stack.is_some()).count()).unwrap_or(0);
-    let mut left = count();
-    let mut rounds = 0;
-    while left != 0 {
-        for id in (0..world::with(|world| world.tasks.len() as u32).unwrap_or(0)).rev() {
-            resume(id);
-        }
-        let now = count();
-        rounds = if now < left { 0 } else { rounds + 1 };
-        left = now;
-        if rounds > 16 {
-            let stuck: Vec<Stack> = world::with(|world| {
-                world.leaked = left as u32;
-                world.tasks.iter_mut().filter_map(|task| task.stack.take()).collect()
-            })
-            .unwrap_or_default();
-            stuck.into_iter().for_each(Stack::leak);
-            return;
-        }
-    }
-}
-
-fn report(mut world: World, end: Option<End>) -> Run {
-    let schedule = world.schedule();
-    let end =
-        end.or(world.abandoned.take()).unwrap_or(if world.stopping { End::Stopped } else { End::Finished });
-    Run {
-        end,
-        schedule,
-        steps: world.steps,
-        choices: world.choices,
-        width: world.width,
-        hash: world.hash,
-        preemptions: world.preemptions,
-        sites: world.sites,
-        violations: world.violations,
-        log: world.log,
-        longest_rcu: world.longest_rcu,
-        longest_step: world.longest_step,
-        tasks: world.tasks.into_iter().map(|task| task.name).collect(),
-        dfs: world.chooser.into_dfs(),
-        leaked_tasks: world.leaked,
-    }
 }

@@ -131,6 +131,8 @@ pub(super) struct World {
     pub stop_at_violation: bool,
     pub limits: Limits,
     pub max_steps: u64,
+    /// For loops that come to no point.
+    pub max_accesses: u64,
     /// Points and accesses so far; clock readings.
     pub steps: u64,
     pub accesses: u64,
@@ -188,6 +190,7 @@ impl World {
             stop_at_violation: config.stop_at_violation,
             limits: config.limits,
             max_steps,
+            max_accesses: max_steps.saturating_mul(1_000).saturating_add(10_000_000),
             steps: 0,
             accesses: 0,
             readings: 0,

@@ -120,3 +120,58 @@ fn without_the_stop_a_run_goes_on_after_a_violation() {
     assert_eq!(done.violations.len(), 2);
     assert!(done.failed());
 }
+
+#[test]
+fn a_loop_without_a_point_ends_too() {
+    let done = run(SimConfig { max_steps: 0, ..random(0) }, || {
+        let word = word();
+        while Sim::load(&word, Site::Spin) == 0 {}
+    });
+    assert_eq!(done.end, End::StepLimit);
+    assert_eq!(done.leaked_tasks, 0);
+}
+
+/// Waits in its destructor for what never comes.
+struct Patient(bool);
+
+impl Drop for Patient {
+    fn drop(&mut self) {
+        let cell = std::sync::atomic::AtomicU32::new(0);
+        loop {
+            if self.0 {
+                Sim::futex_wait(&cell, 0, None);
+            } else {
+                Sim::relax(Site::Spin);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_task_whose_destructor_never_ends_is_leaked_and_counted() {
+    for sleeps in [false, true] {
+        let done = run(random(0), move || {
+            together(vec![Box::new(move || {
+                let _patient = Patient(sleeps);
+                sim::violation("seeded", String::new());
+                Sim::point(Site::Spin);
+            })]);
+        });
+        assert_eq!(done.end, End::Stopped);
+        // The one that never ends; main was waiting for it and is unwound.
+        assert_eq!(done.leaked_tasks, 1);
+        // The OS thread is none the worse for it.
+        assert_eq!(run(random(1), lost_update_free).end, End::Finished);
+    }
+}
+
+fn lost_update_free() {
+    let word = word();
+    let body = || {
+        let word = word.clone();
+        Box::new(move || {
+            Sim::fetch_add(&word, 1, Site::RootRef);
+        }) as Body
+    };
+    together(vec![body(), body()]);
+}

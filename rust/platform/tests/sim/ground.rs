@@ -187,8 +187,8 @@ fn sections_and_steps_beyond_the_limit_are_violations() {
     assert_eq!(short.violations[0].rule, "rcu-section-too-long");
     let step = walk(Limits { step_units: 19, ..Limits::default() }, false);
     assert_eq!(step.violations[0].rule, "step-too-long");
-    let checked = walk(Limits { step_units: 1, ..Limits::default() }, true);
-    assert_eq!((checked.end, checked.longest_step), (End::Finished, 1));
+    let checked = walk(Limits { step_units: 1, rcu_units: 1 }, true);
+    assert_eq!((checked.end, checked.longest_step, checked.longest_rcu), (End::Finished, 1, 1));
 }
 
 #[test]
