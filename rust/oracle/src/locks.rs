@@ -25,6 +25,8 @@ struct Held {
     others: Vec<LockClass>,
     /// RCU sections, outermost only.
     section: bool,
+    /// It was heard to take mmu_lock.
+    heard: bool,
 }
 
 impl Held {
@@ -53,7 +55,9 @@ impl Locks {
         match *event {
             Event::Lock { shared } => {
                 self.taken(task, LockClass::Mmu, verdict);
-                self.tasks.entry(task).or_default().mmu.push(shared);
+                let held = self.tasks.entry(task).or_default();
+                held.mmu.push(shared);
+                held.heard = true;
             }
             Event::Unlock { shared, .. } => {
                 let held = &mut self.tasks.entry(task).or_default().mmu;
@@ -154,7 +158,7 @@ impl Locks {
         shared: bool,
         verdict: &mut Verdict,
     ) {
-        let Some(held) = self.tasks.get(&task) else { return };
+        let Some(held) = self.tasks.get(&task).filter(|held| held.heard) else { return };
         let change = || format!("{:#x} became {:#x} at level {level}", old.raw(), new.raw());
         if held.mmu.is_empty() {
             let format = &self.format;

@@ -14,7 +14,7 @@ use std::collections::HashMap;
 use tdpmmu_platform::{Event, NO_TASK};
 
 use crate::rule::Rule;
-use crate::rules::{OTHER_STEP, Rules};
+use crate::rules::{Check, OTHER_STEP, Rules};
 use crate::verdict::Verdict;
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -97,7 +97,8 @@ impl Sections {
     }
 
     fn worked(&mut self, task: u32, root: u32, gfn: u64, verdict: &mut Verdict) {
-        if task == NO_TASK {
+        // Checks are told in detail only.
+        if task == NO_TASK || self.rules.check != Check::Full {
             return;
         }
         let zap_step = self.rules.zap_step;

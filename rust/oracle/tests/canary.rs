@@ -2,6 +2,7 @@
 //! a living tree, or by a design that is wrong on purpose; and the judge must say so. Beside them, histories that look wrong and are not.
 
 mod common;
+mod told;
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, OnceLock};
@@ -15,7 +16,7 @@ use tdpmmu_spte::{Format, FormatKind, KernelProfile, MakeLeaf, Spte};
 
 fn rules(design: &str) -> Rules {
     let profile = KernelProfile::named("6.12").expect("known");
-    Rules::of(&profile, profile.format(FormatKind::Npt), design)
+    Rules { silenced: common::silenced(), ..Rules::of(&profile, profile.format(FormatKind::Npt), design) }
 }
 
 fn format() -> Format {
@@ -508,12 +509,75 @@ fn flawed(flaw: Flaw) -> BTreeSet<Rule> {
 #[test]
 fn every_canary_sings_and_every_rule_has_one() {
     let mut silent: BTreeSet<Rule> = Rule::ALL.iter().copied().collect();
-    for (story, rule, canary) in FED.iter().chain(DAMAGED).chain(FLAWED) {
+    for (story, rule, canary) in canaries() {
         let found = canary();
         assert!(found.contains(rule), "{story}: expected {rule}, found {found:?}");
         silent.remove(rule);
     }
     assert_eq!(silent, BTreeSet::new(), "rules that nothing breaks");
+}
+
+fn canaries() -> impl Iterator<Item = &'static Canary> {
+    FED.iter().chain(DAMAGED).chain(FLAWED).chain(told::TOLD)
+}
+
+#[test]
+fn a_rule_that_is_silenced_lets_its_canaries_pass_unheard() {
+    for (story, rule, canary) in canaries() {
+        let found = common::silencing(*rule, canary);
+        assert!(!found.contains(rule), "{story}: {rule} was silenced, found {found:?}");
+    }
+}
+
+#[test]
+fn what_is_owed_and_paid_breaks_no_rule() {
+    for (story, history) in told::SOUND {
+        assert_eq!(history(), BTreeSet::new(), "{story}");
+    }
+}
+
+#[test]
+fn each_rule_has_a_name_and_an_oracle_of_its_own() {
+    let names: BTreeSet<&str> = Rule::ALL.iter().map(|rule| rule.name()).collect();
+    assert_eq!(names.len(), Rule::ALL.len());
+    for &rule in Rule::ALL {
+        assert_eq!(Rule::named(rule.name()), Some(rule));
+    }
+    let oracles: BTreeSet<&str> = Rule::ALL.iter().map(|rule| rule.oracle()).collect();
+    let asked = [
+        "O-TLB", "O-DEBT", "O-RCU", "O-REF", "O-FZ", "O-DIRTY", "O-STAT", "O-PROG", "O-RCULEN", "O-INV",
+        "O-LIST", "O-END",
+    ];
+    let beside = ["O-MODEL", "O-LIN", "O-LOCK", "O-SEQ", "O-WORK"];
+    assert_eq!(oracles, asked.into_iter().chain(beside).collect());
+}
+
+#[test]
+fn a_violation_names_both_tasks_and_what_was_owed_and_is_told_at_once() {
+    let judge = Judge::new(Rules { check: tdpmmu_oracle::Check::Books, ..rules("sync") });
+    let told = Arc::new(Mutex::new(Vec::new()));
+    let ear = told.clone();
+    judge.on_violation(move |violation| ear.lock().expect("one thread").push(violation.clone()));
+    for event in root_born() {
+        judge.event(1, &event);
+    }
+    let gone = Event::SpteChanged {
+        as_id: 0,
+        root: ROOT,
+        gfn: 5,
+        level: 1,
+        old: leaf(9),
+        new: empty(),
+        shared: false,
+    };
+    judge.event(2, &gone);
+    judge.event(3, &Event::NotifierEnding { start: 0, end: 9 });
+    let told = told.lock().expect("one thread");
+    let [violation] = &told[..] else { panic!("{told:?}") };
+    assert_eq!((violation.rule, violation.task, violation.made_by), (Rule::FlushMissing, 3, Some(2)));
+    assert_eq!((violation.root, violation.gfn), (Some(ROOT), Some(5)));
+    assert!(violation.obligation.as_deref().is_some_and(|owed| owed.contains("0x5..0x6")), "{violation}");
+    assert_eq!(judge.violations(), *told);
 }
 
 #[test]

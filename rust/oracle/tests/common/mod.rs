@@ -1,13 +1,14 @@
 //! A small MMU with a judge, and vCPUs without guests.
 #![allow(dead_code)]
 
+use std::cell::Cell;
 use std::sync::Arc;
 
 use tdpmmu_mmu::{
     BulkError, BulkMap, DESIGNS, DesignOptions, FastOutcome, MapFault, MapOutcome, MmuConfig, NoHost,
     QueueKind, TdpMmu, ZapDesign, design,
 };
-use tdpmmu_oracle::{Judge, Rule, Rules};
+use tdpmmu_oracle::{Judge, Rule, RuleSet, Rules};
 use tdpmmu_platform::{Observer, Owner, Preempt, RcuConfig, Real, Role, Task, TaskConfig};
 use tdpmmu_spte::{FormatKind, KernelProfile, Passes};
 use tdpmmu_table::{PoolError, TableCache};
@@ -57,6 +58,23 @@ pub struct World {
     pub setup: Setup,
 }
 
+thread_local! {
+    static SILENCED: Cell<RuleSet> = Cell::new(RuleSet::default());
+}
+
+/// Rules that are not judged in this test at the moment.
+pub fn silenced() -> RuleSet {
+    SILENCED.get()
+}
+
+/// What comes out of `body` while `rule` is not judged.
+pub fn silencing<R>(rule: Rule, body: impl FnOnce() -> R) -> R {
+    let before = SILENCED.replace(RuleSet::default().with(rule));
+    let done = body();
+    SILENCED.set(before);
+    done
+}
+
 impl Setup {
     fn options(&self) -> DesignOptions {
         DesignOptions { workers: self.workers, worker_cpus: self.worker_cpus.clone(), queue: self.queue }
@@ -74,7 +92,7 @@ impl Setup {
         let info = design::info(self.design).expect("a known design");
         let asked = self.passes.map(|p| Passes::parse(p).expect("passes"));
         let format = profile.format(self.kind);
-        let judge = Judge::new(Rules::of(&profile, format, judged_as));
+        let judge = Judge::new(Rules { silenced: silenced(), ..Rules::of(&profile, format, judged_as) });
         let observer: Arc<dyn Observer> = judge.clone();
         let config = MmuConfig {
             profile,
