@@ -82,6 +82,7 @@ pub(crate) fn wrong(error: VmError) -> Fault {
         | VmError::BadRange { .. }
         | VmError::BadHva { .. }
         | VmError::BadAnswer { .. }
+        | VmError::BadAccess { .. }
         | VmError::DirtyLog { .. }
         | VmError::NotLogging { .. }
         | VmError::OtherLog { .. }

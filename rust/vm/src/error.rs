@@ -157,6 +157,12 @@ pub enum VmError {
         /// The vCPU.
         vcpu: usize,
     },
+    /// A guest access that no CPU makes.
+    #[error("an access to gfn {gfn:#x} that writes and fetches: each is an access of its own")]
+    BadAccess {
+        /// The gfn.
+        gfn: u64,
+    },
     /// The vCPU's dirty ring is soft-full (KVM_EXIT_DIRTY_RING_FULL): harvest and reset it, then run on.
     #[error("vCPU {vcpu}: its dirty ring is full; harvest and reset the rings")]
     RingFull {

@@ -383,7 +383,7 @@ impl<'v, P: Platform> Vcpu<'v, P> {
     /// The guest makes an access, in guest mode, and it completes: translated, or emulated.
     ///
     /// # Errors
-    /// As [`Vcpu::fault`].
+    /// [`VmError::BadAccess`] for one that writes and fetches; as [`Vcpu::fault`].
     #[inline]
     pub fn access(&mut self, access: GuestAccess) -> Result<AccessOutcome, VmError> {
         if self.in_guest
@@ -411,6 +411,10 @@ impl<'v, P: Platform> Vcpu<'v, P> {
     }
 
     fn access_slow(&mut self, access: GuestAccess) -> Result<AccessOutcome, VmError> {
+        if access.write && access.exec {
+            // What the fast page fault would fix for the write the walk would refuse to the fetch, for ever.
+            return Err(VmError::BadAccess { gfn: access.gfn });
+        }
         let mut outcome = AccessOutcome::Walk;
         loop {
             if !self.poll()? {

@@ -276,3 +276,17 @@ fn a_flush_counts_as_one_that_kicked_only_if_somebody_was_in_the_guest() {
     vm.resume();
     assert_clean(&vm);
 }
+
+#[test]
+fn an_access_that_writes_and_fetches_is_none() {
+    let (vm, _) = small("6.12", |config| config.nx_huge_pages = true);
+    let task = vm.task("vmm", TaskRole::Caller);
+    vm.add_memory(&task, 0, 1024, 2).expect("memory");
+    let mut vcpu = vm.vcpu(0).expect("free");
+    let both = GuestAccess { gfn: 3, write: true, exec: true };
+    assert!(matches!(vcpu.access(both), Err(VmError::BadAccess { gfn: 3 })));
+    vcpu.access(GuestAccess::write(3)).expect("memory");
+    vcpu.access(GuestAccess::fetch(3)).expect("memory");
+    drop(vcpu);
+    assert_clean(&vm);
+}

@@ -3,10 +3,11 @@
 //! What must hold in each run: no violation, no deadlock, nothing left at the end; and the same seed makes the same run.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use tdpmmu_mmu::DESIGNS;
 use tdpmmu_platform::sim::{self, End, Memory, Run, SimConfig, Strategy};
-use tdpmmu_platform::{Platform, Role as TaskRole, Sim, Site};
+use tdpmmu_platform::{Fault, Faults, Platform, Role as TaskRole, Sim, Site};
 use tdpmmu_spte::KernelProfile;
 use tdpmmu_vm::{DirtyMode, GuestAccess, Region, SlotFlags, Vm, VmConfig, VmError};
 
@@ -276,6 +277,112 @@ fn a_run_may_be_given_up_at_any_point() {
             let cut = run(config, SimConfig { max_steps, ..sim_config(seed) }, threads.to_vec());
             assert!(matches!(cut.end, End::StepLimit), "{design} at {max_steps}: {:?}", cut.end);
             assert_eq!((cut.leaked_tasks, cut.violations.len()), (0, 0), "{design} at {max_steps}");
+        }
+    }
+}
+
+/// Strikes at the `nth` question about a fault, or at each that the dice choose.
+struct Strikes {
+    fault: Fault,
+    nth: Option<u64>,
+    /// Questions so far.
+    asked: Arc<AtomicU64>,
+}
+
+impl Faults for Strikes {
+    fn inject(&self, fault: Fault, _site: Site, nth: u64, dice: &mut dyn FnMut(u32) -> u32) -> u32 {
+        if fault != self.fault {
+            return 0;
+        }
+        self.asked.fetch_add(1, Ordering::Relaxed);
+        match self.nth {
+            Some(chosen) => u32::from(nth == chosen),
+            None if dice(4) == 0 => 1 + dice(6),
+            None => 0,
+        }
+    }
+}
+
+/// Does it again until memory is there.
+fn patiently<R>(mut act: impl FnMut() -> Result<R, VmError>) -> R {
+    loop {
+        match act() {
+            Ok(done) => return done,
+            Err(VmError::Pool(_) | VmError::Host { .. }) => {}
+            Err(other) => panic!("{other}"),
+        }
+    }
+}
+
+fn patient(vm: &Vm<Sim>) {
+    let mut vcpu = vm.vcpu(0).expect("free");
+    for gfn in [0, 1, 512] {
+        patiently(|| vcpu.access(GuestAccess::write(gfn)));
+        patiently(|| vcpu.drop_root());
+    }
+    patiently(|| vcpu.pre_fault(512..514));
+    for _ in 0..3 {
+        patiently(|| vcpu.access(GuestAccess::write(1)));
+    }
+}
+
+fn patient_logger(vm: &Vm<Sim>) {
+    let task = vm.task("logger", TaskRole::Caller);
+    let slot = vm.slots().by_id(0, 0).cloned().expect("nobody deletes it");
+    for log_dirty in [true, false] {
+        let flags = SlotFlags { log_dirty, readonly: false };
+        let region = Region { id: 0, as_id: 0, base: slot.base, pages: slot.pages, hva: slot.hva, flags };
+        patiently(|| vm.set_memslot(&task, &region));
+    }
+}
+
+fn struck(kernel: &str, fault: Fault, nth: Option<u64>, seed: u64) -> (Run, u64) {
+    let profile = KernelProfile::named(kernel).expect("known");
+    let asked = Arc::new(AtomicU64::new(0));
+    let faults: Arc<dyn Faults> = Arc::new(Strikes { fault, nth, asked: asked.clone() });
+    let threads: Threads =
+        &[("patient", patient), ("logger", patient_logger), ("zapper", zapper), ("host", host)];
+    let config = config(kernel, profile.design);
+    let run = run(config, SimConfig { faults: Some(faults), ..sim_config(seed) }, threads.to_vec());
+    (run, asked.load(Ordering::Relaxed))
+}
+
+#[test]
+fn an_allocation_that_fails_is_an_error_that_can_be_tried_again_wherever_it_fails() {
+    for kernel in ["6.1-async", "6.12"] {
+        let (_, sites) = struck(kernel, Fault::Alloc, Some(u64::MAX), 7);
+        assert!(sites > 10, "{kernel}: {sites} allocations");
+        for nth in 0..sites {
+            let (run, _) = struck(kernel, Fault::Alloc, Some(nth), 7);
+            assert_fine(&run, &format!("{kernel}: allocation {nth} of {sites}"));
+        }
+    }
+}
+
+#[test]
+fn faults_of_hardware_and_scheduling_change_nothing() {
+    let kinds = [
+        Fault::Alloc,
+        Fault::Cmpxchg,
+        Fault::FlushDelay,
+        Fault::FlushMerge,
+        Fault::FlushExtra,
+        Fault::GraceDelay,
+        Fault::WorkerStall,
+        Fault::VcpuPause,
+        Fault::Yield,
+    ];
+    for kernel in ["6.1-async", "6.12"] {
+        for fault in kinds {
+            let mut questions = 0;
+            for seed in 0..30 {
+                let (run, asked) = struck(kernel, fault, None, seed);
+                assert_fine(&run, &format!("{kernel} {} seed {seed}", fault.name()));
+                questions += asked;
+            }
+            // A kernel without workers has none to stall.
+            let nobody = fault == Fault::WorkerStall && kernel == "6.12";
+            assert_eq!(questions > 0, !nobody, "{kernel} {}", fault.name());
         }
     }
 }
