@@ -12,6 +12,8 @@ fn main() -> Result<(), VmError> {
     let profile = KernelProfile::default();
     let mut config = VmConfig::new(profile);
     config.max_tables = 64 * 520;
+    // Small enough for valgrind, whose counts of instructions are fair on a busy machine.
+    config.host_pages = 72 * GIG;
     let vm = Vm::<Real>::new(config)?;
     let task = vm.task("hot", TaskRole::Caller);
     vm.mmu().pool().prefault(64 * 515)?;
