@@ -3,7 +3,7 @@
 //! One seed each, and few schedules with the bug off, so that it fits a build; `the_whole_museum` has them all.
 
 use tdpmmu_lab::Control;
-use tdpmmu_lab::museum::{Budget, Demo, demo, demo_all, find};
+use tdpmmu_lab::museum::{ABSENT, Budget, Demo, demo, demo_all, entries, find, page};
 
 /// Schedules with the bug off, in a build.
 const CLEAN: u64 = 150;
@@ -60,4 +60,23 @@ fn the_whole_museum() {
     }
     println!("{} of {} in {:.0} s", museum.caught, museum.total, museum.seconds);
     museum.bugs.iter().for_each(judged);
+}
+
+#[test]
+fn the_page_of_the_museum_is_the_catalogue() {
+    let file = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/museum.md");
+    if std::env::var_os("TDPMMU_BLESS").is_some() {
+        std::fs::write(&file, page()).expect("docs/museum.md");
+    }
+    let written = std::fs::read_to_string(&file).expect("docs/museum.md");
+    assert!(written == page(), "docs/museum.md is not what the catalogue says: TDPMMU_BLESS=1");
+}
+
+#[test]
+fn every_number_of_the_history_is_shown_or_its_absence_explained() {
+    let shown = |number| entries().iter().any(|entry| entry.bug.number() == Some(number));
+    for number in 1..=44 {
+        let absent = ABSENT.iter().any(|(absent, _)| *absent == number);
+        assert!(shown(number) != absent, "bug {number}");
+    }
 }
