@@ -137,7 +137,10 @@ pub fn run_on<P: Platform>(
     judge: Option<Arc<Judge>>,
 ) -> Result<Outcome, LabError> {
     let observer = judge.clone().map(|judge| judge as Arc<dyn Observer>);
-    let vm = Vm::<P>::new(vm_config(&scenario.vm, observer)?).map_err(internal("the VM"))?;
+    let mut config = vm_config(&scenario.vm, observer)?;
+    // Where most tables are held by count, a huge page around each of the others would cost more than all of them.
+    config.hugepages &= !P::BY_COUNT;
+    let vm = Vm::<P>::new(config).map_err(internal("the VM"))?;
     let guests = scenario.threads.iter().filter(|t| t.ops.iter().any(|o| matches!(o, Op::Guest(_)))).count();
     let shared = Shared {
         scenario,

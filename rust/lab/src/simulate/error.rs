@@ -70,6 +70,8 @@ const FIELDS: &[Field] = &[
     ("block_update_ns.max", |run| run.block_update_ns.0.max.map(|ns| ns as f64)),
     ("visible_last_ns", |run| run.visible_last_ns.map(|ns| ns as f64)),
     ("teardown.ns_per_spte", |run| run.teardown.as_ref().map(|t| t.ns_per_spte)),
+    ("teardown.cpu_ns.caller", |run| run.teardown.as_ref().map(|t| t.cpu_ns.caller as f64)),
+    ("teardown.cpu_ns.rcu", |run| run.teardown.as_ref().map(|t| t.cpu_ns.rcu as f64)),
     ("teardown.last_table_free_ns", |run| run.teardown.as_ref().map(|t| t.last_table_free_ns as f64)),
     ("access_ns.p50", |run| run.access_ns.0.p50.map(|ns| ns as f64)),
     ("access_ns.p99", |run| run.access_ns.0.p99.map(|ns| ns as f64)),
