@@ -167,6 +167,7 @@ pub fn calibrate(plan: &Plan, control: &Control) -> Result<Calibration, LabError
     told(4)?;
     let small = spec(plan, FAULTED_PAGES, "sync", "4K,2M,1G,root", "mmu");
     all.set("walk", micro::walk(&small)?, "a lookup over eight leaf tables, per level");
+    all.set("access", micro::access(&small)?, "an access that the TLB answers");
     all.set("section", micro::section(&small)?, "a read section of a task that measures");
     let check = micro::check(&small)?;
     all.set("step", check, "a reschedule check of a task that measures");

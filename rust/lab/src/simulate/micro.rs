@@ -244,6 +244,19 @@ pub(super) fn walk(spec: &VmSpec) -> Result<f64, LabError> {
     }) / f64::from(spec.levels))
 }
 
+/// ns of an access that the TLB answers.
+pub(super) fn access(spec: &VmSpec) -> Result<f64, LabError> {
+    let vm = vm::<Real>(spec, 1 << 10)?;
+    let mut vcpu = vm.vcpu(0).map_err(failed)?;
+    let hit = GuestAccess { gfn: 7, write: true, exec: false };
+    vcpu.access(hit).map_err(failed)?;
+    let ns = least(20, 20_000, || {
+        std::hint::black_box(vcpu.access(hit).is_ok());
+    });
+    vcpu.leave();
+    Ok(ns)
+}
+
 /// What zapping `pages` pages took.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Zapped {

@@ -56,6 +56,8 @@ pub struct Costs {
     pub membarrier: f64,
     /// One table back from RCU into the pool.
     pub free: f64,
+    /// A guest's access that the TLB answers, its look at the mode word included.
+    pub access: f64,
     /// A slow fault without its words: memslot, host page, making the leaf.
     pub fault: f64,
     /// A new table linked by a fault: taken from the cache, cleared.
@@ -90,6 +92,7 @@ impl Default for Costs {
             lock_spin: 4_000.0,
             membarrier: 5_000.0,
             free: 10.0,
+            access: 5.0,
             fault: 20.0,
             table: 150.0,
             root: 300.0,
@@ -201,6 +204,8 @@ impl Prices {
                 set(Kind::Rmw, costs.locked);
             }
             match site {
+                // Once an access, and once a turn of a guest that idles.
+                Site::VcpuMode => set(Kind::Load, costs.access),
                 // Once a fault.
                 Site::NotifierSeq => set(Kind::Load, costs.fault),
                 Site::LockYield => set(Kind::Point, costs.step),
