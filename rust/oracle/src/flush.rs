@@ -202,6 +202,10 @@ impl FlushLedger {
         if !new.is_leaf(level) {
             return Some(Kind::Unmapped);
         }
+        if format.is_accessed(old) && !format.is_accessed(new) {
+            // Aging: whatever goes with Accessed, a TLB may go on without telling (F6e).
+            return None;
+        }
         let lost = |has: bool, had: bool| had && !has;
         let taken = lost(format.is_writable(new), format.is_writable(old))
             || lost(format.is_mmu_writable(new), format.is_mmu_writable(old))

@@ -127,7 +127,7 @@ impl RootLedger {
                 r.zapped += 1;
             }
             Event::RootFree { root } => self.free(root, verdict),
-            Event::SpteChanged { as_id, root, gfn, level, old, new, .. } => {
+            Event::SpteChanged { as_id, root, gfn, level, old, new, shared } => {
                 if Spte(old).is_present() && !Spte(new).is_present() {
                     self.before.remove(&Key { as_id, root, gfn, level });
                 }
@@ -136,7 +136,12 @@ impl RootLedger {
                     verdict.broken(Rule::UnknownRoot, Some(root), Some(gfn), what);
                 }
                 let created = !Spte(old).is_present() && Spte(new).is_present();
-                if created && self.rules.checks_stale_root && self.live.get(&root).is_some_and(|r| !r.valid) {
+                // Under the exclusive lock only change_pte makes leaves: in the place of one that it has just taken out, under any root.
+                if created
+                    && shared
+                    && self.rules.checks_stale_root
+                    && self.live.get(&root).is_some_and(|r| !r.valid)
+                {
                     verdict.broken(
                         Rule::CreatedUnderInvalid,
                         Some(root),

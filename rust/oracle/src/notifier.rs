@@ -97,8 +97,8 @@ impl Notifier {
     }
 
     fn made(&self, look_up: &LookUp, (root, gfn, level): (u32, u64, u8), leaf: Spte, verdict: &mut Verdict) {
-        let gfns = gfn..gfn + span(level);
-        let overlaps = |r: &Range<u64>| r.start < gfns.end && gfns.start < r.end;
+        // The gfn alone, as the fault itself asks: what makes a larger page of the host smaller is announced for all of that page.
+        let overlaps = |r: &Range<u64>| r.contains(&look_up.gfn);
         let active = self.active.iter().find(|(_, r)| overlaps(r)).map(|(by, r)| (*by, r, "is under way"));
         let ended = || {
             let late = |at: &u64| *at > look_up.at;

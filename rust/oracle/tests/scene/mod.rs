@@ -226,13 +226,13 @@ fn ager(vm: &Vm<Sim>) {
     vm.promote_gfns(&task, 0..1024, 2).expect("memory");
 }
 
-/// A guest that toggles EFER.NX: a second root of the same address space.
+/// A guest that toggles CR0.WP: a second root of the same address space.
 fn other_role(vm: &Vm<Sim>) {
     let mut vcpu = vm.vcpu(1).expect("free");
     ignore_gone(vcpu.access(GuestAccess::write(1)));
     let layout = vm.mmu().profile().role_layout;
     let mut fields = layout.unpack(vcpu.role());
-    fields.efer_nx = !fields.efer_nx;
+    fields.cr0_wp = !fields.cr0_wp;
     vcpu.switch_role(layout.pack(&fields));
     ignore_gone(vcpu.access(GuestAccess::write(1)));
     ignore_gone(vcpu.access(GuestAccess::write(0)));
