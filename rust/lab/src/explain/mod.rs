@@ -120,8 +120,11 @@ pub fn story(program: &Program, bug: Option<Bug>, outcome: &Outcome) -> Story {
     }
     let run = &outcome.run;
     header.push(format!(
-        "schedule    {} ({} preemptions, {} steps; ended: {:?})",
-        run.schedule, run.preemptions, run.steps, run.end
+        "schedule    {} ({} preemption{}, {} steps)",
+        run.schedule,
+        run.preemptions,
+        if run.preemptions == 1 { "" } else { "s" },
+        run.steps
     ));
     header.push(format!("seed        {seed}"));
     let (columns, rows) = rows::rows(program, outcome, finding.as_ref());

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use tdpmmu_platform::Event;
-use tdpmmu_platform::sim::{Choice, Kind};
+use tdpmmu_platform::sim::Kind;
 
 use super::books::Books;
 use super::words::{self, Weight};
@@ -71,6 +71,10 @@ pub(super) fn rows(
         }
     }
     drafts.sort_by_key(|draft| draft.at);
+    // What is told while the run is taken down is no part of it.
+    if let Some(last) = drafts.iter().rposition(|draft| draft.mark == Mark::Violation) {
+        drafts.truncate(last + 1);
+    }
     let mut least = Weight::Detail;
     if shown(&drafts, least, false) > SHORT {
         least = Weight::Step;
@@ -124,8 +128,6 @@ fn add_switches(outcome: &Outcome, drafts: &mut Vec<Draft>) {
         let weight = if step.kind == Kind::Block { Weight::Detail } else { Weight::Step };
         drafts.push(Draft { at: step.at, task: step.task, mark, weight, concerns: true, text });
     }
-    let yields = outcome.run.schedule.turns.iter().filter(|turn| turn.choice == Choice::Yield).count();
-    debug_assert!(yields <= outcome.run.schedule.turns.len());
 }
 
 fn columns(
@@ -137,7 +139,8 @@ fn columns(
 ) -> (Vec<String>, Vec<Row>) {
     // The main task is the stage: what it tells goes across.
     let mut of_task = BTreeMap::new();
-    for draft in drafts.iter().filter(|draft| draft.task != 0 && shows(draft, least, strict)) {
+    let told = |draft: &&Draft| draft.task != 0 && (draft.mark != Mark::Plain || draft.weight == Weight::Step);
+    for draft in drafts.iter().filter(told).filter(|draft| shows(draft, least, strict)) {
         of_task.insert(draft.task, 0);
     }
     let mut names = Vec::new();
@@ -159,6 +162,10 @@ fn columns(
         }
     };
     for draft in drafts {
+        // Who only waits has no column.
+        if draft.task != 0 && !of_task.contains_key(&draft.task) {
+            continue;
+        }
         if !shows(&draft, least, strict) {
             if let Some((task, _, count)) = &mut folded
                 && *task == draft.task

@@ -242,7 +242,7 @@ pub(super) fn obligation(rule: &str) -> &'static str {
         "step-too-long" => {
             "a task with mmu_lock held checks for a yield after a bounded stretch of work (O-PROG)"
         }
-        "rcu-too-long" => "an RCU read section is bounded (O-RCULEN)",
+        "rcu-section-too-long" => "an RCU read section is bounded (O-RCULEN)",
         "panic" => "the engine does not panic",
         "unclean-end" => "a VM that ends leaves nothing behind",
         "engine" => "the engine's own invariants hold",

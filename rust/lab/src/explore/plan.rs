@@ -123,7 +123,7 @@ pub(super) fn planned(
         Models::Mix => Memory::Sc,
     };
     // Yields by the schedule's own choice: none, some, many.
-    let yield_percent = [0, 10, 50][(mixed(seed ^ 0x79, n) % 3) as usize];
+    let yield_percent = [0, 5, 25][(mixed(seed ^ 0x79, n) % 3) as usize];
     let random = Strategy::Random { seed: drawn };
     let pct = |depth: u32| Strategy::Pct { seed: drawn, depth, steps: known.choices.max(1) };
     let targeted = || match known.sites.len() as u64 {

@@ -38,6 +38,8 @@ pub struct Search {
     pub preemptions: u32,
     /// Threads of this machine; 0: as many as it has CPUs.
     pub jobs: usize,
+    /// Of a hundred reschedule checks so many yield by the schedule's own choice; `None`: none, some or many, by the schedule.
+    pub yield_percent: Option<u8>,
     /// Faults that strike.
     pub faults: FaultPlan,
     /// Judges that do not listen.
@@ -61,6 +63,7 @@ impl Default for Search {
             depth: None,
             preemptions: 2,
             jobs: 0,
+            yield_percent: None,
             faults: FaultPlan::default(),
             judges: JudgeSet::default(),
             max_steps: SimConfig::default().max_steps,
@@ -210,7 +213,8 @@ impl Searcher<'_> {
     }
 
     fn run(&self, plan: &Planned) -> Outcome {
-        let config = self.config(plan.strategy.clone(), plan.memory, plan.yield_percent);
+        let yields = self.search.yield_percent.unwrap_or(plan.yield_percent);
+        let config = self.config(plan.strategy.clone(), plan.memory, yields);
         run_with(&self.program, config, &self.search.judges)
     }
 
@@ -318,8 +322,11 @@ impl Searcher<'_> {
             if self.systematic.0.is_multiple_of(BATCH) {
                 self.tell()?;
             }
-            let outcome =
-                run_with(&self.program, self.config(Strategy::Dfs(next), memory, 0), &self.search.judges);
+            let outcome = run_with(
+                &self.program,
+                self.config(Strategy::Dfs(next), memory, self.search.yield_percent.unwrap_or(0)),
+                &self.search.judges,
+            );
             self.systematic.0 += 1;
             let failing = self.book(Self::look(&outcome, None));
             if failing.is_some() {
@@ -389,11 +396,11 @@ pub(crate) fn oracle_of(rule: &str) -> String {
         || match rule {
             "touched-after-free" => "O-RCU".to_owned(),
             "deadlock" | "step-limit" | "step-too-long" => "O-PROG".to_owned(),
-            "rcu-too-long" => "O-RCULEN".to_owned(),
+            "rcu-section-too-long" => "O-RCULEN".to_owned(),
             "unclean-end" => "O-END".to_owned(),
             _ => String::new(),
         },
-        |_| "judge".to_owned(),
+        |rule| rule.oracle().to_owned(),
     )
 }
 

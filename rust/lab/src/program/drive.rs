@@ -39,7 +39,7 @@ pub(super) struct Stage<P: Platform> {
     pub(super) vm: Vm<P>,
     pub(super) flags: Flags,
     host: u64,
-    performed: Mutex<Vec<Performed>>,
+    performed: Arc<Mutex<Vec<Performed>>>,
 }
 
 impl<P: Platform> Stage<P> {
@@ -59,7 +59,7 @@ impl<P: Platform> Stage<P> {
         };
         let vm = Vm::<P>::new(machine.config(pages, observer)?).map_err(refused("vm"))?;
         let host = vm.side().primary.region(pages, 0, machine.host_level, true).map_err(refused("slots"))?;
-        let stage = Arc::new(Self { vm, flags: Flags::default(), host, performed: Mutex::default() });
+        let stage = Arc::new(Self { vm, flags: Flags::default(), host, performed: Arc::default() });
         let task = stage.vm.task("setup", TaskRole::Caller);
         stage.vm.side().invalidation.start_at::<P>(machine.start_seq);
         for slot in &machine.slots {
@@ -146,7 +146,7 @@ impl<P: Platform> Stage<P> {
 
     /// Nothing moves any more: the judge compares everything with everything.
     pub(super) fn quiet_check(&self, judge: &Judge) {
-        judge.check_quiet(self.vm.mmu(), &self.vm.task("judge", TaskRole::Observer));
+        judge.check_vm(&self.vm, &self.vm.task("judge", TaskRole::Observer));
     }
 
     /// The end of the VM, and of what the judge hears.
@@ -160,6 +160,11 @@ impl<P: Platform> Stage<P> {
 
     pub(super) fn judge_the_end(&self, judge: &Judge) {
         judge.finish(self.vm.mmu(), &self.vm.task("judge", TaskRole::Observer));
+    }
+
+    /// What was done, for who looks at it when the stage is gone.
+    pub(super) fn log(&self) -> Arc<Mutex<Vec<Performed>>> {
+        Arc::clone(&self.performed)
     }
 
     pub(super) fn take_performed(&self) -> Vec<Performed> {
@@ -185,7 +190,12 @@ impl Program {
     /// [`ProgramError::Machine`].
     pub fn rules(&self) -> Result<Rules, ProgramError> {
         let config = self.machine.config(self.machine.host_pages(self.created()), None)?;
-        Ok(Rules::of(&config.profile, config.format, config.design_name()))
+        let (passes, _) = config.check().map_err(|error| ProgramError::Machine {
+            field: "machine",
+            value: String::new(),
+            rule: error.to_string(),
+        })?;
+        Ok(Rules::of(&config.profile, config.format, config.design_name()).passes(passes))
     }
 }
 

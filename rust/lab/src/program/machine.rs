@@ -186,6 +186,8 @@ impl MachineSpec {
         config.max_level = self.max_level;
         config.batch = self.batch;
         config.hugepages = false;
+        // A page that is used after it was freed is to be recognised.
+        config.quarantine = true;
         // Each region begins a GiB of its own, and collapsed memory is copied.
         let collapse = if self.max_level > self.host_level { host_pages } else { 0 };
         let room = host_pages + collapse + 2 * span(3) + SPARE_PAGES;
