@@ -20,6 +20,7 @@ __all__ = [
     "policies",
     "predict",
     "profile",
+    "prove",
     "replay",
 ]
 
@@ -59,6 +60,13 @@ def predict(
     path: str,
     *,
     profile: str | None = None,
+    progress: Callable[[str, float], object] | None = None,
+    timeout: float | None = None,
+) -> str: ...
+def prove(
+    kind: str,
+    config: str,
+    *,
     progress: Callable[[str, float], object] | None = None,
     timeout: float | None = None,
 ) -> str: ...

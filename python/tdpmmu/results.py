@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from tdpmmu.comparison import Comparison
+    from tdpmmu.found import AllocationFailures, Exploration, Museum, Story, Torture
     from tdpmmu.recorded import ConformReport, Replay
 
 __all__ = [
@@ -333,7 +334,12 @@ def flatten(raw: Raw, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + name, json.dumps(value) if isinstance(value, (list, tuple)) else value
 
 
-Document: TypeAlias = "BenchResult | MicroResult | Replay | ConformReport | Comparison"
+Document: TypeAlias = (
+    "BenchResult | MicroResult | Replay | ConformReport | Comparison"
+    " | Exploration | Museum | Torture | AllocationFailures | Story"
+)
+#: Schemas of `tdpmmu.found`, in the order of its classes below.
+_FOUND = ("tdpmmu.explore/", "tdpmmu.bugs/", "tdpmmu.torture/", "tdpmmu.faults/", "tdpmmu.story/")
 
 
 def load(text: str | bytes, source: str = "the text") -> Document:
@@ -399,6 +405,13 @@ def _by_schema(schema: str, raw: Raw, source: str) -> Document:
         from tdpmmu.recorded import ConformReport
 
         return ConformReport.from_raw(raw)
+    if schema.startswith("tdpmmu.simulate/"):
+        return BenchResult.from_raw(raw)
+    if schema.startswith(_FOUND):
+        from tdpmmu import found
+
+        kinds = (found.Exploration, found.Museum, found.Torture, found.AllocationFailures, found.Story)
+        return kinds[[schema.startswith(one) for one in _FOUND].index(True)].from_raw(raw)
     if schema.startswith("tdpmmu.compare/"):
         from tdpmmu.comparison import Comparison
 

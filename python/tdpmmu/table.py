@@ -15,8 +15,8 @@ __all__ = ["WIDTH", "render", "render_bench", "render_comparison", "render_micro
 Cell = Callable[[BenchRun], Any]
 
 
-def render(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return an aligned table: the first column to the left, the others to the right, two blanks between.
+def render(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
+    """Return an aligned table: the columns `left` to the left, the others to the right, two blanks between.
 
     A header cell may hold a newline; no unit is added.
     """
@@ -28,7 +28,8 @@ def render(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     out = []
     for number, row in enumerate(table):
         cells = [
-            c.ljust(w) if at == 0 else c.rjust(w) for at, (c, w) in enumerate(zip(row, widths, strict=True))
+            c.ljust(w) if at in left else c.rjust(w)
+            for at, (c, w) in enumerate(zip(row, widths, strict=True))
         ]
         out.append("  ".join(cells).rstrip())
         if number == depth - 1:

@@ -14,6 +14,7 @@ from tdpmmu.cli.common import BadInput, common, exit_code
 from tdpmmu.cli.conform import conform
 from tdpmmu.cli.files import compare, plot, replay
 from tdpmmu.cli.output import Output, say
+from tdpmmu.cli.proof import bugs, explain, explore, simulate, torture
 from tdpmmu.cli.record import record_help
 
 __all__ = ["cli", "run"]
@@ -59,7 +60,19 @@ def cli(debug: bool) -> None:
     """
 
 
-for command in (bench, replay, conform, plot, compare, record_help):
+for command in (
+    bench,
+    explore,
+    bugs,
+    torture,
+    explain,
+    simulate,
+    replay,
+    conform,
+    plot,
+    compare,
+    record_help,
+):
     cli.add_command(command)
 
 

@@ -22,6 +22,7 @@
 //! | `museum/` | bugs that were really there, found again |
 //! | `faults/` | what goes wrong on purpose |
 //! | `torture/` | random operations on real threads, under every judge that can listen |
+//! | `proof.rs` | one door to explore, museum, torture, explain, simulate |
 //! | `limits/` | the host's physical limits |
 //! | `fit.rs` | a line through measurements, and its errors |
 //! | `result.rs` | the schema |
@@ -48,10 +49,12 @@ mod micro;
 pub mod museum;
 pub mod outcome;
 pub mod program;
+pub mod proof;
 pub mod result;
 pub mod run;
 pub mod scenario;
 pub mod scene;
+pub mod simulate;
 pub mod timeline;
 pub mod torture;
 mod units;

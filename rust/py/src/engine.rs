@@ -92,6 +92,11 @@ pub fn bench(kind: &str, config: &str, control: &Control) -> Result<String, Faul
     tdpmmu_lab::bench::run(kind, config, &build(), &watched(control)).map_err(lab_fault)
 }
 
+/// A search, a demonstration, a story or a simulation, as JSON text.
+pub fn prove(kind: &str, config: &str, control: &Control) -> Result<String, Fault> {
+    tdpmmu_lab::proof::run(kind, config, &watched(control)).map_err(lab_fault)
+}
+
 /// The job's control as the lab knows it.
 fn watched(control: &Control) -> tdpmmu_lab::Control {
     let told = control.clone();

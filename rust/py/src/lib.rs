@@ -109,6 +109,22 @@ fn replay(
     job::run(py, limits, progress, move |control| engine::replay(&request, control))
 }
 
+/// Searches interleavings, shows bugs of the museum, tortures, explains, simulates: by `kind`, with a configuration and a result as JSON text.
+///
+/// `progress(phase, fraction)` is called on the calling thread. `timeout` is in seconds.
+#[pyfunction]
+#[pyo3(signature = (kind, config, *, progress=None, timeout=None))]
+fn prove(
+    py: Python<'_>,
+    kind: String,
+    config: String,
+    progress: Option<Py<PyAny>>,
+    timeout: Option<f64>,
+) -> PyResult<String> {
+    let limits = job::Limits { timeout, patience: Some(ABANDON) };
+    job::run(py, limits, progress, move |control| engine::prove(&kind, &config, control))
+}
+
 /// Runs recordings' operations through the engine, compares with what KVM did, and returns the report as JSON text.
 ///
 /// `progress(phase, fraction)` is called on the calling thread. `timeout` is in seconds.
@@ -189,7 +205,7 @@ mod _native {
     #[pymodule_export]
     use super::{
         _idle, _panic, available_bytes, bench, blank, build_info, catalogue, conform, info, passes, policies,
-        predict, profile, replay,
+        predict, profile, prove, replay,
     };
 
     /// Refuses a second interpreter of the process: PyO3's statics, and ours, belong to the first.
