@@ -1,13 +1,14 @@
 //! The ground under the MMU: locks, RCU, tasks, clock, queue, schedule points.
 //!
 //! The MMU is generic over [`Platform`] and names nothing of `std::sync` or `std::thread` itself. This crate holds
-//! the contract ([`api`]) and the platform of real threads ([`Real`]); a simulated one implements the same contract.
+//! the contract ([`api`]), the platform of real threads ([`Real`]), and platforms that keep the contract under a schedule ([`sim`]) or a clock of their own.
 //!
 //! * [`rwlock`]: a fair reader-writer lock that can tell whether somebody waits; [`mmu_lock`]: modes as types, yields.
 //! * [`rcu`]: read sections for two plain stores, deferred freeing of whole chains.
 //! * [`task`]: "current": time slice, read sections, steps; [`meter`]: what it measures.
 //! * [`pace`]: yields as an input.
 //! * [`queue`], [`mutex`]: work and sleeping locks. [`clock`]: TSC. [`observer`]: who listens.
+//! * [`bug`], [`fault`]: what a simulated run can be given that is wrong; constants on the real platform.
 //! * [`timeline`]: recordings of what tasks did when; off unless asked for.
 //!
 //! Under `--cfg loom` the protocols are compiled over loom's types (see `primitive`), and `Real` is left out.

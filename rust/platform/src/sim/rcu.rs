@@ -123,6 +123,7 @@ impl Inner {
         let waited = Sim::ticks().saturating_sub(self.first_queued.load(Ordering::SeqCst));
         lock(&self.grace_period_ns).record(waited);
         self.backlog_peak.fetch_max(self.backlog(), Ordering::SeqCst);
+        scheduler::point(Site::TableFree, super::report::Kind::Point);
         let freed = self.reclaim.reclaim(head);
         self.reclaimed.fetch_add(freed as u64, Ordering::SeqCst);
     }

@@ -9,11 +9,11 @@ use std::{
 };
 
 use tdpmmu_platform::{
-    Platform, Sim, Site,
-    sim::{DfsState, Memory, SimConfig, Strategy},
+    Platform, RcuConfig, RcuDomain, Sim, Site,
+    sim::{DfsState, Memory, SimConfig, SimRcu, Strategy},
 };
 
-use crate::{Body, run, together};
+use crate::{Body, busy::Counting, run, together};
 
 /// What a task does; the loads' results are the outcome, in the order of the tasks.
 #[derive(Clone, Copy)]
@@ -127,4 +127,84 @@ fn two_writers_of_two_words_leave_no_cycle() {
     for memory in [Memory::Sc, Memory::Tso] {
         assert_eq!(outcomes(memory, &tasks, true), set(&[&[1, 2], &[2, 1], &[2, 2]]), "{memory:?}");
     }
+}
+
+/// Both tasks store, then load the other's word: 1 where both loads saw nothing.
+fn store_buffering() {
+    let words: Arc<[AtomicU64; 2]> = Arc::default();
+    let missed: Arc<AtomicU64> = Arc::default();
+    let body = |mine: usize| {
+        let (words, missed) = (words.clone(), missed.clone());
+        Box::new(move || {
+            Sim::store(&words[mine], 1, Site::VcpuMode);
+            if Sim::load(&words[1 - mine], Site::VcpuRequest) == 0 {
+                missed.fetch_add(1, Ordering::SeqCst);
+            }
+        }) as Body
+    };
+    together(vec![body(0), body(1)]);
+    if missed.load(Ordering::SeqCst) == 2 {
+        tdpmmu_platform::sim::violation("store-buffering", String::new());
+    }
+}
+
+#[test]
+fn random_and_pct_schedules_find_store_buffering_under_tso_and_never_without() {
+    for memory in [Memory::Sc, Memory::Tso] {
+        for pct in [false, true] {
+            let found = (0..300)
+                .filter(|&seed| {
+                    let strategy = if pct {
+                        Strategy::Pct { seed, depth: 2, steps: 10 }
+                    } else {
+                        Strategy::Random { seed }
+                    };
+                    run(SimConfig { strategy, memory, ..SimConfig::default() }, store_buffering).failed()
+                })
+                .count();
+            assert_eq!(found > 5, memory == Memory::Tso, "{memory:?}, PCT {pct}: {found}");
+            assert!(memory == Memory::Tso || found == 0);
+        }
+    }
+}
+
+#[test]
+fn a_grace_period_empties_every_store_buffer() {
+    let stale = |grace: bool| {
+        (0..200)
+            .filter(|&seed| {
+                let strategy = Strategy::Random { seed };
+                let config = SimConfig { strategy, memory: Memory::Tso, ..SimConfig::default() };
+                run(config, move || {
+                    let rcu = SimRcu::try_new(Arc::new(Counting::default()), RcuConfig::default()).unwrap();
+                    let (word, stored): (Arc<AtomicU64>, Arc<AtomicU64>) = Default::default();
+                    let (theirs, told) = (word.clone(), stored.clone());
+                    let storer: Body = Box::new(move || {
+                        Sim::store(&theirs, 1, Site::VcpuMode);
+                        told.store(1, Ordering::SeqCst);
+                        for _ in 0..8 {
+                            Sim::point(Site::Spin);
+                        }
+                    });
+                    let domain = rcu.clone();
+                    let looker: Body = Box::new(move || {
+                        Sim::point(Site::Spin);
+                        if stored.load(Ordering::SeqCst) == 1 {
+                            if grace {
+                                domain.synchronize();
+                            }
+                            if Sim::load(&word, Site::VcpuMode) == 0 {
+                                tdpmmu_platform::sim::violation("stale", String::new());
+                            }
+                        }
+                    });
+                    together(vec![storer, looker]);
+                    rcu.stop();
+                })
+                .failed()
+            })
+            .count()
+    };
+    assert!(stale(false) > 0, "no store was held back");
+    assert_eq!(stale(true), 0);
 }

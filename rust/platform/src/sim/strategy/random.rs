@@ -1,7 +1,7 @@
 //! Random schedules.
 //!
 //! One chance of switching for all runs would find either what needs many switches or what needs a long undisturbed stretch. So each run draws its
-//! own, from 1/2 to 1/64: with few points and many switches, or the other way round.
+//! own, from 1/2 to 1/64: with few points and many switches, or the other way round. Under TSO it draws too how many stores are held, and for how long.
 
 use super::Moment;
 use crate::sim::schedule::Choice;
@@ -49,8 +49,9 @@ pub(in crate::sim) struct Random {
 impl Random {
     pub fn new(seed: u64) -> Self {
         let mut rng = Rng::new(seed);
-        let mut chance = |least: u32| u64::MAX >> (1 + rng.below(least));
-        let (switch, hold, drain) = (chance(6), chance(4), chance(4));
+        let mut chance = |most: u32, kinds: u32| u64::MAX >> (most + rng.below(kinds));
+        // Half of all stores to nearly all are held, and for long: a missing barrier shows when two tasks have one under way at once.
+        let (switch, hold, drain) = (chance(1, 6), u64::MAX - chance(1, 4), chance(2, 4));
         Random { seed, rng, switch, hold, drain }
     }
 

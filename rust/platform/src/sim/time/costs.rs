@@ -48,6 +48,12 @@ pub struct Costs {
     pub switch: f64,
     /// How long a task runs before another runnable one gets its CPU.
     pub slice: f64,
+    /// Asking for the thread's CPU time.
+    pub cpu_clock: f64,
+    /// Asking for the thread's context switches.
+    pub switch_count: f64,
+    /// Asking for the thread's time without a CPU: a file of the host's is read for it.
+    pub run_delay: f64,
     /// Starting a thread, to the starter.
     pub spawn: f64,
     /// A waiter for mmu_lock spins so long before it sleeps.
@@ -88,6 +94,9 @@ impl Default for Costs {
             wake_latency: 8_000.0,
             switch: 1_500.0,
             slice: 3_000_000.0,
+            cpu_clock: 250.0,
+            switch_count: 300.0,
+            run_delay: 15_000.0,
             spawn: 20_000.0,
             lock_spin: 4_000.0,
             membarrier: 5_000.0,

@@ -243,6 +243,14 @@ impl World {
         }
     }
 
+    /// The same for a question about the clock, which is asked anywhere: nobody else goes on before the next operation.
+    fn ask(&self, ns: f64) {
+        let inner = self.inner();
+        if inner.quiet != inner.clock.current() {
+            inner.clock.now += ps(ns);
+        }
+    }
+
     #[inline(always)]
     fn price(&self, kind: Kind, site: Site) -> Ps {
         self.inner().prices.0[kind as usize][site as usize]
@@ -694,18 +702,25 @@ impl Platform for Timed {
     }
 
     fn thread_cpu_ns() -> u64 {
-        current_world().map_or(0, |world| world.inner().clock.cpu_time() / 1000)
+        current_world().map_or(0, |world| {
+            world.ask(world.inner().costs.cpu_clock);
+            world.inner().clock.cpu_time() / 1000
+        })
     }
 
     fn switches() -> Switches {
         current_world().map_or_else(Switches::default, |world| {
+            world.ask(world.inner().costs.switch_count);
             let (voluntary, involuntary) = world.inner().clock.switches();
             Switches { voluntary, involuntary }
         })
     }
 
     fn run_delay_ns() -> Option<u64> {
-        current_world().map(|world| world.inner().clock.delay() / 1000)
+        current_world().map(|world| {
+            world.ask(world.inner().costs.run_delay);
+            world.inner().clock.delay() / 1000
+        })
     }
 
     fn futex_wait(cell: &AtomicU32, expected: u32, timeout_ns: Option<u64>) {
