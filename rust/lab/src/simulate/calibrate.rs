@@ -152,6 +152,9 @@ pub fn calibrate(plan: &Plan, control: &Control) -> Result<Calibration, LabError
     all.set("locked", micro::locked(), "an addition to a word of one's own");
     all.set("relax", micro::relax(), "a load and a pause");
     all.set("syscall", micro::syscall(), "a futex wake-up of nobody");
+    for (name, ns) in ["cpu_clock", "switch_count", "run_delay"].into_iter().zip(micro::questions()) {
+        all.set(name, ns, "a thread's question about itself");
+    }
     all.set("spawn", micro::spawn(), "starting a thread, median");
     all.set("transfer", micro::transfer(), "half a round trip of a word between two CPUs");
     let turns = all.costs.relax * LOCK_SPINS;

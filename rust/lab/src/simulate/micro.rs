@@ -50,6 +50,22 @@ pub(super) fn syscall() -> f64 {
     })
 }
 
+/// What a thread pays for questions about itself: its CPU time, its switches, its time without a CPU.
+pub(super) fn questions() -> [f64; 3] {
+    let ask = |question: fn()| least(10, 200, question);
+    [
+        ask(|| {
+            std::hint::black_box(Real::thread_cpu_ns());
+        }),
+        ask(|| {
+            std::hint::black_box(Real::switches());
+        }),
+        ask(|| {
+            std::hint::black_box(Real::run_delay_ns());
+        }),
+    ]
+}
+
 pub(super) fn spawn() -> f64 {
     let one = |_| {
         let begun = Instant::now();
