@@ -7,7 +7,7 @@
 //! the stack, and [`Ledger::settle`] pays them at the latest before the unlock. Frames gather as runs: guests are backed by
 //! contiguous memory more often than not, and a run costs one atomic OR per 64 pages where a page would cost one each.
 
-use tdpmmu_platform::{Bug, Event, Platform, RcuDomain};
+use tdpmmu_platform::{Bug, Event, Platform, RcuDomain, Site};
 use tdpmmu_spte::Spte;
 use tdpmmu_table::DeadChain;
 
@@ -126,6 +126,7 @@ impl Ledger {
             if P::bug(Bug::C04) {
                 return;
             }
+            P::point(Site::RcuDefer);
             mmu.rcu().defer(head, tail, count);
         }
     }

@@ -130,7 +130,7 @@ impl<P: Platform> TdpMmu<P> {
         if cache.len() >= self.fault_tables() {
             return Ok(());
         }
-        self.refill(task, cache)
+        self.refill(task, cache, site)
     }
 
     /// A place where the pool is asked for `wanted` tables: fault injection may have it refuse.
@@ -144,9 +144,9 @@ impl<P: Platform> TdpMmu<P> {
     }
 
     #[cold]
-    fn refill(&self, task: &Task<P>, cache: &mut TableCache) -> Result<(), PoolError> {
+    fn refill(&self, task: &Task<P>, cache: &mut TableCache, site: Site) -> Result<(), PoolError> {
         task.might_sleep();
-        P::point(Site::TableAlloc);
+        P::point(site);
         if !cache.has_tally() {
             cache.adopt(self.new_tally());
         }
@@ -174,6 +174,7 @@ impl<P: Platform> TdpMmu<P> {
             let stats = self.pool().stats();
             return Err(PoolError::Exhausted { in_use: stats.taken, cap: self.pool().cap(), wanted: 1 });
         };
+        P::point(Site::TableAlloc);
         self.pool().meta(table).init(role, gfn, level, parent);
         if let Some(observer) = self.observer() {
             observer.event(task.id(), &Event::TableAlloc { table, level, gfn });

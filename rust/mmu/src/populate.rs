@@ -146,6 +146,7 @@ impl<P: Platform> TdpMmu<P> {
         if vacant == 0 {
             return Ok(None);
         }
+        P::point(Site::AllocBulk);
         self.may_allocate(Site::AllocBulk, vacant as u64)?;
         let (run, count) = match self.pool().alloc_run(vacant) {
             Ok(run) => (run, vacant),
@@ -232,6 +233,7 @@ impl<P: Platform> TdpMmu<P> {
             }
             // A topped-up cache lasts for the path and the two ends, unless zaps undo it meanwhile. No sleeping here: mmu_lock is held.
             if cache.is_empty() {
+                P::point(Site::AllocBulk);
                 self.may_allocate(Site::AllocBulk, 1)?;
                 cache.top_up(self.pool(), 1, |page| self.fill_empty(page))?;
             }

@@ -173,6 +173,7 @@ impl<P: Platform> TdpMmu<P> {
         }
         let link = &self.pool().meta(root).rcu_link;
         link.store(NIL, Ordering::Relaxed);
+        P::point(Site::RcuDefer);
         self.rcu().defer(root, link, 1);
     }
 

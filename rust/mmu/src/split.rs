@@ -155,6 +155,7 @@ impl<P: Platform> TdpMmu<P> {
             // Waiting for the lock afterwards is booked as such by the lock.
             let _allocating = task.phase(Phase::Other);
             task.might_sleep();
+            P::point(Site::AllocSplit);
             self.may_allocate(Site::AllocSplit, 1)?;
             stock.top_up(self.pool(), 1, |_| {})
         })

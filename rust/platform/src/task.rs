@@ -268,6 +268,12 @@ impl<P: Platform> Task<P> {
         self.observer.is_some()
     }
 
+    /// Somebody wants detail: for paths that exist twice, since a test at each event would cost a walk a tenth.
+    #[inline(always)]
+    pub fn wants_detail(&self) -> bool {
+        self.detail
+    }
+
     /// Reports an event to an observer that wants detail; `event` is built only then.
     #[inline(always)]
     pub fn detail(&self, event: impl FnOnce() -> Event) {

@@ -3,7 +3,7 @@
 //! **Guarantee.** A table is 512 `AtomicU64`, 4 KiB aligned, named by a `u32` index. Whoever holds an index may read and
 //! write its entries for ever without `unsafe`: the address space is reserved once and never unmapped while the pool lives,
 //! so a stale index reaches a recycled table, never a fault. *When* an index may be recycled is the business of RCU, above.
-//! Every page is in exactly one of three states, counted exactly: free (its bit in [`FreeMap`] is set), cached
+//! Every page is in exactly one of three states, counted exactly: free (its bit in [`FreeMap`] is set, or it waits in quarantine), cached
 //! (taken by a [`TableCache`], not yet a table), in use. Handing out beyond the cap fails; a second free of one page is
 //! detected at the free, by the bit that was already set.
 //!

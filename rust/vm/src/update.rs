@@ -51,6 +51,7 @@ impl<P: Platform> Vm<P> {
     pub fn set_memslot(&self, task: &Task<P>, region: &Region) -> Result<SlotUpdate, VmError> {
         let mut slots = self.lock_slots(task);
         self.open()?;
+        P::point(Site::AllocSlot);
         if region.pages != 0 && P::inject(Fault::Alloc, Site::AllocSlot) {
             return Err(VmError::Host { what: "a memslot's arrays", reason: "out of memory".into() });
         }

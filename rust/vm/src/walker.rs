@@ -67,10 +67,41 @@ pub fn walk<P: Platform>(
     levels: u8,
     access: GuestAccess,
 ) -> Result<(Spte, bool), HardwareFault> {
-    let vcpu = task.vcpu().unwrap_or(0) as u32;
+    if task.wants_detail() {
+        walk_told::<P>(task, pool, format, tlb, root, levels, access)
+    } else {
+        walk_as::<P, false>(task, pool, format, tlb, root, levels, access)
+    }
+}
+
+#[cold]
+fn walk_told<P: Platform>(
+    task: &Task<P>,
+    pool: &TablePool,
+    format: &Format,
+    tlb: &mut Tlb,
+    root: u32,
+    levels: u8,
+    access: GuestAccess,
+) -> Result<(Spte, bool), HardwareFault> {
+    walk_as::<P, true>(task, pool, format, tlb, root, levels, access)
+}
+
+/// [`walk`], with its events or without.
+#[inline(always)]
+fn walk_as<P: Platform, const TOLD: bool>(
+    task: &Task<P>,
+    pool: &TablePool,
+    format: &Format,
+    tlb: &mut Tlb,
+    root: u32,
+    levels: u8,
+    access: GuestAccess,
+) -> Result<(Spte, bool), HardwareFault> {
+    let vcpu = if TOLD { task.vcpu().unwrap_or(0) as u32 } else { 0 };
     let gfn = access.gfn;
     let (mut level, mut table) = tlb.structure(root, gfn).unwrap_or((levels, root));
-    if table != root {
+    if TOLD && table != root {
         task.detail(|| Event::StructureUse { vcpu, root, gfn, level, table });
     }
     loop {
@@ -102,14 +133,16 @@ pub fn walk<P: Platform>(
                 // It changed under the walk: look again at what it is now.
                 continue;
             }
-            if marked != entry {
+            if TOLD && marked != entry {
                 let (gfn, old, new) = (round_down(gfn, level), entry.raw(), marked.raw());
                 task.detail(|| Event::SpteMarked { root, table, gfn, level, old, new });
             }
             let dirty = !format.ad_enabled(marked) || marked.raw() & format.dirty != 0;
             let write = format.is_writable(marked) && dirty;
             tlb.fill(root, access.gfn, level, marked, write, format.is_executable(marked));
-            task.detail(|| Event::TlbFill { vcpu, root, gfn, level, spte: marked.raw() });
+            if TOLD {
+                task.detail(|| Event::TlbFill { vcpu, root, gfn, level, spte: marked.raw() });
+            }
             return Ok((marked, format.is_dirty(marked) && !format.is_dirty(entry)));
         }
         if level == 1 {
@@ -118,6 +151,8 @@ pub fn walk<P: Platform>(
         table = entry.pfn() as u32;
         level -= 1;
         tlb.fill_structure(root, access.gfn, level, table);
-        task.detail(|| Event::StructureFill { vcpu, root, gfn, level, table });
+        if TOLD {
+            task.detail(|| Event::StructureFill { vcpu, root, gfn, level, table });
+        }
     }
 }
