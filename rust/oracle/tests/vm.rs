@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use dice::Dice;
 use tdpmmu_mmu::DESIGNS;
-use tdpmmu_oracle::{Judge, Rules};
+use tdpmmu_oracle::{Check, Judge, Rules};
 use tdpmmu_platform::{Observer, Preempt, Real, Role, TaskConfig};
 use tdpmmu_spte::{EagerSplit, KernelProfile};
 use tdpmmu_vm::{AccessOutcome, GuestAccess, Region, SlotFlags, Vm, VmConfig};
@@ -30,7 +30,9 @@ fn judged(profile: &str, design: &str, force_yield: Option<u32>, batch: u16) -> 
         task: TaskConfig { preempt: Preempt::Full, force_yield, ..TaskConfig::default() },
         ..VmConfig::new(profile)
     };
-    let judge = Judge::new(Rules::of(&profile, config.format.with_maxphyaddr(config.maxphyaddr), design));
+    // Everything that can be judged on real threads.
+    let rules = Rules::of(&profile, config.format.with_maxphyaddr(config.maxphyaddr), design);
+    let judge = Judge::new(rules.on::<Real>().check(Check::Full));
     let observer: Arc<dyn Observer> = judge.clone();
     config.observer = Some(observer);
     (Vm::new(config).expect("a small VM"), judge)

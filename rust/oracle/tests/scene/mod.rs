@@ -193,6 +193,12 @@ fn log_stopper(vm: &Vm<Sim>) {
     vm.set_memslot(&task, &region).expect("the same slot");
 }
 
+/// Pages are written, and their D is harvested.
+fn harvested(vm: &Vm<Sim>) {
+    rewriter(vm);
+    logger(vm);
+}
+
 fn rewriter(vm: &Vm<Sim>) {
     let mut vcpu = vm.vcpu(1).expect("free");
     for gfn in [1, 0, 1, 512, 1] {
@@ -256,6 +262,7 @@ pub const LOG_ENDS: Threads = &[("writer", writer), ("rewriter", rewriter), ("lo
 pub const MIXTURE: Threads =
     &[("writer", writer), ("fetcher", fetcher), ("toggler", toggler), ("ager", ager)];
 pub const BESIDE: Threads = &[("reader", reader), ("host", host), ("host-again", host)];
+pub const WRITES: Threads = &[("rewriter", rewriter), ("host", host)];
 pub const SMM: Threads = &[("writer", writer), ("smi", smi), ("host", host)];
 
 pub fn logging() -> Vec<Scene> {
@@ -275,7 +282,13 @@ pub fn logging() -> Vec<Scene> {
 
 /// Two roots of one address space, which the host takes a page from.
 pub fn two_roots(profile: &'static str) -> Scene {
-    Scene { before: other_role, ..Scene::profile(profile, BESIDE) }
+    Scene { before: other_role, level: 1, ..Scene::profile(profile, BESIDE) }
+}
+
+/// Leaves with W and without D are written while the host takes them away.
+fn clean_pages() -> Scene {
+    let scene = Scene { before: harvested, level: 1, ..Scene::profile("6.12", WRITES) };
+    Scene { dirty: DirtyMode::DBits, ..scene }
 }
 
 /// A defect, where it shows, and the rules of which one must be broken.
@@ -286,12 +299,11 @@ pub fn defects() -> Vec<(Bug, Scene, &'static [Rule])> {
         (Bug::B01, two_roots("6.12"), &[Rule::FlushMissing, Rule::FlushOwed]),
         (Bug::B02, mixture, &[Rule::FlushMissing, Rule::FlushLate]),
         (Bug::B06, deletion, &[Rule::ReadUnprotected]),
-        (Bug::B14, deletion, &[Rule::DirtyLost]),
+        (Bug::B14, clean_pages(), &[Rule::DirtyLost]),
         (Bug::C01, deletion, &[Rule::FlushUndelivered, Rule::ReleasedWhileCached, Rule::StaleAccess]),
         (Bug::C02, deletion, &[Rule::FlushUndelivered, Rule::ReleasedWhileCached, Rule::StaleAccess]),
         (Bug::C03, deletion, &[Rule::FlushMissing]),
         (Bug::C04, mixture, &[Rule::FreedUnderReader]),
-        (Bug::C05, mixture, &[Rule::ReadUnprotected]),
         (Bug::C07, deletion, &[Rule::StaleLookUp]),
         (Bug::C13, mixture, &[Rule::LockOrder, Rule::SleptAtomic]),
     ]
