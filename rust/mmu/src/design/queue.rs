@@ -69,8 +69,7 @@ impl<P: Platform> ZapQueue<P> {
     ) -> Self {
         Self {
             kind: options.queue.unwrap_or(own),
-            // 5.18-6.5: unbound items, as many at once as there are CPUs.
-            workers: if P::bug(Bug::B38) { 8 } else { options.workers.max(1) },
+            workers: options.workers.max(1),
             cpus: options.worker_cpus.clone(),
             work: Arc::new(work),
             place: OnceLock::new(),
