@@ -3,7 +3,7 @@
 //! One seed each, and few schedules with the bug off, so that it fits a build; `the_whole_museum` has them all.
 
 use tdpmmu_lab::Control;
-use tdpmmu_lab::museum::{ABSENT, Budget, Demo, demo, demo_all, entries, find, page};
+use tdpmmu_lab::museum::{ABSENT, Budget, Demo, canaries, demo, demo_all, entries, find, page};
 
 /// Schedules with the bug off, in a build.
 const CLEAN: u64 = 150;
@@ -49,6 +49,36 @@ exhibits! {
     a_retry_on_an_entry_that_is_gone_is_found = "15",
     a_retry_that_protects_a_table_is_found = "16",
     a_write_protection_that_stops_early_is_found = "17",
+    writes_of_an_l2_that_are_not_logged_are_found = "18",
+    a_last_put_that_zaps_everything_is_found = "19",
+    a_zap_in_one_section_is_found = "20",
+    a_gift_that_nobody_gave_is_found = "21",
+    a_fast_zap_that_does_not_wait_is_found = "22a",
+    a_fast_zap_that_waits_for_its_own_work_only_is_found = "22b",
+    a_mark_that_is_taken_without_a_zap_is_found = "22c",
+    an_item_that_is_queued_twice_is_found = "23",
+    tables_that_a_range_zap_leaves_are_found = "24",
+    a_candidate_that_is_dead_is_found = "26",
+    a_leaf_over_a_frozen_entry_is_found = "27",
+    a_leaf_at_a_level_that_was_not_reached_is_found = "28",
+    a_sequence_cut_to_an_int_is_found = "29",
+    roots_that_are_built_again_are_found = "30",
+    a_frozen_entry_that_aging_thaws_is_found = "31",
+    a_recovery_in_the_wrong_address_space_is_found = "34",
+    a_gib_between_two_checks_is_found = "39",
+    a_root_that_is_loaded_alone_is_found = "40",
+    a_gfn_before_its_slot_is_found = "41",
+    a_small_table_that_stays_is_found = "42",
+    a_guest_entry_without_its_barrier_is_found = "44a",
+}
+
+/// None of them is of the museum: they show that its judges are awake.
+#[test]
+fn each_canary_is_heard() {
+    for canary in canaries() {
+        let budget = Budget { seeds: 1, clean: Some(20), ..Budget::default() };
+        judged(&demo(canary, &budget, &Control::silent()).expect("a demonstration"));
+    }
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use tdpmmu_platform::Bug;
 
-use super::entry::{Catcher, Class, Entry, Hints, Show};
+use super::entry::{Catcher, Class, Entry, Hints};
 use crate::program::{Act, MachineSpec, Program, ThreadSpec};
 use crate::scenario::Who;
 
@@ -24,7 +24,8 @@ const fn canary(
         cause,
         interleaving,
         catcher: Catcher::Sim,
-        show: Show::Search(program, Hints::USUAL),
+        program: program,
+        hints: Hints::USUAL,
     }
 }
 
@@ -83,7 +84,7 @@ pub(super) const CANARIES: &[Entry] = &[
         "the notifier's sequence not compared",
         "A fault looks whether an invalidation is in progress, and not whether one has come and gone.",
         "A fault asks the host for its page; the host takes the page away, begin to end; the fault maps it.",
-        guest_beside_unmap,
+        fault_beside_unmap,
     ),
     canary(
         Bug::C08,
@@ -154,7 +155,8 @@ pub(super) const ENTRIES: &[Entry] = &[Entry {
             and neither side sees the other. (The lockless walk of the shadow MMU has the same pair, and is not here.)",
     interleaving: "A vCPU stores its mode, which stays in its buffer, and finds no request; a flush is requested and the vCPU found outside; the flush returns, the vCPU is in the guest with its old translations.",
     catcher: Catcher::Tso,
-    show: Show::Search(guest_beside_unmap, Hints::USUAL),
+    program: guest_beside_unmap,
+    hints: Hints::USUAL,
 }];
 
 /// A guest reads a page again and again, in and out of the guest, while the host takes it away.
@@ -168,6 +170,16 @@ fn guest_beside_unmap() -> Program {
         ),
     ];
     Program { setup, ..Program::new("a guest beside an unmap", threads) }
+}
+
+/// A vCPU touches a page for the first time while the host takes it away.
+fn fault_beside_unmap() -> Program {
+    let setup = vec![(Who::Vcpu(0), Act::write(1))];
+    let threads = vec![
+        ThreadSpec::caller([Act::Unmap { hva_page: 0, pages: 1, may_block: true }]),
+        ThreadSpec::vcpu(0, [Act::write(0), Act::read(0)]),
+    ];
+    Program { setup, ..Program::new("a fault beside an unmap", threads) }
 }
 
 /// A walk without mmu_lock beside a fast zap.

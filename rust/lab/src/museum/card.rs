@@ -31,8 +31,8 @@ pub struct Card {
     pub file: &'static str,
     /// The line that it changes there, in words.
     pub mutation: &'static str,
-    /// The program whose schedules are searched; `None` where a measurement shows it.
-    pub program: Option<Program>,
+    /// The program whose schedules are searched.
+    pub program: Program,
 }
 
 impl From<&Entry> for Card {
@@ -49,7 +49,7 @@ impl From<&Entry> for Card {
             reference: entry.reference,
             cause: entry.cause,
             interleaving: entry.interleaving,
-            program: entry.program(),
+            program: (entry.program)(),
         }
     }
 }
@@ -62,7 +62,7 @@ impl fmt::Display for Card {
         writeln!(f, "\nCause\n    {}", self.cause)?;
         writeln!(f, "\nHow it comes to pass\n    {}", self.interleaving)?;
         writeln!(f, "\nMutation\n    {}: {}", self.file, self.mutation)?;
-        let Some(program) = &self.program else { return Ok(()) };
+        let program = &self.program;
         writeln!(f, "\nProgram {} ({})", program.name, program.machine.profile)?;
         for (who, act) in &program.setup {
             writeln!(f, "    before   {who:?}: {}", act.title())?;

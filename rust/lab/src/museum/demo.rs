@@ -3,17 +3,15 @@
 //! **Guarantee.** Both searches run the same program with the same seeds and as many schedules; they differ in the bug alone. No oracle is told what to look for. What is found replays: its seed and schedule are in the
 //! result.
 //!
-//! **Mechanism.** One search a seed, until the first failure. The count of schedules is what the bug cost to find; over several seeds its median is told. A measurement ([`Show::Measure`]) is one run a seed.
+//! **Mechanism.** One search a seed, until the first failure. The count of schedules is what the bug cost to find; over several seeds its median is told.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rayon::prelude::*;
 use serde::Serialize;
-use tdpmmu_platform::Bug;
 
-use super::{Catcher, Entry, Hints, Show, entries};
+use super::{Catcher, Entry, entries};
 use crate::explore::{Failure, Models, Search, search};
-use crate::program::Program;
 use crate::{Control, LabError};
 
 /// What a demonstration may cost.
@@ -52,7 +50,7 @@ pub struct Demo {
     pub schedules_median: Option<u64>,
     /// The rule that was broken, by the first seed that found something.
     pub oracle: Option<String>,
-    /// What caught it: simulation, tso, virtual-time.
+    /// What caught it: simulation, tso.
     pub catcher: &'static str,
     /// The seed of that finding.
     pub seed: Option<u64>,
@@ -115,12 +113,7 @@ pub fn demo(entry: &Entry, budget: &Budget, control: &Control) -> Result<Demo, L
         alarm: None,
     };
     for seed in (budget.seed..).take(budget.seeds as usize) {
-        match entry.show {
-            Show::Search(program, hints) => {
-                demo.searched(entry, &program(), &hints, budget, seed, control)?;
-            }
-            Show::Measure(measure) => demo.measured(entry.bug, measure, seed)?,
-        }
+        demo.search(entry, budget, seed, control)?;
         control.check()?;
     }
     demo.caught = demo.schedules.iter().all(Option::is_some);
@@ -131,15 +124,14 @@ pub fn demo(entry: &Entry, budget: &Budget, control: &Control) -> Result<Demo, L
 }
 
 impl Demo {
-    fn searched(
+    fn search(
         &mut self,
         entry: &Entry,
-        program: &Program,
-        hints: &Hints,
         budget: &Budget,
         seed: u64,
         control: &Control,
     ) -> Result<(), LabError> {
+        let (program, hints) = (&(entry.program)(), entry.hints);
         let memory = if entry.catcher == Catcher::Tso { Models::Tso } else { Models::Sc };
         let quick = Search {
             seed,
@@ -184,25 +176,6 @@ impl Demo {
         self.preemptions = Some(failure.preemptions);
         self.schedule = Some(failure.seed);
         self.story = failure.story.map(|story| story.text);
-    }
-
-    fn measured(
-        &mut self,
-        bug: Bug,
-        measure: fn(Option<Bug>, u64) -> Result<Option<super::Found>, LabError>,
-        seed: u64,
-    ) -> Result<(), LabError> {
-        let found = measure(Some(bug), seed)?;
-        self.schedules.push(found.is_some().then_some(1));
-        if let Some(found) = found.filter(|_| self.oracle.is_none()) {
-            (self.seed, self.oracle, self.what) = (Some(seed), Some(found.rule), Some(found.what));
-        }
-        self.schedules_clean += 1;
-        if let Some(found) = measure(None, seed)? {
-            self.false_alarm = true;
-            self.alarm.get_or_insert(format!("seed {seed}: {}: {}", found.rule, found.what));
-        }
-        Ok(())
     }
 }
 

@@ -1,8 +1,8 @@
-//! 18 to 23, 30, 39: who tears a dead root down, in which steps, and who waits for it.
+//! 18 to 23, 30, 39, 40: who tears a dead root down, in which steps, and who waits for it.
 
 use tdpmmu_platform::Bug;
 
-use super::entry::{Catcher, Class, Entry, Hints, Show};
+use super::entry::{Catcher, Class, Entry, Hints};
 use crate::program::{Act, Expect, MachineSpec, Program, SlotSpec, ThreadSpec, Want};
 use crate::scenario::Who;
 
@@ -17,7 +17,8 @@ pub(super) const ENTRIES: &[Entry] = &[
                 the SPTEs of a root in guest mode have to lose W instead.",
         interleaving: "Logging starts and takes D from a leaf under an L2's root; the L2 writes, hardware sets D again and logs nothing; the next harvest does not have the page.",
         catcher: Catcher::Sim,
-        show: Show::Search(l2_writes, Hints::USUAL),
+        program: l2_writes,
+        hints: Hints::USUAL,
     },
     Entry {
         bug: Bug::B19,
@@ -29,7 +30,8 @@ pub(super) const ENTRIES: &[Entry] = &[
                 however large the tree is.",
         interleaving: "No race: a vCPU unloads its root, and is away until the last SPTE is gone.",
         catcher: Catcher::Sim,
-        show: Show::Search(last_put, Hints::USUAL),
+        program: last_put,
+        hints: Hints::USUAL,
     },
     Entry {
         bug: Bug::B20,
@@ -40,7 +42,8 @@ pub(super) const ENTRIES: &[Entry] = &[
         cause: "A root was zapped in one pass over its own entries: each takes the whole subtree with it, recursively, between two checks and inside one RCU section.",
         interleaving: "No race: a fast zap meets a root with one full top-level entry; the grace period of everybody waits for it.",
         catcher: Catcher::Sim,
-        show: Show::Search(big_steps, Hints::USUAL),
+        program: big_steps,
+        hints: Hints::USUAL,
     },
     Entry {
         bug: Bug::B21,
@@ -53,7 +56,8 @@ pub(super) const ENTRIES: &[Entry] = &[
         interleaving: "A fast zap invalidates and unlocks. A vCPU loads a new root and loses it: the put invalidates the root and arms its count for who zaps it. The second phase meets the root, takes it for one of \
                        its own and puts the one reference there is; the zapper's own put finds nothing.",
         catcher: Catcher::Sim,
-        show: Show::Search(lost_between_phases, Hints::USUAL),
+        program: lost_between_phases,
+        hints: Hints::USUAL,
     },
     Entry {
         bug: Bug::B22a,
@@ -65,7 +69,8 @@ pub(super) const ENTRIES: &[Entry] = &[
                 with it every notifier's way to the SPTEs.",
         interleaving: "The deletion queues the root and returns; the host takes a page of the slot away, no slot covers it and nothing is zapped; the worker finds the SPTE and writes Dirty back to somebody else's page.",
         catcher: Catcher::Sim,
-        show: Show::Search(queued_zap, Hints::USUAL),
+        program: queued_zap,
+        hints: Hints::USUAL,
     },
     Entry {
         bug: Bug::B22b,
@@ -76,7 +81,8 @@ pub(super) const ENTRIES: &[Entry] = &[
         cause: "Roots that are invalid already are skipped by the invalidation, since their work is queued. So who waits for the items that it has queued itself does not wait for those.",
         interleaving: "A vCPU loses its root, which is queued; a deletion of the slot finds no valid root, queues nothing and returns, and the worker has not begun.",
         catcher: Catcher::Sim,
-        show: Show::Search(queued_before, Hints::USUAL),
+        program: queued_before,
+        hints: Hints::USUAL,
     },
     Entry {
         bug: Bug::B22c,
@@ -87,7 +93,8 @@ pub(super) const ENTRIES: &[Entry] = &[
         cause: "From 6.6 on a mark on each root says who owes its zap. It is cleared by who zaps: cleared without a zap, the root is put and freed, and its SPTEs are nobody's.",
         interleaving: "No race: the fast zap clears the mark, puts the MMU's reference, and goes on.",
         catcher: Catcher::Sim,
-        show: Show::Search(big_steps, Hints::USUAL),
+        program: big_steps,
+        hints: Hints::USUAL,
     },
     Entry {
         bug: Bug::B23,
@@ -98,7 +105,8 @@ pub(super) const ENTRIES: &[Entry] = &[
         cause: "The invalidation gave each listed root a reference and queued its item, whether it was invalid already or not. To queue an item that is pending does nothing: it runs once and puts one of the two references.",
         interleaving: "A vCPU loses its root, which is queued; before the worker begins a fast zap references and queues it again; the worker zaps once and puts once. The root and its page stay for ever.",
         catcher: Catcher::Sim,
-        show: Show::Search(queued_twice, Hints::USUAL),
+        program: queued_twice,
+        hints: Hints::USUAL,
     },
     Entry {
         bug: Bug::B30,
@@ -109,7 +117,20 @@ pub(super) const ENTRIES: &[Entry] = &[
         cause: "A root belonged to the vCPUs that used it. A guest with one vCPU that enters SMM, or toggles CR0.WP, drops its roots each time, so that the last reference goes with them, and faults its memory in again.",
         interleaving: "No race: into SMM and back, and everything is mapped anew.",
         catcher: Catcher::Sim,
-        show: Show::Search(smm_and_back, Hints::USUAL),
+        program: smm_and_back,
+        hints: Hints::USUAL,
+    },
+    Entry {
+        bug: Bug::B40,
+        title: "roots are loaded one vCPU at a time",
+        class: Class::Latency,
+        kernels: "5.10-6.8",
+        reference: "the series of 8ca983631f3c (6.9), its patches on loading and freeing roots: above 3 ms before, below 100 us after, with 100 vCPUs and more",
+        cause: "To find a root on the list, and to put one, mmu_lock was held exclusively. After a fast zap every vCPU does both: they wait for each other, and, the lock being fair, all faults wait behind them.",
+        interleaving: "No race: a fast zap, and each vCPU holds the lock alone to load its new root.",
+        catcher: Catcher::Sim,
+        program: roots_loaded,
+        hints: Hints::USUAL,
     },
     Entry {
         bug: Bug::B39,
@@ -120,7 +141,8 @@ pub(super) const ENTRIES: &[Entry] = &[
         cause: "The first pass of a root's zap went down to 1 GiB entries and removed whatever hung below one of them in a single step: 262,656 entries for a full GiB, hundreds of microseconds without a check.",
         interleaving: "No race: a fast zap of a populated GiB, and a thread on the same CPU that waits to be scheduled.",
         catcher: Catcher::Sim,
-        show: Show::Search(big_steps, Hints::USUAL),
+        program: big_steps,
+        hints: Hints::USUAL,
     },
 ];
 
@@ -220,6 +242,20 @@ fn queued_twice() -> Program {
         setup,
         ..Program::new("a root lost beside a fast zap, under a worker's design", threads)
     }
+}
+
+/// vCPUs load new roots after a fast zap, and drop them: what they have to do with each other is none of mmu_lock's exclusive business.
+fn roots_loaded() -> Program {
+    let setup = vec![(Who::Vcpu(0), Act::write(0)), (Who::Vcpu(1), Act::read(0))];
+    let threads = vec![
+        ThreadSpec::caller([Act::FastZap]),
+        ThreadSpec::vcpu(0, [Act::write(0), Act::DropRoot, Act::write(0), Act::ExclusiveHolds]),
+        ThreadSpec::vcpu(1, [Act::read(0), Act::DropRoot, Act::ExclusiveHolds]),
+    ];
+    let none = Want::AtMost { count: 0 };
+    let expect =
+        vec![Expect { thread: 1, act: 3, want: none.clone() }, Expect { thread: 2, act: 2, want: none }];
+    Program { setup, expect, ..Program::new("roots loaded after a fast zap", threads) }
 }
 
 /// One vCPU goes into SMM and back, twice.

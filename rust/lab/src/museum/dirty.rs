@@ -2,7 +2,7 @@
 
 use tdpmmu_platform::Bug;
 
-use super::{Catcher, Class, Entry, Hints, Show};
+use super::{Catcher, Class, Entry, Hints};
 use crate::program::{Act, MachineSpec, Program, SlotSpec, ThreadSpec, Who};
 
 /// See the module text.
@@ -16,7 +16,8 @@ pub(super) const ENTRIES: &[Entry] = &[
         cause: "Under the exclusive lock a leaf was stored over, and the iterator's snapshot taken for its old value. Hardware sets Accessed and Dirty without any lock, also through a table that was just unlinked; the fast page fault gives W back.",
         interleaving: "The notifier reads an SPTE with W and without D. The guest writes: hardware sets D. The notifier stores the empty value and decides by its snapshot that the page was clean.",
         catcher: Catcher::Sim,
-        show: Show::Search(write_beside_unmap, Hints::USUAL),
+        program: write_beside_unmap,
+        hints: Hints::USUAL,
     },
     Entry {
         bug: Bug::B15,
@@ -28,7 +29,8 @@ pub(super) const ENTRIES: &[Entry] = &[
                 a debug kernel warns there.",
         interleaving: "Dirty logging reads a huge leaf. A vCPU's fetch below it freezes the leaf, to put a table in its place. The compare-exchange fails, and dirty logging goes on with the frozen value.",
         catcher: Catcher::Sim,
-        show: Show::Search(log_beside_zapped_huge, Hints::USUAL),
+        program: log_beside_zapped_huge,
+        hints: Hints::USUAL,
     },
     Entry {
         bug: Bug::B16,
@@ -39,7 +41,8 @@ pub(super) const ENTRIES: &[Entry] = &[
         cause: "3354ef5a592d asked again whether the entry is present, not whether it is still a leaf. Where the bit to take is W, a table's entry loses it: everything below is read-only, and no fault ever gives W back to an entry that is no leaf.",
         interleaving: "Dirty logging reads a huge leaf. A vCPU's fault splits it: the entry links a table now. The compare-exchange fails, and the retry takes W from the table's entry.",
         catcher: Catcher::Sim,
-        show: Show::Search(log_beside_split_huge, Hints::USUAL),
+        program: log_beside_split_huge,
+        hints: Hints::USUAL,
     },
     Entry {
         bug: Bug::B17,
@@ -50,7 +53,8 @@ pub(super) const ENTRIES: &[Entry] = &[
         cause: "To protect a gfn for the shadow MMU means to take W and MMU-writable. The loop left an entry alone that had no W; dirty logging leaves such entries behind, with MMU-writable set.",
         interleaving: "Dirty logging takes W. The guest builds page tables of its own in that page, so the gfn is write-protected, which does nothing. The guest's next write is fixed by the fast page fault, without mmu_lock, and the shadow MMU hears nothing of it.",
         catcher: Catcher::Sim,
-        show: Show::Search(protect_after_log, Hints::USUAL.schedules(1000)),
+        program: protect_after_log,
+        hints: Hints::USUAL.schedules(1000),
     },
 ];
 

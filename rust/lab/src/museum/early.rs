@@ -2,7 +2,7 @@
 
 use tdpmmu_platform::Bug;
 
-use super::{Catcher, Class, Entry, Hints, Show};
+use super::{Catcher, Class, Entry, Hints};
 use crate::program::{Act, MachineSpec, Program, SlotSpec, ThreadSpec, Who};
 
 /// See the module text.
@@ -18,7 +18,8 @@ pub(super) const ENTRIES: &[Entry] = &[
         interleaving: "The notifier zaps the page in root A and goes on to root B. A vCPU wants mmu_lock; the walk of B yields and does not flush. Whoever takes the lock now may rely on unlocked meaning flushed; \
                        a vCPU that is still in the guest on root A writes to the page through its TLB.",
         catcher: Catcher::Sim,
-        show: Show::Search(two_roots, Hints::USUAL),
+        program: two_roots,
+        hints: Hints::USUAL,
     },
     Entry {
         bug: Bug::B02,
@@ -30,7 +31,8 @@ pub(super) const ENTRIES: &[Entry] = &[
         interleaving: "The recovery unlinks a table and hands it to RCU. A vCPU has the table in its paging-structure cache; the grace period ends, the page is used again, and the vCPU's next walk \
                        takes what stands there for SPTEs.",
         catcher: Catcher::Sim,
-        show: Show::Search(recovery, Hints::USUAL),
+        program: recovery,
+        hints: Hints::USUAL,
     },
     Entry {
         bug: Bug::B03,
@@ -42,7 +44,8 @@ pub(super) const ENTRIES: &[Entry] = &[
         interleaving: "Two candidates. The first is zapped: a flush is owed. Before the second is reached, a vCPU's fault puts a huge page in its place (the recovery shares mmu_lock from 6.18 on). \
                        The second zap finds nothing to do, says so, and the loop ends without a flush.",
         catcher: Catcher::Sim,
-        show: Show::Search(two_candidates, Hints::USUAL),
+        program: two_candidates,
+        hints: Hints::USUAL,
     },
     Entry {
         bug: Bug::B04a,
@@ -53,7 +56,8 @@ pub(super) const ENTRIES: &[Entry] = &[
         cause: "The reschedule check stood behind the change of an entry. A walk over a range with tables and nothing in them changed nothing and so never looked whether somebody waited.",
         interleaving: "The host takes a range away twice. The tables of the first time are still linked; the second walk reads all their entries under mmu_lock without a single check.",
         catcher: Catcher::Sim,
-        show: Show::Search(empty_range, Hints::USUAL.schedules(400)),
+        program: empty_range,
+        hints: Hints::USUAL.schedules(400),
     },
     Entry {
         bug: Bug::B04b,
@@ -64,7 +68,8 @@ pub(super) const ENTRIES: &[Entry] = &[
         cause: "After a yield the walk starts again towards the same gfn, and its first check may say yes once more. Nothing remembered that this place had been yielded at already.",
         interleaving: "The lock is contended at each check: the walk yields, restarts at the root, comes to the check, yields.",
         catcher: Catcher::Sim,
-        show: Show::Search(always_asked, Hints::USUAL.schedules(400).steps(30_000)),
+        program: always_asked,
+        hints: Hints::USUAL.schedules(400).steps(30_000),
     },
     Entry {
         bug: Bug::B05,
@@ -76,7 +81,8 @@ pub(super) const ENTRIES: &[Entry] = &[
                 that step is to the side: the entry that was current at the yield is never visited.",
         interleaving: "A fast zap with one pass at the root's level yields at entry k and goes on with k+1. Everything below k stays linked under a root that is freed; or it is found later, when the memslot and the process's memory are gone.",
         catcher: Catcher::Sim,
-        show: Show::Search(top_entries, Hints::USUAL),
+        program: top_entries,
+        hints: Hints::USUAL,
     },
     Entry {
         bug: Bug::B06,
@@ -87,7 +93,8 @@ pub(super) const ENTRIES: &[Entry] = &[
         cause: "A link was followed after the section that kept its target had been left. Nothing went wrong as long as everybody who freed held the lock exclusively.",
         interleaving: "A walker under the shared lock stands on a root that it has no reference on. Another task unlists it and gives it to RCU; no section holds the grace period up; the walker reads the next link of a page that is free.",
         catcher: Catcher::Sim,
-        show: Show::Search(list_walk, Hints::USUAL),
+        program: list_walk,
+        hints: Hints::USUAL,
     },
     Entry {
         bug: Bug::B07,
@@ -98,7 +105,8 @@ pub(super) const ENTRIES: &[Entry] = &[
         cause: "The yield left the RCU section, then flushed, then dropped the lock. Harmless while the removal of a table flushed for itself; afterwards the section was all that kept an unlinked table from being used again before the flush.",
         interleaving: "A walk unlinks table P and yields: it leaves its section. The grace period ends, P is a page of somebody else. A vCPU that has P in its paging-structure cache walks it; the flush comes after that.",
         catcher: Catcher::Sim,
-        show: Show::Search(collapse_yields, Hints::USUAL),
+        program: collapse_yields,
+        hints: Hints::USUAL,
     },
     Entry {
         bug: Bug::B08,
@@ -109,7 +117,8 @@ pub(super) const ENTRIES: &[Entry] = &[
         cause: "After the loop over the table's entries the variable of the loop, the gfn of the last child, was taken for the table's first gfn. Only a hypervisor below that flushes by range (Hyper-V) does exactly what it is asked.",
         interleaving: "None is needed: the range asked for begins where the table's last entry does.",
         catcher: Catcher::Sim,
-        show: Show::Search(whole_table, Hints::USUAL.schedules(400)),
+        program: whole_table,
+        hints: Hints::USUAL.schedules(400),
     },
 ];
 

@@ -60,8 +60,6 @@ pub enum Catcher {
     Sim,
     /// The simulated platform with store buffers: a schedule, and stores that come late.
     Tso,
-    /// The simulated platform with a clock: a number.
-    VirtualTime,
 }
 
 impl Catcher {
@@ -70,27 +68,8 @@ impl Catcher {
         match self {
             Catcher::Sim => "simulation",
             Catcher::Tso => "tso",
-            Catcher::VirtualTime => "virtual-time",
         }
     }
-}
-
-/// How a bug is shown.
-#[derive(Clone, Copy, Debug)]
-pub enum Show {
-    /// By a search for a schedule of this program under which an oracle fires.
-    Search(fn() -> Program, Hints),
-    /// By a measurement, the same for every schedule: runs with the bug on or off, from a seed; what it found wrong, if anything. Errors are what kept it from running.
-    Measure(fn(bug: Option<Bug>, seed: u64) -> Result<Option<Found>, crate::LabError>),
-}
-
-/// What a measurement found wrong.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Found {
-    /// The rule that was broken, by the name of its oracle or of the bound.
-    pub rule: String,
-    /// In words, with the values.
-    pub what: String,
 }
 
 /// How a search is set up beside its program; the same with the bug on and off.
@@ -104,7 +83,7 @@ pub struct Hints {
 
 impl Hints {
     /// What does for most.
-    pub const USUAL: Self = Self { schedules: 4000, max_steps: None };
+    pub const USUAL: Self = Self { schedules: 2000, max_steps: None };
 
     /// So many schedules for each seed.
     pub const fn schedules(mut self, schedules: u64) -> Self {
@@ -138,21 +117,15 @@ pub struct Entry {
     pub interleaving: &'static str,
     /// What catches it.
     pub catcher: Catcher,
+    /// Whose schedules are searched.
+    pub program: fn() -> Program,
     /// How.
-    pub show: Show,
+    pub hints: Hints,
 }
 
 impl Entry {
     /// Its name on the command line.
     pub const fn id(&self) -> &'static str {
         self.bug.id()
-    }
-
-    /// The program whose schedules are searched; `None` for a measurement.
-    pub fn program(&self) -> Option<Program> {
-        match self.show {
-            Show::Search(program, _) => Some(program()),
-            Show::Measure(_) => None,
-        }
     }
 }

@@ -2,7 +2,7 @@
 
 use tdpmmu_platform::Bug;
 
-use super::entry::{Catcher, Class, Entry, Hints, Show};
+use super::entry::{Catcher, Class, Entry, Hints};
 use crate::program::{Act, Expect, MachineSpec, Program, SlotSpec, ThreadSpec, Want};
 use crate::scenario::Who;
 
@@ -17,7 +17,8 @@ pub(super) const ENTRIES: &[Entry] = &[
                 the zap no table stands in the way of another mapping, as it does under the NX mitigation of these kernels, where any table under a gfn keeps its mapping small.",
         interleaving: "No race: a fetch maps 4 KiB pages, the range is zapped, and the next read finds an empty table where it could have had a huge page.",
         catcher: Catcher::Sim,
-        show: Show::Search(zapped_range, Hints::USUAL),
+        program: zapped_range,
+        hints: Hints::USUAL,
     },
     Entry {
         bug: Bug::B26,
@@ -29,7 +30,8 @@ pub(super) const ENTRIES: &[Entry] = &[
         interleaving: "A vCPU links a table for a fetch; a collapse under the same shared lock removes the table, sees its flag, takes it off a list that it is not on yet; the vCPU puts the dead table on the list; it is freed, and the \
                        recovery thread reads it.",
         catcher: Catcher::Sim,
-        show: Show::Search(candidate_beside_collapse, Hints::USUAL),
+        program: candidate_beside_collapse,
+        hints: Hints::USUAL,
     },
     Entry {
         bug: Bug::B27,
@@ -41,7 +43,8 @@ pub(super) const ENTRIES: &[Entry] = &[
         interleaving: "A collapse freezes the entry of a table and flushes; a fault for a huge page comes to the entry, and exchanges the frozen value for its leaf; the collapse stores empty. The leaf is gone, and nobody \
                        has booked it.",
         catcher: Catcher::Sim,
-        show: Show::Search(huge_fault_beside_collapse, Hints::USUAL),
+        program: huge_fault_beside_collapse,
+        hints: Hints::USUAL,
     },
     Entry {
         bug: Bug::B28,
@@ -52,7 +55,8 @@ pub(super) const ENTRIES: &[Entry] = &[
         cause: "A fault that met a frozen entry above its goal left the loop and ran into the leaf step all the same, which used the level at which the loop had ended.",
         interleaving: "A collapse freezes the entry above a table; a fetch that wants 4 KiB leaves its descent there, and writes a leaf of 2 MiB over the frozen value.",
         catcher: Catcher::Sim,
-        show: Show::Search(small_fault_beside_collapse, Hints::USUAL),
+        program: small_fault_beside_collapse,
+        hints: Hints::USUAL,
     },
     Entry {
         bug: Bug::B29,
@@ -63,7 +67,8 @@ pub(super) const ENTRIES: &[Entry] = &[
         cause: "The fault passed its snapshot of the sequence through an int. From 2^31 on it comes out extended by its sign, and is compared at full width.",
         interleaving: "No race: the 2^31st invalidation ends; no later snapshot equals the sequence; each fault is found stale, for ever.",
         catcher: Catcher::Sim,
-        show: Show::Search(many_invalidations, Hints::USUAL.steps(20_000)),
+        program: many_invalidations,
+        hints: Hints::USUAL.steps(20_000),
     },
     Entry {
         bug: Bug::B31,
@@ -74,7 +79,8 @@ pub(super) const ENTRIES: &[Entry] = &[
         cause: "The frozen value has the bits of both formats' Accessed. Without mmu_lock an entry can be frozen between the look at it and the AND that takes Accessed away; what is left is no longer recognised as frozen.",
         interleaving: "An ager finds a leaf young; its table is torn down and the entry frozen; the AND lands on the frozen value; a fault takes the entry for free, and its owner's last store destroys what the fault wrote.",
         catcher: Catcher::Sim,
-        show: Show::Search(aging_beside_zap, Hints::USUAL),
+        program: aging_beside_zap,
+        hints: Hints::USUAL,
     },
     Entry {
         bug: Bug::B34,
@@ -85,7 +91,8 @@ pub(super) const ENTRIES: &[Entry] = &[
         cause: "The recovery of NX huge pages leaves tables of slots that log dirty pages alone. It looked the slot up in address space 0, although the table may belong to SMM.",
         interleaving: "No race: a table of SMM is a candidate, SMM's slot begins to log, the recovery looks at the other address space and zaps it.",
         catcher: Catcher::Sim,
-        show: Show::Search(recovery_in_smm, Hints::USUAL),
+        program: recovery_in_smm,
+        hints: Hints::USUAL,
     },
     Entry {
         bug: Bug::B41,
@@ -96,7 +103,8 @@ pub(super) const ENTRIES: &[Entry] = &[
         cause: "The end of dirty logging asks for each table on its way what level the slot allows. An entry of an upper level may begin before the slot does, and the limits are an array that begins with the slot.",
         interleaving: "No race: logging ends for a slot that is not aligned, and an entry before its array is read.",
         catcher: Catcher::Sim,
-        show: Show::Search(unaligned_slot, Hints::USUAL),
+        program: unaligned_slot,
+        hints: Hints::USUAL,
     },
     Entry {
         bug: Bug::B42,
@@ -107,7 +115,8 @@ pub(super) const ENTRIES: &[Entry] = &[
         cause: "Under the NX mitigation a fault goes one level down where a table is, since a huge page there would be split again by the next fetch. It did so for any table, also for one that no fetch had asked for.",
         interleaving: "No race: the host collapses small pages into a huge one; the notifier empties the leaves and leaves their table; the next fault finds the table and maps small again.",
         catcher: Catcher::Sim,
-        show: Show::Search(collapsed_by_the_host, Hints::USUAL),
+        program: collapsed_by_the_host,
+        hints: Hints::USUAL,
     },
 ];
 
@@ -147,13 +156,18 @@ fn zapped_range() -> Program {
     Program { machine, expect, ..Program::new("a range zapped and mapped again", threads) }
 }
 
-/// A fetch that makes a candidate beside the end of dirty logging, and the recovery.
+/// A fetch that makes a candidate beside the end of dirty logging, and the recovery. The fetch's 2 MiB have no table yet, the rest of its path has.
 fn candidate_beside_collapse() -> Program {
-    let (machine, setup) = logged_slot();
-    let machine = MachineSpec { nx: true, ..machine };
+    let machine = MachineSpec {
+        host_level: 2,
+        nx: true,
+        slots: vec![SlotSpec::flat(0, 0, 1024).logged()],
+        ..MachineSpec::default()
+    };
+    let setup = vec![(Who::Vcpu(1), Act::write(512))];
     let threads = vec![
         ThreadSpec::caller([STOP_LOGGING, Act::RecoverNx { ratio: 1 }]),
-        ThreadSpec::vcpu(1, [Act::fetch(0), Act::fetch(1)]),
+        ThreadSpec::vcpu(1, [Act::fetch(0)]),
     ];
     Program { machine, setup, ..Program::new("a fetch beside the end of dirty logging", threads) }
 }
@@ -249,6 +263,17 @@ fn collapsed_by_the_host() -> Program {
 }
 
 #[cfg(test)]
-pub(super) fn aging_beside_zap_npt() -> Program {
-    aging_beside_zap_of("npt")
+mod tests {
+    use super::*;
+    use crate::Control;
+    use crate::museum::{Budget, demo};
+
+    #[test]
+    fn a_frozen_entry_is_thawed_in_the_other_format_too() {
+        let ept = ENTRIES.iter().find(|entry| entry.bug == Bug::B31).expect("an exhibit");
+        let npt = Entry { program: || aging_beside_zap_of("npt"), ..*ept };
+        let budget = Budget { seeds: 1, clean: Some(50), ..Budget::default() };
+        let shown = demo(&npt, &budget, &Control::silent()).expect("a demonstration");
+        assert!(shown.caught && !shown.false_alarm, "{:?} {:?}", shown.schedules, shown.alarm);
+    }
 }

@@ -17,7 +17,7 @@
 //! | `early.rs` | 1 to 8: debts, the iterator, RCU |
 //! | `roots.rs` | 9 to 13: roots, and who may still reach them |
 //! | `dirty.rs` | 14 to 17: Dirty, W, and lost races |
-//! | `designs.rs` | 18 to 23, 30, 39: who tears a root down, in which steps, and who waits |
+//! | `designs.rs` | 18 to 23, 30, 39, 40: who tears a root down, in which steps, and who waits |
 //! | `faults.rs` | 24 to 42: what faults, aging, huge pages and the NX mitigation do to single entries |
 //! | `canaries.rs` | no history: each shows that an oracle is awake; and the barrier of 44 |
 //!
@@ -39,7 +39,7 @@ mod roots;
 pub use card::{Card, cards};
 pub use command::{command, list_json, show};
 pub use demo::{Budget, Demo, Museum, demo, demo_all, demo_of};
-pub use entry::{Catcher, Class, Entry, Found, Hints, Show};
+pub use entry::{Catcher, Class, Entry, Hints};
 pub use mutation::{Mutation, mutation};
 pub use page::{ABSENT, page};
 
@@ -72,7 +72,7 @@ pub fn find(id: &str) -> Option<&'static Entry> {
 
 /// The program of the exhibit with that id, for who replays its schedules.
 pub fn program_named(id: &str) -> Option<crate::program::Program> {
-    find(id)?.program()
+    Some((find(id)?.program)())
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use tdpmmu_platform::Bug;
 
-use super::{Catcher, Class, Entry, Hints, Show};
+use super::{Catcher, Class, Entry, Hints};
 use crate::program::{Act, MachineSpec, Program, SlotSpec, ThreadSpec, Who};
 
 /// See the module text.
@@ -18,7 +18,8 @@ pub(super) const ENTRIES: &[Entry] = &[
         interleaving: "The vCPU links table S and is preempted. A zap under the shared lock (of an invalid root, or of what a dirty log leaves behind) unlinks S and finds it on no list. The vCPU goes on and adds S. \
                        S is freed; whoever walks the list next follows its links.",
         catcher: Catcher::Sim,
-        show: Show::Search(late_books, Hints::USUAL),
+        program: late_books,
+        hints: Hints::USUAL,
     },
     Entry {
         bug: Bug::B10,
@@ -29,7 +30,8 @@ pub(super) const ENTRIES: &[Entry] = &[
         cause: "Two iterators over the roots: one takes a reference on the root it stands on, one does not. The unmap of a notifier may yield inside a root, and used the second.",
         interleaving: "The notifier yields inside root A, with no reference. A fast zap and the last vCPU put A; it is unlisted and freed. The notifier goes on in A, and then with A's next link.",
         catcher: Catcher::Sim,
-        show: Show::Search(unheld_root, Hints::USUAL),
+        program: unheld_root,
+        hints: Hints::USUAL,
     },
     Entry {
         bug: Bug::B11,
@@ -41,7 +43,8 @@ pub(super) const ENTRIES: &[Entry] = &[
         interleaving: "A vCPU has its page and waits for mmu_lock. A fast zap (of another slot's deletion, or of a toggle of nx_huge_pages) invalidates the root and zaps [0, g). The vCPU takes the lock shared and maps a gfn below g. The fast zap ends, with an SPTE left that nobody will zap; \
                        when the memory goes and the root is freed at last, its Dirty bit is written to a page of somebody else.",
         catcher: Catcher::Sim,
-        show: Show::Search(late_fault, Hints::USUAL),
+        program: late_fault,
+        hints: Hints::USUAL,
     },
     Entry {
         bug: Bug::B13,
@@ -53,7 +56,8 @@ pub(super) const ENTRIES: &[Entry] = &[
         interleaving: "A fast zap invalidates the root and yields, or has yet to come to the page. The host takes the page away: the notifier finds no valid root that maps it and returns. The page is somebody else's; \
                        the zap then finds the SPTE and writes its Dirty bit there. Worst where the fast zap is a toggle of nx_huge_pages, which does not hold the process's memory.",
         catcher: Catcher::Sim,
-        show: Show::Search(unmap_beside_zap, Hints::USUAL),
+        program: unmap_beside_zap,
+        hints: Hints::USUAL,
     },
 ];
 
