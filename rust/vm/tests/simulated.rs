@@ -34,7 +34,7 @@ fn config(profile: &str, design: &str) -> VmConfig {
 fn sim_config(seed: u64) -> SimConfig {
     SimConfig {
         strategy: Strategy::Random { seed },
-        memory: if seed % 2 == 0 { Memory::Sc } else { Memory::Tso },
+        memory: if seed.is_multiple_of(2) { Memory::Sc } else { Memory::Tso },
         yield_percent: 20,
         ..SimConfig::default()
     }
@@ -235,11 +235,12 @@ fn every_kernel_survives_logging_the_nx_mitigation_aging_smm_and_a_close_among_t
     ];
     for kernel in KERNELS {
         for (n, threads) in scenes.iter().enumerate() {
-            for seed in 0..60 {
+            for seed in 0..60_u64 {
                 let profile = KernelProfile::named(kernel).expect("known");
                 let mut config = config(kernel, profile.design);
-                config.nx_huge_pages = seed % 3 == 0;
-                config.dirty_mode = if seed % 5 == 0 { DirtyMode::DBits } else { DirtyMode::WriteProtect };
+                config.nx_huge_pages = seed.is_multiple_of(3);
+                config.dirty_mode =
+                    if seed.is_multiple_of(5) { DirtyMode::DBits } else { DirtyMode::WriteProtect };
                 let run = run(config, sim_config(seed), threads.to_vec());
                 assert_fine(&run, &format!("{kernel} scene {n} seed {seed}"));
             }

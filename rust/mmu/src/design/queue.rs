@@ -25,7 +25,8 @@ use std::thread;
 
 use tdpmmu_platform::queue::Serve;
 use tdpmmu_platform::{
-    Bug, Event, Fault, Histogram, InjectedPanic, Mutex, MutexGuard, Owner, Platform, Role, Site, Task, WorkQueue,
+    Bug, Event, Fault, Histogram, InjectedPanic, Mutex, MutexGuard, Owner, Platform, Role, Site, Task,
+    WorkQueue,
 };
 
 use super::{DesignOptions, Held, QueueKind, WorkerReport, check_worker_cpus};
