@@ -316,7 +316,7 @@ mod tests {
         }
         assert_eq!((held.stats().runs, held.stats().whole), (2, 40));
         assert_eq!(held.get(run + 39), Some(Held { first: 0, step: 0 }));
-        assert_eq!(held.get(run + 40).map(|held| held.first), Some(0x1007 + (40 * 512 << 12)));
+        assert_eq!(held.get(run + 40).map(|held| held.first), Some(0x1007 + ((40 * 512) << 12)));
         for n in 0..64 {
             held.release(run + n);
         }
