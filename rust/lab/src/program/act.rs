@@ -230,6 +230,9 @@ pub enum Act {
     /// The end of the VM. Refused (a result, no failure) while a vCPU's thread is alive.
     Close,
 
+    /// How often the thread has held mmu_lock exclusively until now.
+    ExclusiveHolds,
+
     /// Waits until the flag is raised. A vCPU leaves the guest first.
     WaitFor {
         /// Which, below [`Act::FLAGS`].

@@ -210,6 +210,7 @@ pub fn perform<P: Platform>(vm: &Vm<P>, hands: &mut Hands<'_, P>, act: &Act) -> 
             P::yield_cpu(Site::Spin);
             return Ok(Done::Nothing);
         }
+        Act::ExclusiveHolds => return Ok(Done::Count(hands.task().meter().exclusive_holds().count)),
         _ => {}
     }
     kernel(vm, hands, act)
