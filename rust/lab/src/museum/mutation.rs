@@ -59,14 +59,11 @@ pub fn mutation(bug: Bug) -> Option<Mutation> {
         Bug::B30 => ("rust/mmu/src/lib.rs", "the first reference is the vCPU's alone"),
         Bug::B31 => ("rust/mmu/src/age.rs", "aging without the lock is a blind AND"),
         Bug::B34 => ("rust/mmu/src/nx.rs", "the slot is looked up in address space 0"),
-        Bug::B38 => ("rust/mmu/src/design/queue.rs", "as many workers as there are CPUs"),
         Bug::B39 => ("rust/mmu/src/zap.rs", "no passes below 1 GiB"),
         Bug::B40 => ("rust/mmu/src/root.rs", "a root is loaded under the exclusive lock"),
         Bug::B41 => ("rust/mmu/src/collapse.rs", "limits are asked for gfns outside of the slot"),
         Bug::B42 => ("rust/mmu/src/nx.rs", "any table below forbids a huge page"),
         Bug::B44a => ("rust/vm/src/request.rs", "no barrier between the mode and the look at the requests"),
-        Bug::B44b => ("rust/vm/src/request.rs", "no barrier between the request and the look at the mode"),
-        Bug::B44c => ("rust/vm/src/request.rs", "the mode is stored plainly on the way out"),
         _ => return None,
     };
     Some(Mutation { file, does })
