@@ -50,6 +50,8 @@ pub struct ModelError {
     pub cpus: usize,
     /// Repetitions behind each measured value.
     pub reps: u32,
+    /// Guests that this machine's memory does not hold.
+    pub left_out: Vec<u64>,
     /// Field by field.
     pub rows: Vec<Compared>,
     /// For each field the geometric mean of its factors, and the worst of them.
@@ -81,7 +83,7 @@ const FIELDS: &[Field] = &[
 /// Measures and simulates guests of `sizes`.
 ///
 /// # Errors
-/// [`LabError`]; a guest that does not fit into this machine's memory is one.
+/// [`LabError`]. A guest that does not fit into this machine's memory is left out, and named.
 pub fn model_error(
     config: &SimulateConfig,
     sizes: &[u64],
@@ -90,7 +92,7 @@ pub fn model_error(
 ) -> Result<ModelError, LabError> {
     let cpus = std::thread::available_parallelism().map_or(1, |n| n.get());
     let machine = Machine { cpus, costs: calibration.costs.clone() };
-    let mut rows = Vec::new();
+    let (mut rows, mut left_out) = (Vec::new(), Vec::new());
     for vcpus in [1, 2] {
         for &memory_bytes in sizes {
             let small = SimulateConfig { vcpus, memory_bytes, cpus: Some(cpus), ..config.clone() };
@@ -98,8 +100,13 @@ pub fn model_error(
             for case in &plan.cases {
                 control.check()?;
                 let what = format!("{} of {}", case.info.name, crate::units::bytes(memory_bytes));
+                if (case.scene.estimate)(&plan).check(memory_bytes, &plan.config.page, None).is_err() {
+                    if !left_out.contains(&memory_bytes) {
+                        left_out.push(memory_bytes);
+                    }
+                    continue;
+                }
                 control.report(&format!("measuring {what}, {vcpus} vCPUs"), 0.0);
-                (case.scene.estimate)(&plan).check(memory_bytes, &plan.config.page, None)?;
                 let mut measured = Vec::new();
                 for rep in 0..config.error_reps {
                     let outcome = run::run(&case.scene.scenario(&plan, case, false), control, None)?;
@@ -137,5 +144,5 @@ pub fn model_error(
         Some((field, mean, worst.exp()))
     });
     let fields = fields.collect();
-    Ok(ModelError { cpus, reps: config.error_reps, rows, fields })
+    Ok(ModelError { cpus, reps: config.error_reps, left_out, rows, fields })
 }

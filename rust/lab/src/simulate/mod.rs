@@ -45,6 +45,9 @@ const FEW_VCPUS: u64 = 8;
 const WORKING_SETS: u64 = 2 << 30;
 const WORKING_SET: u64 = 64 << 20;
 
+/// Guests that every calibrated result is held against.
+const ERROR_SIZES: [u64; 3] = [1 << 30, 4 << 30, 16 << 30];
+
 /// The request of `simulate zap`, as JSON. Unknown fields are refused. Units are in the names.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -89,8 +92,9 @@ pub struct SimulateConfig {
     pub costs: BTreeMap<String, f64>,
     /// All prices that are not given are the round figures of the tests: nothing is calibrated.
     pub uncalibrated: bool,
-    /// Measure guests of these sizes on this machine, simulate them, and say how far off the model is; none: do not.
-    pub error_sizes: Vec<u64>,
+    /// Measure guests of these sizes on this machine, simulate them, and say how far off the model is, for every design and pass list of the request. `null`: 1, 4 and 16 GiB and
+    /// the first of them, where prices are calibrated; empty: do not.
+    pub error_sizes: Option<Vec<u64>>,
     /// Repetitions of each of these measurements.
     pub error_reps: u32,
 }
@@ -117,7 +121,7 @@ impl Default for SimulateConfig {
             working_set_bytes: None,
             costs: BTreeMap::new(),
             uncalibrated: false,
-            error_sizes: Vec::new(),
+            error_sizes: None,
             error_reps: 3,
         }
     }
@@ -189,6 +193,17 @@ impl SimulateConfig {
         config.plan(Some(Kind::Zap))
     }
 
+    /// The same request for its first design, passes and preemption only.
+    fn first(&self) -> Self {
+        let first = |list: &[String]| list.iter().take(1).cloned().collect();
+        let design = match self.design.first().map(String::as_str) {
+            // The kernel's of today.
+            Some("all") => vec!["sync".into()],
+            _ => first(&self.design),
+        };
+        Self { design, passes: first(&self.passes), preempt: first(&self.preempt), ..self.clone() }
+    }
+
     /// The prices: given, else calibrated, else the tests' own.
     fn calibration(&self, plan: &Plan, control: &Control) -> Result<Calibration, LabError> {
         let names = Costs::default().rows().len();
@@ -234,9 +249,11 @@ pub fn simulate_zap(config: &SimulateConfig, control: &Control) -> Result<Value,
         runs.push(predict(&plan, case, 0, &machine, control)?);
         seconds.push(begun.elapsed().as_secs_f64());
     }
-    let model_error = match &config.error_sizes[..] {
-        [] => None,
-        sizes => Some(model_error(config, sizes, &calibration, control)?),
+    let model_error = match &config.error_sizes {
+        None if config.uncalibrated => None,
+        None => Some(model_error(&config.first(), &ERROR_SIZES, &calibration, control)?),
+        Some(sizes) if sizes.is_empty() => None,
+        Some(sizes) => Some(model_error(config, sizes, &calibration, control)?),
     };
     Ok(json!({
         "schema": "tdpmmu.simulate/1",
