@@ -7,7 +7,7 @@ use serde_json::Value;
 use tdpmmu_lab::Control;
 use tdpmmu_lab::explain::explain;
 use tdpmmu_lab::explore::{
-    Found, Models, Search, Seed, command, flawed_designs, natural_profile, protocol, protocols, search,
+    Found, Mix, Models, Search, Seed, command, flawed_designs, natural_profile, protocol, protocols, search,
     sound_designs,
 };
 use tdpmmu_lab::program::{Act, Program, ProgramError, ThreadSpec, Who, run_real};
@@ -27,7 +27,7 @@ fn program(name: &str, design: &str) -> Program {
 fn survey() -> &'static [(String, Found)] {
     static SURVEY: OnceLock<Vec<(String, Found)>> = OnceLock::new();
     SURVEY.get_or_init(|| {
-        let schedules = if std::env::var_os("TDPMMU_STRESS").is_some() { 2_000 } else { 20 };
+        let schedules = if std::env::var_os("TDPMMU_STRESS").is_some() { 2_000 } else { 60 };
         let how = Search { schedules, seed: 5, minimise: 500, ..Search::default() };
         let mut all = Vec::new();
         for design in sound_designs() {
@@ -57,13 +57,28 @@ fn no_schedule_breaks_a_sound_design_in_its_kernel() {
 }
 
 /// Sites that no protocol can force on the simulated platform, and why.
-const NEVER_FORCED: &[(Site, &str)] = &[];
+const NEVER_FORCED: &[(Site, &str)] = &[
+    (Site::Spin, "who spins, or gives the CPU away, is not preempted there"),
+    (Site::AllocBulk, "bulk population prepares measurements; no act of a program does it"),
+];
 
 #[test]
 fn each_site_is_forced_by_some_protocol() {
     let mut sites = SiteCounts::default();
     for (_, found) in survey() {
         sites.add(&found.sites);
+    }
+    // A site that few schedules come to gets more of them.
+    for site in Site::ALL {
+        let passed = |found: &Found| found.sites.of(*site).passed != 0;
+        for (name, _) in survey().iter().filter(|(_, found)| passed(found)).take(3) {
+            if sites.of(*site).forced != 0 {
+                break;
+            }
+            let (protocol, design) = name.split_once(" under ").expect("both");
+            let how = Search { seed: 23, schedules: 400, strategy: Mix::Random, ..Search::default() };
+            sites.add(&search(&program(protocol, design), None, &how, &silent()).expect("searched").sites);
+        }
     }
     let forced: BTreeSet<&str> =
         sites.iter().filter(|(_, count)| count.forced != 0).map(|(site, _)| site.name()).collect();
@@ -137,10 +152,12 @@ fn a_pasted_seed_and_a_result_file_tell_the_story_that_the_search_told() {
     assert_eq!(told.text, violation["story"].as_str().expect("a story"));
     let (again, parsed) = explain(&answer.to_string(), None).expect("a result");
     assert_eq!((&again, parsed.to_string().as_str()), (&told, seed));
-    // Three threads fit a page; nobody else has a column in this one.
-    assert_eq!(told.columns.len(), 3, "{:?}", told.columns);
-    let widest = told.text.lines().skip(8).map(|line| line.chars().count()).max();
-    assert!(widest <= Some(120), "{widest:?}");
+    for thread in ["vcpu-0", "vcpu-1", "caller"] {
+        assert!(told.columns.iter().any(|column| column == thread), "{:?}", told.columns);
+    }
+    // As wide as a page, with three threads, a worker and RCU.
+    let widest = told.text.lines().skip(16).map(|line| line.chars().count()).max();
+    assert!(widest <= Some(120), "{widest:?}\n{}", told.text);
     for needed in ["FAST ZAP begins", "INVALID", "preempted at", "refs (", "->table", "RWX A D"] {
         assert!(told.text.contains(needed), "no {needed:?} in\n{}", told.text);
     }

@@ -139,7 +139,8 @@ fn columns(
 ) -> (Vec<String>, Vec<Row>) {
     // The main task is the stage: what it tells goes across.
     let mut of_task = BTreeMap::new();
-    let told = |draft: &&Draft| draft.task != 0 && (draft.mark != Mark::Plain || draft.weight == Weight::Step);
+    let told =
+        |draft: &&Draft| draft.task != 0 && (draft.mark != Mark::Plain || draft.weight == Weight::Step);
     for draft in drafts.iter().filter(told).filter(|draft| shows(draft, least, strict)) {
         of_task.insert(draft.task, 0);
     }
@@ -154,6 +155,7 @@ fn columns(
         let text = format!("the set-up leaves {}", roots.join("; "));
         rows.push(Row { at: 0, column: None, mark: Mark::Plain, text });
     }
+    let drafts = alike(drafts, least, strict);
     let mut folded: Option<(u32, u64, usize)> = None;
     let flush = |folded: &mut Option<(u32, u64, usize)>, rows: &mut Vec<Row>| {
         if let Some((task, at, count)) = folded.take().filter(|(.., count)| *count > 3) {
@@ -183,4 +185,33 @@ fn columns(
     }
     flush(&mut folded, &mut rows);
     (names, rows)
+}
+
+/// Steps in a row of one task that differ in their numbers alone: the first two are told, the others counted.
+fn alike(drafts: Vec<Draft>, least: Weight, strict: bool) -> Vec<Draft> {
+    let shape = |draft: &Draft| draft.text.replace(|c: char| c.is_ascii_hexdigit(), "");
+    let mut kept: Vec<Draft> = Vec::new();
+    let mut run = (String::new(), 0, 0);
+    for draft in drafts {
+        if draft.mark != Mark::Plain || !shows(&draft, least, strict) {
+            kept.push(draft);
+            continue;
+        }
+        let this = shape(&draft);
+        if run.0 == this && run.1 == draft.task {
+            run.2 += 1;
+        } else {
+            run = (this, draft.task, 1);
+        }
+        match (run.2, kept.iter_mut().rev().find(|last| last.mark == Mark::Folded && last.task == draft.task))
+        {
+            (..=2, _) => kept.push(draft),
+            (3, _) | (_, None) => {
+                let text = ".. 1 more of the kind".to_owned();
+                kept.push(Draft { mark: Mark::Folded, text, ..draft });
+            }
+            (n, Some(last)) => last.text = format!(".. {} more of the kind", n - 2),
+        }
+    }
+    kept
 }

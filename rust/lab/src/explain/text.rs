@@ -7,7 +7,7 @@ const WIDTH: usize = 120;
 /// The step number and the bar after it.
 const STEP: usize = 7;
 /// No column is narrower; more threads than fit make the page wider.
-const NARROWEST: usize = 24;
+const NARROWEST: usize = 19;
 
 /// Wraps `text` at words into lines of at most `width` characters; a word that is longer is cut.
 pub(super) fn wrap(text: &str, width: usize) -> Vec<String> {

@@ -26,6 +26,8 @@ impl Protocol {
     pub fn program(&self, design: &str, profile: &str) -> Result<Program, ProgramError> {
         let machine = MachineSpec::of(design, profile);
         let kernel = machine.kernel()?;
+        // By its name, so that a printed run and its program are one.
+        let machine = MachineSpec { design: machine.design_name()?, ..machine };
         let mut program = (self.build)(machine, &kernel);
         self.name.clone_into(&mut program.name);
         program.check()?;
@@ -441,6 +443,7 @@ fn aging_zap(machine: MachineSpec, kernel: &KernelProfile) -> Program {
         (Who::Caller, Act::SetEagerSplit { on: false }),
         (Who::Caller, Act::StopVcpus),
         (Who::Caller, Act::ResumeVcpus),
+        (Who::Caller, Act::ExclusiveHolds),
     ];
     program
 }

@@ -66,7 +66,8 @@ impl Default for Search {
             yield_percent: None,
             faults: FaultPlan::default(),
             judges: JudgeSet::default(),
-            max_steps: SimConfig::default().max_steps,
+            // The longest protocol has some ten thousand.
+            max_steps: 80_000,
             minimise: 4_000,
             story: true,
         }
@@ -123,6 +124,9 @@ pub struct Found {
 const BATCH: u64 = 32;
 /// Of ten schedules of a mix so many are depth first.
 const SYSTEMATIC: u64 = 2;
+
+/// Seconds that making a schedule shorter may take.
+const MINIMISING: f64 = 10.0;
 
 /// One look at a run.
 struct Look {
@@ -291,10 +295,11 @@ impl Searcher<'_> {
             self.tell()?;
             let batch = next..(next + BATCH).min(last);
             next = batch.end;
-            let search = self.search;
+            let (search, control) = (self.search, self.control);
             let looks: Vec<Look> = pool.install(|| {
                 batch
                     .into_par_iter()
+                    .filter(|_| !control.cancelled())
                     .map(|n| {
                         let plan =
                             planned(search.strategy, search.memory, search.depth, search.seed, n, &known);
@@ -302,6 +307,7 @@ impl Searcher<'_> {
                     })
                     .collect()
             });
+            self.control.check()?;
             for look in looks {
                 if let Some(failing) = self.book(look) {
                     return Ok(Some(failing));
@@ -350,6 +356,7 @@ impl Searcher<'_> {
             config.record = record;
             run_with(&self.program, config, &self.search.judges)
         };
+        self.control.check()?;
         self.control.report("replaying", 1.0);
         let first = again(&schedule, false);
         if first.run.hash != hash {
@@ -358,10 +365,12 @@ impl Searcher<'_> {
                 finding.rule, finding.what, first.run.hash
             )));
         }
-        let mut left = self.search.minimise;
+        // A livelock is as long without most of its turns, and each try costs as much as the whole.
+        let mut left = if finding.rule == "step-limit" { 0 } else { self.search.minimise };
+        let begun = Instant::now();
         self.control.report("making the schedule shorter", 1.0);
         let shortest = sim::minimise(&schedule, &mut |shorter: &Schedule| {
-            if left == 0 || self.control.cancelled() {
+            if left == 0 || self.control.cancelled() || begun.elapsed().as_secs_f64() > MINIMISING {
                 return false;
             }
             left -= 1;

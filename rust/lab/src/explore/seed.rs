@@ -3,7 +3,7 @@
 //! **Guarantee.** A text that is accepted names exactly one run of this build: the program, the defect that was on, and every choice that was not the default. One that does not fit is refused with the part that does
 //! not, and why; also one whose protocol has been changed since it was made ([`SeedError::Differs`]).
 //!
-//! **Mechanism.** PROGRAM is the name of a protocol, or `@` and the program itself (JSON, deflated, base64url). BUG is `-` or the number of a bug of the museum. SCHEDULE is the printed schedule in characters that a shell
+//! **Mechanism.** PROGRAM is the name of a protocol, `bug-` and a number for the museum's program of that bug, or `@` and the program itself (JSON, deflated, base64url). BUG is `-` or the number of a bug of the museum. SCHEDULE is the printed schedule in characters that a shell
 //! leaves alone: `0@12>1` is `0.12-1`, `~` is `=`, a space is `_`. CHECK is a checksum of the program.
 
 use std::fmt;
@@ -19,8 +19,8 @@ use tdpmmu_platform::Bug;
 use tdpmmu_platform::sim::Schedule;
 
 use super::protocols::{protocol, protocols};
-use crate::LabError;
 use crate::program::Program;
+use crate::{LabError, museum};
 
 /// Most bytes of a program inside a seed.
 const MOST_BYTES: u64 = 1 << 22;
@@ -128,6 +128,16 @@ impl Seed {
             .is_some_and(|known| known == self.program)
     }
 
+    /// The name that this build knows the program by.
+    fn name(&self) -> Option<String> {
+        let id = self.bug.map(Bug::id);
+        let shown = id.filter(|id| museum::program_named(id).as_ref() == Some(&self.program));
+        match shown {
+            Some(id) => Some(format!("bug-{id}")),
+            None => self.is_protocol().then(|| self.program.name.clone()),
+        }
+    }
+
     /// Does the text look like a seed, of whatever version?
     pub fn looks_like(text: &str) -> bool {
         let head = text.trim_start().split(':').next().unwrap_or_default();
@@ -141,7 +151,7 @@ const SPELLING: [(char, char); 4] = [(' ', '_'), ('@', '.'), ('>', '-'), ('~', '
 impl fmt::Display for Seed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let machine = &self.program.machine;
-        let program = if self.is_protocol() { self.program.name.clone() } else { packed(&self.program) };
+        let program = self.name().unwrap_or_else(|| packed(&self.program));
         let design = machine.design_name().unwrap_or_default();
         let bug = self.bug.map_or("-", |bug| bug.id());
         let mut schedule = self.schedule.to_string();
@@ -168,9 +178,11 @@ impl FromStr for Seed {
         };
         let (schedule, made) = tail.rsplit_once('#').ok_or(SeedError::Parts { found: 6 })?;
         let made = u32::from_str_radix(made, 16).map_err(|error| part("check", made, error))?;
-        let program = match name.strip_prefix('@') {
-            Some(packed) => unpacked(packed)?,
-            None => {
+        let program = match (name.strip_prefix('@'), name.strip_prefix("bug-")) {
+            (Some(packed), _) => unpacked(packed)?,
+            (None, Some(id)) => museum::program_named(id)
+                .ok_or_else(|| part("program", name, "the museum has no bug of that number"))?,
+            (None, None) => {
                 let known = protocol(name).ok_or_else(|| {
                     let names: Vec<_> = protocols().iter().map(|protocol| protocol.name).collect();
                     part("program", name, format!("no such protocol; there are {}", names.join(", ")))
@@ -216,6 +228,10 @@ mod tests {
             assert_eq!(text.parse::<Seed>().as_ref(), Ok(&seed), "{text}");
             assert!(!text.contains([' ', '>', '<', '~', '!', '$', '*', '&', '|', ';', '\'', '"']), "{text}");
         }
+        let shown = museum::program_named("21").expect("bug 21 is shown");
+        let seed = Seed::of(&shown, Some(Bug::B21), &schedule());
+        assert!(seed.to_string().starts_with("v1:bug-21:"), "{seed}");
+        assert_eq!(seed.to_string().parse::<Seed>(), Ok(seed));
         let text = Seed::of(&named, None, &schedule()).to_string();
         assert!(
             text.starts_with("v1:root-lifecycle:sync:6.12:-:tso:77_0.12-1_0.12=1_3.0h_10.4y_2.7f42#"),
@@ -235,6 +251,7 @@ mod tests {
         assert!(told(&text.replace("0.12-1", "0.12-")).contains("schedule"));
         assert!(told(&text.replace(":sync:", ":inline:")).contains("another program"));
         assert!(told(&text.replace(":6.12:", ":6.13:")).contains("6.13"));
+        assert!(told("v1:bug-99:sync:6.12:-:sc#00000000").contains("museum"));
         assert!(told("v1:@!!:sync:6.12:-:sc#00000000").contains("program"));
     }
 }

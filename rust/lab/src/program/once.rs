@@ -170,12 +170,12 @@ impl Program {
             value: String::new(),
             rule: error.to_string(),
         })?;
-        // A step tears one table down, read and written, or all below one where no finer pass has been before it.
+        // A step tears one table down, whose entries are read, frozen and settled, or all below one where no finer pass has been before it.
         let mut finest = 1;
         while finest < self.machine.levels && !passes.contains(finest) {
             finest += 1;
         }
-        let table = 2 * ENTRIES as u64 + 256;
+        let table = 4 * ENTRIES as u64;
         let units = table.saturating_mul((ENTRIES as u64).saturating_pow(u32::from(finest) - 1));
         // A check that does not yield stays in its read section, and here no clock asks for a yield: the stretch between checks bounds both.
         Ok(Limits { step_units: units, ..Limits::default() })
