@@ -117,10 +117,10 @@ def test_a_program_of_ones_own_is_searched() -> None:
 
 def test_allocation_failures_are_clean() -> None:
     result = tdpmmu.allocation_failures("fault-zap", design="sync")
-    assert result.allocations > 0
-    assert result.runs == 2 * result.allocations
-    assert result.refused > 0
-    assert result.retried > 0
+    assert result.sites > 0
+    assert len(result.runs) == 2 * result.sites
+    assert any(run.retried_ok for run in result.runs)
+    assert all(run.clean for run in result.runs)
     assert result.ok, found_table.render_allocations(result)
 
 
@@ -145,8 +145,8 @@ def test_torture_counts_what_it_did() -> None:
         (lambda: tdpmmu.demo([]), "bugs"),
         (lambda: tdpmmu.torture(-1), "seconds"),
         (lambda: tdpmmu.torture(float("nan")), "seconds"),
-        (lambda: tdpmmu.explain("v1:nonsense"), "v1:nonsense"),
-        (lambda: tdpmmu.explain("{}"), "schema"),
+        (lambda: tdpmmu.explain("v1:nonsense"), "v1:PROGRAM"),
+        (lambda: tdpmmu.explain("{}"), "failed"),
         (lambda: tdpmmu.simulate(vcpus=0), "vcpus"),
         (lambda: tdpmmu.simulate(memory="64X"), "64X"),
     ],
@@ -242,9 +242,9 @@ def test_every_kind_of_result_prints() -> None:
     assert not museum.ok
     assert [row["id"] for row in museum.to_rows()] == ["1", "2"]
     failed = found.AllocationFailures.from_raw(
-        {"schema": "tdpmmu.faults/1", "allocations": 2, "runs": 4, "findings": ["2 tables leaked"]}
+        {"schema": "tdpmmu.faults/1", "sites": 2, "ok": False, "runs": [{"k": 1, "site": "AllocFault"}]}
     )
-    assert "not clean: 2 tables leaked" in found_table.render_allocations(failed)
+    assert "not clean: request 1 at AllocFault" in found_table.render_allocations(failed)
     assert not failed.ok
     torture = found.Torture.from_raw(
         {

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from tdpmmu import bench, plot
     from tdpmmu.comparison import Comparison, ComparisonRow, compare
     from tdpmmu.found import (
+        Allocation,
         AllocationFailures,
         BugDemo,
         Exhibit,
@@ -85,6 +86,7 @@ __all__ = [
     "MAPPING_DTYPE",
     "RING_DTYPE",
     "VM",
+    "Allocation",
     "AllocationFailures",
     "BenchResult",
     "BenchRun",
@@ -193,6 +195,7 @@ _LAZY = {
     "replay": "recording",
     "RecordHelp": "recorder",
     "record_help": "recorder",
+    "Allocation": "found",
     "AllocationFailures": "found",
     "BugDemo": "found",
     "Exhibit": "found",

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from tdpmmu.results import Raw, _Document
 
 __all__ = [
+    "Allocation",
     "AllocationFailures",
     "BugDemo",
     "Exhibit",
@@ -306,54 +307,79 @@ class Torture(_Document):
 
 
 @dataclass(frozen=True, slots=True)
-class AllocationFailures(_Document):
-    """A program run again and again, each time with another of its allocations failing. All are counts.
+class Allocation:
+    """One run in which an allocation of table pages failed. Counts have no unit.
 
     Attributes:
-        allocations: requests for table pages in a run without faults.
-        by_site: the same, by the place in the engine where they are made.
-        runs: runs with a failure: the k-th request alone, and it and all after it, for every k.
-        refused: operations that came to the typed error.
-        retried: operations that failed, were made again and succeeded.
-        done_without: runs in which the engine went on without the page (a huge page that stays whole).
-        findings: what must not be, as text; empty is the only good answer.
+        k: which request failed, from 1.
+        site: the place in the engine where it was made.
+        from_here_on: all later requests failed too.
+        error: the typed error that the operation ended with, as text; empty where the engine did without.
+        leaked: table pages that did not come back, a count.
+        retried_ok: the same operation succeeded when made again; None where it could not.
+        clean: the typed error and no other, nothing leaked, no rule broken, the retry succeeded.
         raw: the whole JSON object.
     """
 
-    _ROWS: ClassVar[str] = "by_site"
+    k: int
+    site: str
+    from_here_on: bool
+    error: str
+    leaked: int
+    retried_ok: bool | None
+    clean: bool
+    raw: Raw = field(repr=False)
+
+    @classmethod
+    def from_raw(cls, raw: Raw) -> Allocation:
+        """Return the typed view of one element of `runs`."""
+        return cls(
+            k=int(raw.get("k") or 0),
+            site=str(raw.get("site") or ""),
+            from_here_on=bool(raw.get("from_here_on")),
+            error=str(raw.get("error") or ""),
+            leaked=int(raw.get("leaked") or 0),
+            retried_ok=raw.get("retried_ok"),
+            clean=bool(raw.get("clean")),
+            raw=raw,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class AllocationFailures(_Document):
+    """A program run again and again, each time with another of its allocations failing.
+
+    Attributes:
+        sites: requests for table pages in a run without faults, a count.
+        by_site: the same, by the place in the engine where they are made.
+        runs: for each request one run in which it alone fails, and one in which all after it do, too.
+        ok: every run was clean.
+        raw: the whole JSON object.
+    """
+
+    _ROWS: ClassVar[str] = "runs"
 
     schema: str
-    allocations: int
+    sites: int
     by_site: Raw = field(repr=False)
-    runs: int
-    refused: int
-    retried: int
-    done_without: int
-    findings: tuple[str, ...]
+    runs: tuple[Allocation, ...] = field(repr=False)
+    ok: bool
     raw: Raw = field(repr=False)
 
     @classmethod
     def from_raw(cls, raw: Raw) -> AllocationFailures:
         """Return the typed view of a result object."""
-        counts = {
-            name: int(raw.get(name) or 0)
-            for name in ("allocations", "runs", "refused", "retried", "done_without")
-        }
         return cls(
             schema=str(raw.get("schema", "")),
+            sites=int(raw.get("sites") or 0),
             by_site=_object(raw.get("by_site")),
-            findings=tuple(str(text) for text in raw.get("findings") or ()),
+            runs=tuple(Allocation.from_raw(run) for run in raw.get("runs", ())),
+            ok=bool(raw.get("ok")),
             raw=raw,
-            **counts,
         )
 
-    @property
-    def ok(self) -> bool:
-        """True where every failure was clean: the typed error, nothing leaked, the retry succeeded."""
-        return not self.findings
-
     def _rows(self) -> list[Raw]:
-        return [{"site": site, "allocations": count} for site, count in self.by_site.items()]
+        return [run.raw for run in self.runs]
 
 
 @dataclass(frozen=True, slots=True)

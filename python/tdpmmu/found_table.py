@@ -146,14 +146,14 @@ def _said(found: Any) -> str:
 def render_allocations(result: AllocationFailures) -> str:
     """Return which allocations failed in turn, and what was not clean, as text."""
     sites = ", ".join(f"{name} {format_count(int(n))}" for name, n in result.by_site.items() if _whole(n))
+    bad = [run for run in result.runs if not run.clean]
+    retried = sum(run.retried_ok is True for run in result.runs)
     lines = [
-        f"{format_count(result.allocations)} allocations ({sites}), "
-        f"{format_count(result.runs)} runs with one, or all from it on, failing",
-        f"{format_count(result.refused)} operations ended with the typed error, "
-        f"{format_count(result.retried)} succeeded when made again; "
-        f"{format_count(result.done_without)} runs did without the page",
+        f"{format_count(result.sites)} allocations ({sites}), each failed alone and with all after it: "
+        f"{format_count(len(result.runs))} runs, {format_count(len(result.runs) - len(bad))} clean, "
+        f"{format_count(retried)} succeeded when made again"
     ]
-    lines += [f"not clean: {text}" for text in result.findings]
+    lines += [f"not clean: request {run.k} at {run.site}: {_said(run.raw)}" for run in bad]
     return "\n".join(lines) + "\n"
 
 
