@@ -17,7 +17,8 @@
 //! A change that is told only when it is complete (6.12: freeze, flush, empty, tell) owes from the freeze on, which is told by itself.
 //!
 //! **What it cannot see.** Whether a flush reaches every vCPU, and whether one that is not owed by these rules was needed all the same: that is
-//! `caches.rs`. A W that a fault takes when it makes a leaf anew is on the list and never due: the kernel does not flush for it either.
+//! `caches.rs`. A fault that found no memslot and comes late, when the slot is there and its page mapped, puts an MMIO entry over the leaf and flushes nothing, in every kernel: a TLB may keep
+//! the page, and a later unmap finds no leaf to flush for. If a frame is then released under such a TLB, `caches.rs` tells. A W that a fault takes when it makes a leaf anew is on the list and never due: the kernel does not flush for it either.
 
 use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
@@ -196,7 +197,8 @@ impl FlushLedger {
         if old.is_table(level) {
             return (!new.is_table(level)).then_some(Kind::Unlinked);
         }
-        if !old.is_leaf(level) || new.is_table(level) {
+        // A leaf that a fault makes an MMIO entry of: the kernel does not flush for it (the text says what that may cost).
+        if !old.is_leaf(level) || new.is_table(level) || format.is_mmio(new) {
             return None;
         }
         if !new.is_leaf(level) {

@@ -209,7 +209,8 @@ impl RootLedger {
             verdict.broken(Rule::Resurrected, Some(root), None, what);
         }
         r.owners[slot(owner)] += 1;
-        r.lost = false;
+        // Other gets that come after the last put were only told late.
+        r.lost &= refs != 1;
         r.step(refs.wrapping_sub(1), refs);
     }
 
@@ -308,7 +309,11 @@ impl RootLedger {
                 }
                 continue;
             }
-            let left = model.present_under(root);
+            let mut left = model.present_under(root);
+            if left != 0 && !self.rules.writes_back {
+                // Mapped is what can be reached, or has a write-back still to come (6.13 on: nothing has). NX recovery tears down under the shared lock from 6.18 on.
+                left = model.reachable_under(root);
+            }
             if left != 0 {
                 let example = model.example_under(root);
                 let text = example.map_or(String::new(), |(key, spte)| {

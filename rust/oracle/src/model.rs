@@ -54,6 +54,8 @@ pub struct ReferenceModel {
     waiting: BTreeSet<Key>,
     /// Present entries by root.
     present: HashMap<u32, i64>,
+    /// Entries that are frozen for a change which is told when it is complete.
+    frozen: BTreeSet<Key>,
 }
 
 fn is_present(raw: u64) -> bool {
@@ -137,7 +139,13 @@ pub(crate) fn judge_change(rules: &Rules, key: Key, old: Spte, new: Spte, verdic
 impl ReferenceModel {
     /// An empty model.
     pub fn new(rules: Rules) -> Self {
-        Self { rules, cells: BTreeMap::new(), waiting: BTreeSet::new(), present: HashMap::new() }
+        Self {
+            rules,
+            cells: BTreeMap::new(),
+            waiting: BTreeSet::new(),
+            present: HashMap::new(),
+            frozen: BTreeSet::new(),
+        }
     }
 
     fn normal(&self, raw: u64) -> u64 {
@@ -150,8 +158,12 @@ impl ReferenceModel {
         match *event {
             Event::SpteChanged { as_id, root, gfn, level, old, new, shared } => {
                 let key = Key { as_id, root, gfn, level };
+                self.frozen.remove(&key);
                 judge_change(&self.rules, key, Spte(old), Spte(new), verdict);
                 self.push(key, Edge { from: self.normal(old), to: self.normal(new), shared });
+            }
+            Event::SpteFrozen { as_id, root, gfn, level, .. } => {
+                self.frozen.insert(Key { as_id, root, gfn, level });
             }
             // Every change below a root is told before its reporter gives its own reference up, so all are here.
             Event::RootFree { root } => self.forget(root, verdict),
@@ -217,6 +229,23 @@ impl ReferenceModel {
         self.present.get(&root).copied().unwrap_or(0).max(0) as u64
     }
 
+    /// Those of them that a walk from the root would come to: not what hangs below an entry that has been taken out, while somebody is still tearing it down.
+    pub fn reachable_under(&self, root: u32) -> u64 {
+        let present = |key: &Key| {
+            !self.frozen.contains(key) && self.cells.get(key).is_some_and(|chain| is_present(chain.at()))
+        };
+        let mut count = 0;
+        for as_id in 0..=1 {
+            let top = self.under(as_id, root).map(|(key, _)| key.level).max().unwrap_or(0);
+            let reached = |key: &Key| {
+                (key.level + 1..=top)
+                    .all(|level| present(&Key { gfn: round_down(key.gfn, level), level, ..*key }))
+            };
+            count += self.under(as_id, root).filter(|(key, _)| present(key) && reached(key)).count();
+        }
+        count as u64
+    }
+
     /// One of the present entries under `root`, for a report.
     pub fn example_under(&self, root: u32) -> Option<(Key, Spte)> {
         (0..=1).find_map(|as_id| {
@@ -247,6 +276,7 @@ impl ReferenceModel {
             }
         }
         self.present.remove(&root);
+        self.frozen.retain(|key| key.root != root);
         if let Some((key, raw)) = first {
             verdict.broken(
                 Rule::FreedUnzapped,
