@@ -433,12 +433,12 @@ impl<'v, P: Platform> Vcpu<'v, P> {
                 access,
             );
             let fault = match walked {
-                Ok((spte, dirtied)) => {
+                Ok((_, dirtied)) => {
                     let GuestAccess { gfn, write, exec } = access;
                     if self.vm.rules().check_frames
                         && let Some(hit) = self.core.tlb.lookup(root, gfn, write, exec)
                     {
-                        debug_assert_eq!(hit.spte, spte);
+                        // Not always the entry just walked: one of its table may still be cached, where a huge leaf came over that and the flush is on its way.
                         self.accessed(root, access, hit.pfn(gfn));
                     }
                     if dirtied && self.vm.rules().hardware_log && self.vm.side().slots.any_logs() {
