@@ -129,10 +129,10 @@ fn allocations_that_fail_in_the_middle_of_every_protocol_break_nothing() {
 fn a_compare_exchange_that_fails_for_nothing_loses_no_update_and_ends_no_loop_in_circles() {
     survives("cmpxchg=30%", Fault::Cmpxchg, 6, &all("sync"));
     survives(
-        "cmpxchg=SpteFreeze:60%",
+        "cmpxchg=SpteInstall:60%",
         Fault::Cmpxchg,
         8,
-        &[one("freeze-install", "sync"), one("fastzap-defunct", "async-worker")],
+        &[one("freeze-install", "sync"), one("fault-zap", "async-worker")],
     );
 }
 
@@ -183,7 +183,7 @@ fn yields_at_every_check_change_nothing_of_what_the_operations_come_to() {
 
 #[test]
 fn yields_in_every_protocol_keep_every_flush_obligation() {
-    for design in ["sync", "async-worker", "inline"] {
+    for design in ["sync", "async-worker", "second-list"] {
         survives("yield=all", Fault::Yield, 3, &all(design));
     }
 }
@@ -191,7 +191,9 @@ fn yields_in_every_protocol_keep_every_flush_obligation() {
 #[test]
 fn grace_periods_that_are_late_or_never_end_cost_memory_and_nothing_else() {
     survives("gp-delay=200", Fault::GraceDelay, 3, &all("sync"));
-    survives("gp-delay=inf", Fault::GraceDelay, 3, &all("async-worker"));
+    // Without a memslot that goes: its deletion waits for readers, for ever, and a fault on it begins again for as long. So it is in KVM.
+    let patient = ["root-lifecycle", "lockless-free", "fastzap-defunct", "teardown-worker", "freeze-install"];
+    survives("gp-delay=inf", Fault::GraceDelay, 3, &patient.map(|name| one(name, "async-worker")));
 }
 
 #[test]

@@ -69,9 +69,9 @@ impl Drop for OnRough {
     }
 }
 
-/// On real threads a point is taken for a microsecond, and for ever is 20 ms.
+/// On real threads a point is taken for a microsecond, and for ever is 2 ms.
 fn nap(points: u32) {
-    let us = if points == u32::MAX { 20_000 } else { u64::from(points) };
+    let us = if points == u32::MAX { 2_000 } else { u64::from(points) };
     std::thread::sleep(Duration::from_micros(us));
 }
 
