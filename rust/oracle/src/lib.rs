@@ -2,18 +2,29 @@
 //!
 //! **Guarantee.** A [`Judge`] that listens to an MMU, and is asked at quiet points, has no opinion of its own about how the MMU works: it knows
 //! what was *reported* (every SPTE change, every table and root from birth to death) and what is *there* (a full read of every tree), and
-//! says where the two differ, or where the reports themselves break a rule. It knows no workload. Absent, it costs nothing.
+//! says where the two differ, or where the reports themselves break a rule. A violation names the rule, who owed and who should have paid, the root, the gfn and what was owed.
+//! It knows no workload. Absent, it costs nothing.
 //!
-//! **Mechanism.** Three books, each of which can be used alone and fed by hand:
+//! **Mechanism.** Books, each of which can be used alone and fed by hand:
 //!
-//! | file | book | rules |
+//! | file | book | oracles |
 //! | --- | --- | --- |
-//! | `model.rs` | [`ReferenceModel`]: what every entry should hold | I5, I8, I10, P-FZ, R5 |
-//! | `pool.rs` | [`CountingPool`]: each page linked once, unlinked once, freed once | I7, I9 |
-//! | `ledger.rs` | [`RootLedger`]: who holds each root | I1-I4, P-1 |
+//! | `model.rs` | [`ReferenceModel`]: what every entry should hold | O-MODEL, O-INV |
+//! | `pool.rs` | [`CountingPool`]: each page linked once, unlinked once, freed once | O-LIST, O-RCU, O-END |
+//! | `ledger.rs` | [`RootLedger`]: who holds each root | O-REF, O-FZ |
+//! | `flush.rs` | [`FlushLedger`]: what must be flushed before whom | O-TLB, O-DEBT |
+//! | `caches.rs` | [`Caches`]: what each vCPU may still use | O-TLB |
+//! | `rcu.rs` | [`Sections`]: who reads, and how much one step does | O-RCU, O-PROG, O-RCULEN |
+//! | `dirty.rs` | [`DirtyBook`]: what was written, and who knows | O-DIRTY |
+//! | `notifier.rs` | [`Notifier`]: look-ups and invalidations | O-SEQ, O-TLB |
+//! | `locks.rs` | [`Locks`]: modes, order, sleeping | O-LOCK |
+//! | `lists.rs` | [`Lists`]: NX candidates, publication, work items | O-LIST, O-WORK |
+//! | `progress.rs` | [`Progress`]: faults that begin again for nothing | O-PROG |
+//! | `history.rs` | [`History`]: answers gfn by gfn | O-LIN |
+//! | `against.rs` | the tree against memslots and host | O-MODEL |
 //!
-//! `judge.rs` joins them, `tree.rs` reads what is there, `chain.rs` is how reports are put back in order, `rule.rs` names what can be
-//! broken. [`Sequential`] is another kind of oracle: it predicts from *operations*, not from reports, and serves tests in lockstep.
+//! `judge.rs` joins them, `tree.rs` reads what is there, `chain.rs` is how reports are put back in order, `rule.rs` names what can be broken, `rules.rs` says in what kernels, designs and platforms
+//! differ and how much is looked at. [`Sequential`] is another kind of oracle: it predicts from *operations*, not from reports, and serves tests in lockstep. `docs/oracles.md` has every rule.
 //!
 //! **Order of reports.** An event is told after the atomic operation that it tells of. Two threads that change one word may therefore be
 //! heard in the wrong order. Nothing here takes the order of arrival for the order of things, except where a lock, a
