@@ -389,6 +389,26 @@ fn faults_of_hardware_and_scheduling_change_nothing() {
 }
 
 #[test]
+fn a_schedule_with_turns_left_out_ends_as_well() {
+    let threads: Threads = &[("writer", writer), ("reader", reader), ("deleter", deleter), ("host", host)];
+    for (design, seed) in [("async-worker", 1), ("sync", 2), ("sync", 3), ("second-list", 4)] {
+        let whole = run(config(profile_of(design), design), sim_config(seed), threads.to_vec());
+        assert_fine(&whole, design);
+        for keep in [0, 2, 3, 5, 7] {
+            let mut schedule = whole.schedule.clone();
+            let mut n = 0;
+            schedule.turns.retain(|_| {
+                n += 1;
+                keep != 0 && n % keep == 0
+            });
+            let replay = SimConfig { strategy: Strategy::Replay(schedule), ..sim_config(seed) };
+            let run = run(config(profile_of(design), design), replay, threads.to_vec());
+            assert_fine(&run, &format!("{design} seed {seed}, one turn of {keep}"));
+        }
+    }
+}
+
+#[test]
 fn the_same_seed_makes_the_same_run_and_its_schedule_replays() {
     let once = |strategy| {
         let threads: Vec<(&'static str, Body)> =
