@@ -133,6 +133,9 @@ pub(crate) fn aged<P: Platform, M: Mode>(
     old: Spte,
     new: Spte,
 ) {
+    if old == new {
+        return;
+    }
     tell::<P, M>(mmu, task, at, old, new);
     if mmu.writes_back() {
         let dirty = mmu.format().leaf_needs_dirty(old) && !mmu.format().leaf_needs_dirty(new);

@@ -3,7 +3,7 @@
 use tdpmmu_platform::Bug;
 
 use super::entry::{Catcher, Class, Entry, Hints};
-use crate::program::{Act, MachineSpec, Program, ThreadSpec};
+use crate::program::{Act, MachineSpec, Program, SlotSpec, ThreadSpec};
 use crate::scenario::Who;
 
 /// A canary has no history: class, title, what is wrong, and where to look.
@@ -194,31 +194,23 @@ fn walker_beside_zap() -> Program {
 
 /// A fault beside the removal of tables under the shared lock.
 fn fault_beside_collapse() -> Program {
-    let machine = MachineSpec {
-        host_level: 2,
-        slots: vec![crate::program::SlotSpec::flat(0, 0, 512).logged()],
-        ..MachineSpec::default()
-    };
-    let setup = vec![(Who::Vcpu(0), Act::write(0))];
+    let slots = vec![SlotSpec::flat(0, 0, 512).logged()];
+    let machine = MachineSpec { host_level: 2, nx: true, slots, ..MachineSpec::default() };
+    let setup = vec![(Who::Vcpu(1), Act::write(0))];
     let threads = vec![
         ThreadSpec::caller([Act::SetSlotFlags { as_id: 0, id: 0, log: false }, Act::RcuBarrier]),
-        ThreadSpec::vcpu(1, [Act::fetch(1), Act::fetch(2)]),
+        ThreadSpec::vcpu(1, [Act::fetch(1)]),
     ];
-    let machine = MachineSpec { nx: true, ..machine };
     Program { machine, setup, ..Program::new("a fault beside a collapse", threads) }
 }
 
-/// Roots die and are born again in so small a pool that pages come back soon.
+/// Roots die and are born again until pages come back: the pool uses a page that was freed last of all.
 fn roots_of_one_page() -> Program {
-    let machine = MachineSpec { max_tables: 12, vcpus: 1, ..MachineSpec::default() };
-    let setup = vec![(Who::Vcpu(0), Act::write(0))];
-    let zap =
-        |page| [Act::Unmap { hva_page: page, pages: 1, may_block: true }, Act::FastZap, Act::RcuBarrier];
-    let threads = vec![
-        ThreadSpec::caller([zap(0), zap(1), zap(0)].concat()),
-        ThreadSpec::vcpu(0, [Act::read(0), Act::read(0), Act::read(0), Act::read(0)]),
-    ];
-    Program { machine, setup, ..Program::new("roots that follow each other in one page", threads) }
+    let life = [Act::read(0), Act::FastZap, Act::RcuBarrier];
+    let lives: Vec<Act> = std::iter::repeat_n(life, 45).flatten().collect();
+    let threads = vec![ThreadSpec::vcpu(0, lives)];
+    let machine = MachineSpec { max_tables: 10, vcpus: 1, ..MachineSpec::default() };
+    Program { machine, ..Program::new("roots that follow each other in one page", threads) }
 }
 
 /// A root is lost, and the VM ends.
