@@ -2,8 +2,10 @@
 //!
 //! One seed each, and few schedules with the bug off, so that it fits a build; `the_whole_museum` has them all.
 
-use tdpmmu_lab::Control;
-use tdpmmu_lab::museum::{ABSENT, Budget, Demo, canaries, demo, demo_all, entries, find, page};
+use tdpmmu_lab::museum::{
+    ABSENT, Budget, Demo, canaries, command, demo, demo_all, entries, find, page, show,
+};
+use tdpmmu_lab::{Control, LabError};
 
 /// Schedules with the bug off, in a build.
 const CLEAN: u64 = 150;
@@ -109,4 +111,38 @@ fn every_number_of_the_history_is_shown_or_its_absence_explained() {
         let absent = ABSENT.iter().any(|(absent, _)| *absent == number);
         assert!(shown(number) != absent, "bug {number}");
     }
+}
+
+#[test]
+fn a_demonstration_is_asked_for_and_answered_as_json() {
+    let answer = command(r#"{"ids": ["17"], "seeds": 2, "schedules": 20, "jobs": 1}"#, &Control::silent());
+    let answer: serde_json::Value = serde_json::from_str(&answer.expect("an answer")).expect("JSON");
+    assert_eq!((&answer["schema"], &answer["caught"]), (&"tdpmmu.bugs/1".into(), &1.into()));
+    let row = &answer["bugs"][0];
+    assert_eq!((&row["id"], &row["false_alarm"]), (&"17".into(), &false.into()));
+    assert!(row["schedules_median"].is_u64() && row["oracle"].is_string() && row["schedule"].is_string());
+}
+
+#[test]
+fn a_request_that_makes_no_sense_is_refused_by_name_and_rule() {
+    for (request, says) in [
+        (r#"{"ids": ["45"]}"#, "bug=\"45\""),
+        (r#"{"seeds": 0}"#, "at least one seed"),
+        (r#"{"schedules": 0}"#, "one schedule"),
+        (r#"{"seed": -1}"#, "the request"),
+        (r#"{"bugs": 1}"#, "bugs"),
+    ] {
+        match command(request, &Control::silent()) {
+            Err(LabError::Usage(what)) => assert!(what.contains(says), "{request}: {what}"),
+            other => panic!("{request}: {other:?}"),
+        }
+    }
+    assert!(matches!(show("12"), Err(LabError::Usage(_))));
+}
+
+#[test]
+fn a_demonstration_that_is_cancelled_ends() {
+    let control = Control::silent();
+    control.flag().store(true, std::sync::atomic::Ordering::Relaxed);
+    assert!(matches!(command("{}", &control), Err(LabError::Cancelled)));
 }

@@ -19,7 +19,7 @@ pub(super) const ENTRIES: &[Entry] = &[
                        S is freed; whoever walks the list next follows its links.",
         catcher: Catcher::Sim,
         program: late_books,
-        hints: Hints::USUAL,
+        hints: Hints::USUAL.schedules(6000),
     },
     Entry {
         bug: Bug::B10,
@@ -63,18 +63,18 @@ pub(super) const ENTRIES: &[Entry] = &[
 
 const V0: Who = Who::Vcpu(0);
 
-/// A fetch makes a table for the NX mitigation while the end of a dirty log removes such tables under the shared lock; then the recovery reads the list.
+/// Fetches make tables for the NX mitigation while the end of a dirty log removes such tables under the shared lock.
 fn late_books() -> Program {
     let machine = MachineSpec {
         nx: true,
         host_level: 2,
-        slots: vec![SlotSpec::flat(0, 0, 512).logged()],
+        slots: vec![SlotSpec::flat(0, 0, 1024).logged()],
         // Flag first (6.2 on), and removed by a zap under the shared lock (up to 6.12).
         ..MachineSpec::of("", "6.6")
     };
     let threads = vec![
-        ThreadSpec::vcpu(0, [Act::fetch(0)]),
-        ThreadSpec::caller([Act::SetSlotFlags { as_id: 0, id: 0, log: false }, Act::RecoverNx { ratio: 1 }]),
+        ThreadSpec::vcpu(0, [Act::fetch(0), Act::fetch(512)]),
+        ThreadSpec::caller([Act::SetSlotFlags { as_id: 0, id: 0, log: false }]),
     ];
     Program { machine, setup: vec![(V0, Act::LoadRoot)], ..Program::new("log-end-beside-nx-fetch", threads) }
 }
