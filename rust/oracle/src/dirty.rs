@@ -102,10 +102,8 @@ impl DirtyBook {
                 let owed = "no SPTE maps a frame when it is released".to_owned();
                 verdict.unmet(Rule::StaleWriteBack, None, None, text, NO_TASK, owed);
             }
-            Event::GuestAccess { as_id, gfn, write: true, .. } => {
-                if self.logged.iter().any(|(space, gfns)| *space == as_id && gfns.contains(&gfn)) {
-                    self.pending.insert((as_id, gfn), task);
-                }
+            Event::GuestAccess { as_id, gfn, write: true, .. } if self.logs(as_id, gfn) => {
+                self.pending.insert((as_id, gfn), task);
             }
             Event::LogBegin { as_id, start, end, .. } => self.logged.push((as_id, start..end)),
             Event::LogEnd { as_id, start, end } => {
@@ -130,6 +128,10 @@ impl DirtyBook {
             }
             _ => {}
         }
+    }
+
+    fn logs(&self, as_id: u8, gfn: u64) -> bool {
+        self.logged.iter().any(|(space, gfns)| *space == as_id && gfns.contains(&gfn))
     }
 
     fn changed(

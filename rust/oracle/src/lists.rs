@@ -52,12 +52,7 @@ impl Lists {
                     verdict.unmet(Rule::NxList, None, None, what, by, owed);
                 }
             }
-            Event::NxUnlisted { table } => {
-                if self.nx.remove(&table).is_none() {
-                    let what = format!("table {table} left the list of NX candidates and was not on it");
-                    verdict.broken(Rule::NxList, None, None, what);
-                }
-            }
+            Event::NxUnlisted { table } => self.unlisted(table, verdict),
             Event::TableFree { table } => {
                 self.unlinked.remove(&table);
                 if let Some(by) = self.nx.remove(&table) {
@@ -89,6 +84,13 @@ impl Lists {
             Event::VmGone => self.gone = Some(task),
             Event::WorkBegin { root, .. } => self.work(root, verdict),
             _ => {}
+        }
+    }
+
+    fn unlisted(&mut self, table: u32, verdict: &mut Verdict) {
+        if self.nx.remove(&table).is_none() {
+            let what = format!("table {table} left the list of NX candidates and was not on it");
+            verdict.broken(Rule::NxList, None, None, what);
         }
     }
 

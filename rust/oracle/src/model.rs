@@ -56,6 +56,8 @@ pub struct ReferenceModel {
     present: HashMap<u32, i64>,
     /// Entries that are frozen for a change which is told when it is complete.
     frozen: BTreeSet<Key>,
+    /// Level of the roots' entries: the highest that was told.
+    top: u8,
 }
 
 fn is_present(raw: u64) -> bool {
@@ -145,6 +147,7 @@ impl ReferenceModel {
             waiting: BTreeSet::new(),
             present: HashMap::new(),
             frozen: BTreeSet::new(),
+            top: 0,
         }
     }
 
@@ -159,6 +162,7 @@ impl ReferenceModel {
             Event::SpteChanged { as_id, root, gfn, level, old, new, shared } => {
                 let key = Key { as_id, root, gfn, level };
                 self.frozen.remove(&key);
+                self.top = self.top.max(level);
                 judge_change(&self.rules, key, Spte(old), Spte(new), verdict);
                 self.push(key, Edge { from: self.normal(old), to: self.normal(new), shared });
             }
@@ -236,9 +240,8 @@ impl ReferenceModel {
         };
         let mut count = 0;
         for as_id in 0..=1 {
-            let top = self.under(as_id, root).map(|(key, _)| key.level).max().unwrap_or(0);
             let reached = |key: &Key| {
-                (key.level + 1..=top)
+                (key.level + 1..=self.top)
                     .all(|level| present(&Key { gfn: round_down(key.gfn, level), level, ..*key }))
             };
             count += self.under(as_id, root).filter(|(key, _)| present(key) && reached(key)).count();
