@@ -184,7 +184,12 @@ fn fault_zap(machine: MachineSpec, _: &KernelProfile) -> Program {
             ThreadSpec::caller([Act::DeleteSlot { as_id: 0, id: 1 }]),
         ],
     );
-    program.setup = vec![(V0, Act::read(0)), (V1, Act::write(0x40001))];
+    // Where roots die with their last user vCPU 0 has used up its cache of tables by then, and must ask for more in a fault.
+    program.setup =
+        [Act::read(0), Act::DropRoot, Act::read(0), Act::DropRoot, Act::read(0), Act::read(0x200)]
+            .map(|act| (V0, act))
+            .into();
+    program.setup.push((V1, Act::write(0x40001)));
     program
 }
 
