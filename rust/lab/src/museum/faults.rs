@@ -31,7 +31,7 @@ pub(super) const ENTRIES: &[Entry] = &[
                        recovery thread reads it.",
         catcher: Catcher::Sim,
         program: candidate_beside_collapse,
-        hints: Hints::USUAL,
+        hints: Hints::USUAL.schedules(6000),
     },
     Entry {
         bug: Bug::B27,
@@ -161,14 +161,12 @@ fn candidate_beside_collapse() -> Program {
     let machine = MachineSpec {
         host_level: 2,
         nx: true,
-        slots: vec![SlotSpec::flat(0, 0, 1024).logged()],
+        slots: vec![SlotSpec::flat(0, 0, 1536).logged()],
         ..MachineSpec::default()
     };
-    let setup = vec![(Who::Vcpu(1), Act::write(512))];
-    let threads = vec![
-        ThreadSpec::caller([STOP_LOGGING, Act::RecoverNx { ratio: 1 }]),
-        ThreadSpec::vcpu(1, [Act::fetch(0)]),
-    ];
+    let setup = vec![(Who::Vcpu(1), Act::write(1024))];
+    let threads =
+        vec![ThreadSpec::caller([STOP_LOGGING]), ThreadSpec::vcpu(1, [Act::fetch(0), Act::fetch(512)])];
     Program { machine, setup, ..Program::new("a fetch beside the end of dirty logging", threads) }
 }
 
