@@ -22,6 +22,7 @@
 //! | `museum/` | bugs that were really there, found again |
 //! | `faults/` | what goes wrong on purpose |
 //! | `torture/` | random operations on real threads, under every judge that can listen |
+//! | `simulate/` | hosts that nobody has here, in virtual time |
 //! | `proof.rs` | one door to explore, museum, torture, explain, simulate |
 //! | `limits/` | the host's physical limits |
 //! | `fit.rs` | a line through measurements, and its errors |

@@ -40,13 +40,10 @@ pub mod sim;
 pub mod site;
 mod slice;
 pub mod task;
-#[cfg(not(loom))]
-#[path = "sim/time/mod.rs"]
-pub mod time;
 pub mod timeline;
 
 #[cfg(not(loom))]
-pub use crate::time::Timed;
+pub use crate::sim::time::{self, Timed};
 pub use crate::{
     api::{
         Bulk, Exclusive, HeldWords, Join, JoinHandle, Mode, NIL, Platform, RawRwLock, RcuDomain, RcuReader,

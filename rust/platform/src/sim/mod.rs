@@ -34,6 +34,7 @@ mod report;
 mod schedule;
 mod scheduler;
 mod strategy;
+pub mod time;
 mod world;
 
 pub use self::{

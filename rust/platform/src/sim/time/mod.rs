@@ -17,7 +17,7 @@
 //! **Spinning.** A task that spins in its own loop ([`Platform::relax`]) waits for a change of the word that it loaded last, a turn at a time; [`idle_until`] is the same with a
 //! deadline of the caller's: what a vCPU does between two accesses.
 //!
-//! This is a platform beside `Sim`, not a strategy of it: the two share the engine and the coroutines, but a search wants every choice recorded and no clock, and this
+//! This is a platform beside [`Sim`](super::Sim), not a strategy of it: the two share the engine and the coroutines, but a search wants every choice recorded and no clock, and this
 //! wants no choice and a hundred million cheap events.
 
 mod clock;
