@@ -24,8 +24,8 @@ const fn canary(
         cause,
         interleaving,
         catcher: Catcher::Sim,
-        program: program,
-        hints: Hints::USUAL,
+        program,
+        hints: Hints::USUAL.schedules(6000),
     }
 }
 
