@@ -34,6 +34,9 @@ pub struct Ended {
     pub panics: Vec<String>,
 }
 
+/// Hears of an act before it begins, and with what it came to after it has ended.
+type Hear = dyn Fn(&Act, Option<&Result<Done, VmError>>);
+
 /// A VM with its program's memory, and what its threads share.
 pub(super) struct Stage<P: Platform> {
     pub(super) vm: Vm<P>,
@@ -86,12 +89,7 @@ impl<P: Platform> Stage<P> {
     }
 
     /// The acts of thread `thread`, in order. `told` hears of each before it begins and after it has ended.
-    pub(super) fn thread(
-        &self,
-        program: &Program,
-        thread: usize,
-        told: &dyn Fn(&Act, Option<&Result<Done, VmError>>),
-    ) {
+    pub(super) fn thread(&self, program: &Program, thread: usize, told: &Hear) {
         let spec = &program.threads[thread];
         let mut hands = match self.hands(spec.who, &spec.name) {
             Ok(hands) => hands,

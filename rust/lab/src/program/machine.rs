@@ -91,6 +91,8 @@ pub struct MachineSpec {
     pub generation: u64,
     /// Each check of a walk asks to yield, whoever waits.
     pub force_yield: Option<u32>,
+    /// Freed tables are poisoned and used again last: a use after free shows. Off: a page becomes a table again at once.
+    pub quarantine: bool,
 }
 
 impl Default for MachineSpec {
@@ -118,6 +120,7 @@ impl Default for MachineSpec {
             start_seq: 0,
             generation: 0,
             force_yield: None,
+            quarantine: true,
         }
     }
 }
@@ -186,8 +189,7 @@ impl MachineSpec {
         config.max_level = self.max_level;
         config.batch = self.batch;
         config.hugepages = false;
-        // A page that is used after it was freed is to be recognised.
-        config.quarantine = true;
+        config.quarantine = self.quarantine;
         // Each region begins a GiB of its own, and collapsed memory is copied.
         let collapse = if self.max_level > self.host_level { host_pages } else { 0 };
         let room = host_pages + collapse + 2 * span(3) + SPARE_PAGES;
