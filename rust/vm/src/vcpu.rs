@@ -395,7 +395,7 @@ impl<'v, P: Platform> Vcpu<'v, P> {
             P::point(Site::TlbAccess);
             request::pause::<P>(Fault::VcpuPause, Site::TlbAccess);
             if self.vm.rules().check_frames {
-                self.accessed(root.root, access, hit.pfn(access.gfn));
+                self.accessed(root.root, access.gfn, access.write, hit.pfn(access.gfn));
             }
             return Ok(AccessOutcome::TlbHit);
         }
@@ -403,8 +403,9 @@ impl<'v, P: Platform> Vcpu<'v, P> {
     }
 
     /// The access has gone through to `pfn`: is it the owner's?
-    fn accessed(&self, root: u32, access: GuestAccess, pfn: u64) {
-        let GuestAccess { gfn, write, .. } = access;
+    #[cold]
+    #[inline(never)]
+    fn accessed(&self, root: u32, gfn: u64, write: bool, pfn: u64) {
         let (vcpu, as_id) = (self.id as u32, self.core.role.as_id());
         self.task.detail(|| Event::GuestAccess { vcpu, as_id, root, gfn, pfn, write });
         self.vm.side().primary.frames().check_access(pfn);
@@ -439,7 +440,7 @@ impl<'v, P: Platform> Vcpu<'v, P> {
                         && let Some(hit) = self.core.tlb.lookup(root, gfn, write, exec)
                     {
                         // Not always the entry just walked: one of its table may still be cached, where a huge leaf came over that and the flush is on its way.
-                        self.accessed(root, access, hit.pfn(gfn));
+                        self.accessed(root, gfn, access.write, hit.pfn(gfn));
                     }
                     if dirtied && self.vm.rules().hardware_log && self.vm.side().slots.any_logs() {
                         self.log_dirtied(access.gfn);
