@@ -213,11 +213,6 @@ impl FaultPlan {
         self.faults.iter().any(|fault| matches!(fault, Injection::Alloc(_) | Injection::Tables(_)))
     }
 
-    /// May grace periods take so long under this plan that pages do not come back in time?
-    pub fn delays_grace(&self) -> bool {
-        self.faults.iter().any(|fault| matches!(fault, Injection::GraceDelay(_)))
-    }
-
     /// May a worker panic under this plan? Then the VM is told, and its end is not clean.
     pub fn panics(&self) -> bool {
         self.faults.contains(&Injection::Worker(WorkerFault::Panic))

@@ -107,11 +107,13 @@ pub(super) fn run<P: Platform>(draw: &Draw, armed: &Arc<Armed>, ground: &Ground,
         let _on = rough::enter(ground.clone());
         let made = draw.machine.config(HOST_PAGES, None).map_err(|error| error.to_string()).and_then(
             |mut config| {
-                // Reports of two threads have no true order here, and whether a flush was delivered before another task asked is told by that order alone: under the simulated platform, which has it, the rule is awake.
+                // Whether a change under a root owes a flush depends on who holds the root, and whether it is valid, at that moment: reports of two threads have no true order here. Under the simulated platform,
+                // which has it, both rules are awake; here frames with owners tell of a translation that was kept too long.
                 let rules = || {
                     Rules::of(&config.profile, config.format, config.design_name())
                         .on::<P>()
                         .silence(Rule::WriteUnflushed)
+                        .silence(Rule::FlushMissing)
                 };
                 let judge = draw.judged.then(|| Judge::new(rules()));
                 config.observer = judge.clone().map(|judge| judge as Arc<dyn Observer>);
@@ -584,12 +586,9 @@ impl<P: Platform> Shared<P> {
                     *tally.accesses.entry(outcome.name().to_owned()).or_default() += 1;
                 }
             }
-            // A page cannot be had: where the plan takes them, and where it keeps them from coming back.
-            Err(VmError::Pool(_) | VmError::Host { .. })
-                if self.armed.plan().starves() || self.armed.plan().delays_grace() =>
-            {
-                count.starved += 1;
-            }
+            // Where the plan takes pages away or keeps them from coming back; and where the host's scheduler lets the RCU thread starve for so long that all wait for it. They come back: `recover` looks.
+            Err(VmError::Pool(_)) => count.starved += 1,
+            Err(VmError::Host { .. }) if self.armed.plan().starves() => count.starved += 1,
             Err(
                 VmError::BadSlot { .. }
                 | VmError::SlotOverlap { .. }

@@ -42,7 +42,7 @@ pub struct OperationCount {
     pub done: u64,
     /// The VM refused it, as KVM does (a slot that is gone).
     pub refused: u64,
-    /// It ran out of table pages, under a plan that takes them away.
+    /// It ran out of table pages: a plan takes them away, or all wait for RCU.
     pub starved: u64,
 }
 
