@@ -11,7 +11,7 @@ impl Dice {
     }
 
     /// The next number.
-    pub fn next(&mut self) -> u64 {
+    pub fn number(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let a = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         let b = (a ^ (a >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -20,7 +20,7 @@ impl Dice {
 
     /// One of `0..n`; `n` is at least 1.
     pub fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
+        self.number() % n
     }
 
     /// True once in `n` times.
@@ -35,6 +35,6 @@ impl Dice {
 
     /// The seed of a part of what these dice are for.
     pub fn seed_of(seed: u64, part: u64) -> u64 {
-        Dice::new(seed ^ part.wrapping_mul(0xd6e8_feb8_6659_fd93)).next()
+        Dice::new(seed ^ part.wrapping_mul(0xd6e8_feb8_6659_fd93)).number()
     }
 }

@@ -164,7 +164,7 @@ impl Chooser {
             60..=89 => {
                 let words = SLOTS[usize::from(id)].pages / 64;
                 let first = 64 * self.dice.below(words);
-                Act::ClearDirtyLog { as_id, id, first, mask: self.dice.next() & self.dice.next() }
+                Act::ClearDirtyLog { as_id, id, first, mask: self.dice.number() & self.dice.number() }
             }
             90..=93 => {
                 // A log that is all set at first needs manual protection.
