@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import tdpmmu
-from conftest import Cli
+from conftest import ROOT, Cli
 from tdpmmu import errors, found, found_table
 
 #: The flawed pair of the mails: which design, and in which protocol it falls.
@@ -99,18 +99,13 @@ def test_a_demonstration_catches_the_bug_and_nothing_without_it(bug: str) -> Non
     assert shown.story
 
 
-def test_a_program_of_ones_own_is_searched() -> None:
-    program = {
-        "name": "mine",
-        "machine": {"profile": "6.12", "design": "sync", "vcpus": 2},
-        "threads": [
-            {"name": "vcpu-0", "who": {"Vcpu": 0}, "acts": [{"act": "access", "gfn": 0, "write": True}]},
-            {"name": "vmm", "who": "Caller", "acts": [{"act": "delete-slot", "id": 0}]},
-        ],
-    }
+def test_the_program_in_the_docs_is_searched() -> None:
+    text = (ROOT / "docs" / "exploring.md").read_text()
+    program = json.loads(text.split("```json\n")[1].split("```")[0])
     result = tdpmmu.explore(program, **QUICK)
     assert result.ok, found_table.render_exploration(result)
-    program["threads"][0]["acts"] = [{"act": "levitate"}]  # type: ignore[index]
+    assert result.protocol == program["name"]
+    program["threads"][0]["acts"] = [{"act": "levitate"}]
     with pytest.raises(tdpmmu.InvalidArgument, match="levitate"):
         tdpmmu.explore(program)
 
