@@ -19,6 +19,8 @@
 //! | `conform/` | the engine against recordings of real KVM, transition by transition |
 //! | `what_if/` | the zaps of a recording through another design |
 //! | `program/` | operations as data, for search, museum and torture |
+//! | `explore/` | protocols, and the search for a schedule that breaks one |
+//! | `explain/` | a failing run as a story |
 //! | `museum/` | bugs that were really there, found again |
 //! | `faults/` | what goes wrong on purpose |
 //! | `torture/` | random operations on real threads, under every judge that can listen |
