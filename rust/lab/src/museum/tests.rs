@@ -16,9 +16,10 @@ fn each_exhibit_is_a_bug_of_its_own_with_a_program_that_makes_sense() {
 }
 
 #[test]
-fn an_exhibit_is_found_by_its_id_in_any_case_and_nothing_else_is() {
+fn an_exhibit_or_canary_is_found_by_its_id_in_any_case_and_nothing_else_is() {
     assert_eq!(find("4A").map(|entry| entry.bug), Some(Bug::B04a));
-    assert!(find("4").is_none() && find("C01").is_none() && find("").is_none());
+    assert!(find("c01").is_some_and(|entry| entry.bug.is_canary()));
+    assert!(find("4").is_none() && find("C").is_none() && find("").is_none());
 }
 
 #[test]

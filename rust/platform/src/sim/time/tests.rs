@@ -1,8 +1,11 @@
-use std::sync::Mutex;
+use std::sync::{
+    Mutex,
+    atomic::{AtomicU32, Ordering},
+};
 
 use super::*;
 use crate::{
-    api::{Exclusive, RcuDomain, Reclaim, Shared},
+    api::{Exclusive, JoinHandle, Platform, RcuDomain, Reclaim, Shared},
     mmu_lock::MmuLock,
     rcu::RcuConfig,
     task::{Role, Task, TaskConfig},
