@@ -14,7 +14,7 @@
 //! **Pages held by count.** A pool may keep a table that is uniform as a description ([`crate::api::HeldWords`]): loads are answered from it, any change makes the page real first. The
 //! engine may then handle such a table in one event, [`Timed::charge_entries`] of all its entries.
 //!
-//! **Spinning.** A task that spins in its own loop ([`Platform::relax`]) waits for a change of the word that it loaded last, a turn at a time; [`idle_until`] is the same with a
+//! **Spinning.** A task that spins in its own loop ([`crate::Platform::relax`]) waits for a change of the word that it loaded last, a turn at a time; [`idle_until`] is the same with a
 //! deadline of the caller's: what a vCPU does between two accesses.
 //!
 //! This is a platform beside [`Sim`](super::Sim), not a strategy of it: the two share the engine and the coroutines, but a search wants every choice recorded and no clock, and this
