@@ -267,7 +267,7 @@ class Torture(_Document):
         operations: how many were performed, a count.
         seed: repeats each thread's operations; real threads interleave as they like.
         violations: an object each: rule, what, root, gfn.
-        faults: injected faults by name, with counts.
+        faults: an object per kind of fault: how often it was asked for, and how often it struck.
         raw: the whole JSON object.
     """
 
@@ -278,7 +278,7 @@ class Torture(_Document):
     operations: int
     seed: int | None
     violations: tuple[Any, ...]
-    faults: Raw = field(repr=False)
+    faults: tuple[Any, ...] = field(repr=False)
     raw: Raw = field(repr=False)
 
     @classmethod
@@ -291,7 +291,7 @@ class Torture(_Document):
             operations=int(raw.get("operations") or 0),
             seed=raw.get("seed"),
             violations=tuple(found) if isinstance(found, (list, tuple)) else (),
-            faults=_object(raw.get("faults")),
+            faults=tuple(raw.get("faults") or ()),
             raw=raw,
         )
 

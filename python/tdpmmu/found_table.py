@@ -22,6 +22,8 @@ __all__ = [
 ]
 
 _WIDTH = 110
+#: Longest seed that is printed.
+_PASTED = 2000
 
 
 def render_protocols(found: list[Protocol]) -> str:
@@ -33,7 +35,7 @@ def render_protocols(found: list[Protocol]) -> str:
 def render_exploration(result: Exploration) -> str:
     """Return what was searched, what that buys, the sites forced, and the story of a violation, as text."""
     lines = [
-        f"{result.protocol} under {result.design}, kernel {result.profile}: "
+        f"{result.protocol} under {result.design}, kernel {result.profile}{_aggravated(result)}: "
         f"{format_count(result.schedules)} schedules in {result.seconds:.1f} s, seed {result.seed}"
     ]
     if result.bound.get("text"):
@@ -51,11 +53,20 @@ def render_exploration(result: Exploration) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _aggravated(result: Exploration) -> str:
+    """What was wrong on purpose."""
+    bug, faults = result.raw.get("bug"), str(result.raw.get("faults") or "")
+    told = f", with bug {bug}" if bug else ""
+    return told + (f", faults {faults}" if faults not in ("", "none") else "")
+
+
 def _violation(found: Violation) -> list[str]:
     oracle = f" ({found.oracle})" if found.oracle else ""
     lines = [f"violation: {found.rule}{oracle}: {found.what}"]
-    lines.append(f"shortest schedule found: {found.preemptions} preemptions")
-    if found.seed:
+    lines.append(f"preemptions in the shortest schedule found: {found.preemptions}")
+    if len(found.seed) > _PASTED:
+        lines.append(f"replay: the seed has {format_count(len(found.seed))} characters; explain a file of -o")
+    elif found.seed:
         lines.append(f"replay: tdpmmu explain '{found.seed}'")
     if found.story:
         lines += ["", found.story.rstrip()]
@@ -123,12 +134,18 @@ def render_torture(result: Torture) -> str:
         f"{format_count(result.operations)} operations in {result.seconds:.1f} s, seed {result.seed}, "
         f"{format_count(len(result.violations))} violations"
     ]
-    for head, counts in (("operations", result.raw.get("performed")), ("faults", result.faults)):
-        if isinstance(counts, Mapping) and counts:
-            told = ", ".join(f"{name} {format_count(int(n))}" for name, n in counts.items() if _whole(n))
-            lines += _wrapped(f"{head}: {told}")
-    if result.raw.get("proves"):
-        lines += _wrapped(str(result.raw["proves"]))
+    done = result.raw.get("by_operation")
+    if isinstance(done, Mapping):
+        told = [(name, row.get("done")) for name, row in done.items() if isinstance(row, Mapping)]
+        shown = ", ".join(f"{name} {format_count(int(n))}" for name, n in told if _whole(n) and n)
+        lines += _wrapped(f"operations: {shown}")
+    struck = [f for f in result.faults if isinstance(f, Mapping) and f.get("struck")]
+    if struck:
+        told_faults = ", ".join(f"{f.get('fault')} {format_count(int(f['struck']))}" for f in struck)
+        lines += _wrapped(f"faults that struck: {told_faults}")
+    proves = result.raw.get("proves")
+    if isinstance(proves, Mapping) and proves.get("text"):
+        lines += _wrapped(str(proves["text"]))
     lines += [f"violation: {_said(found)}" for found in result.violations[:20]]
     return "\n".join(lines) + "\n"
 
@@ -139,6 +156,8 @@ def _whole(value: Any) -> bool:
 
 def _said(found: Any) -> str:
     if isinstance(found, Mapping):
+        if "what" in found:
+            return f"episode {found.get('episode', '?')}: {found['what']}"
         return ", ".join(f"{name} {value}" for name, value in found.items() if value is not None)
     return str(found)
 
@@ -150,8 +169,8 @@ def render_allocations(result: AllocationFailures) -> str:
     retried = sum(run.retried_ok is True for run in result.runs)
     lines = [
         f"{format_count(result.sites)} allocations ({sites}), each failed alone and with all after it: "
-        f"{format_count(len(result.runs))} runs, {format_count(len(result.runs) - len(bad))} clean, "
-        f"{format_count(retried)} succeeded when made again"
+        f"{format_count(len(result.runs))} runs, {format_count(len(result.runs) - len(bad))} clean; "
+        f"of those that failed alone {format_count(retried)} succeeded when made again, others did without"
     ]
     lines += [f"not clean: request {run.k} at {run.site}: {_said(run.raw)}" for run in bad]
     return "\n".join(lines) + "\n"

@@ -107,11 +107,14 @@ def _program(given: str) -> Any:
     if not given.endswith(".json"):
         return given
     try:
-        return json.loads(Path(given).read_text(encoding="utf-8"))
+        program = json.loads(Path(given).read_text(encoding="utf-8"))
     except OSError as error:
         raise BadInput(f"{given}: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{given} is not JSON: {error}") from error
+    if not isinstance(program, dict):
+        raise BadInput(f"{given} is not a program: expected an object with machine, setup, threads")
+    return program
 
 
 @click.group()
@@ -215,14 +218,18 @@ def torture(
 def explain(out: Output, failure: str, timeout: float | None) -> int:
     """Tell a failure as a story: columns per thread, SPTE values, reference counts.
 
-    FILE is a result of explore, bugs demo or torture (.json); SEED the text that they print. -o FILE.html
-    writes a page for a browser.
+    FILE is a result of explore or bugs demo (.json); SEED the text that they print. -o FILE.html writes a
+    page for a browser.
     """
     from tdpmmu import proof
 
     try:
         with progress(out.quiet) as report:
             story = proof.explain(failure, progress=report, timeout=timeout)
+    except errors.InvalidArgument as error:
+        if failure.lstrip().startswith("v1:"):
+            raise
+        raise BadInput(f"{failure}: {error}") from error
     except errors.TdpMmuError:
         raise
     except OSError as error:

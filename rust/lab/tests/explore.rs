@@ -27,7 +27,7 @@ fn program(name: &str, design: &str) -> Program {
 fn survey() -> &'static [(String, Found)] {
     static SURVEY: OnceLock<Vec<(String, Found)>> = OnceLock::new();
     SURVEY.get_or_init(|| {
-        let schedules = if std::env::var_os("TDPMMU_STRESS").is_some() { 2_000 } else { 60 };
+        let schedules = if std::env::var_os("TDPMMU_STRESS").is_some() { 2_000 } else { 40 };
         let how = Search { schedules, seed: 5, minimise: 500, ..Search::default() };
         let mut all = Vec::new();
         for design in sound_designs() {
@@ -199,8 +199,12 @@ fn protocols_run_on_real_threads_too() {
         let ended = run_real(&program, Some(judge.clone())).expect("ran");
         assert_eq!(ended.panics, [] as [&str; 0], "{name}");
         assert_eq!(judge.violations(), [], "{name} under {design}");
-        let acts: usize = program.threads.iter().map(|thread| thread.acts.len()).sum();
-        assert_eq!(ended.performed.len(), acts);
+        for (at, thread) in program.threads.iter().enumerate() {
+            let done: Vec<_> = ended.performed.iter().filter(|done| done.thread == at).collect();
+            // Whoever begins when the VM has been closed already is refused, once.
+            let too_late = done.len() == 1 && done[0].result.is_err();
+            assert!(done.len() == thread.acts.len() || too_late, "{name}, {}: {done:?}", thread.name);
+        }
         assert!(ended.close.is_some_and(|close| close.is_clean()), "{name}");
     }
 }

@@ -20,7 +20,7 @@
 //! inside their hold. So in order of arrival too, a creation after the invalidation is a creation under an invalid root. The reference
 //! itself may be taken later: a vCPU that found the root valid, lost the race and got an invalid one will see that and reload.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 
 use tdpmmu_platform::{Event, Owner};
 use tdpmmu_spte::{Role, Spte};
@@ -70,7 +70,7 @@ impl Root {
 pub struct RootLedger {
     rules: Rules,
     live: BTreeMap<u32, Root>,
-    late: HashMap<u32, Vec<Root>>,
+    late: BTreeMap<u32, Vec<Root>>,
     births: u64,
     /// The roots, by page and birth, that the open fast zap must leave empty.
     fast_zap: Option<BTreeSet<(u32, u64)>>,
@@ -84,7 +84,7 @@ impl RootLedger {
         Self {
             rules,
             live: BTreeMap::new(),
-            late: HashMap::new(),
+            late: BTreeMap::new(),
             births: 0,
             fast_zap: None,
             before: BTreeSet::new(),
@@ -406,7 +406,7 @@ impl RootLedger {
                 verdict.broken(Rule::ListDiffers, Some(root), None, "listed, but no live root".to_owned());
             }
         }
-        for (root, late) in self.late.drain() {
+        for (root, late) in std::mem::take(&mut self.late) {
             for r in late {
                 let what = format!("freed while the count was {}, held by {}", r.count.at(), r.owners_text());
                 verdict.broken(Rule::FreedReferenced, Some(root), None, what);

@@ -137,6 +137,11 @@ pub trait Platform: Sized + Send + Sync + 'static {
     }
     /// The id of a task that is being made, where ids must not depend on what else the process does.
     #[inline(always)]
+    fn new_task_id() -> Option<u32> {
+        None
+    }
+    /// The id of the task that the calling thread made last, where threads are the platform's own: who reports what has no task at hand.
+    #[inline(always)]
     fn task_id() -> Option<u32> {
         None
     }

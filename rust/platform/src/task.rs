@@ -192,7 +192,7 @@ impl<P: Platform> Task<P> {
             (None, Preempt::Full) => Gate::Contention,
             (None, Preempt::None | Preempt::Voluntary) => Gate::Slice,
         };
-        let id = P::task_id().unwrap_or_else(|| NEXT_ID.fetch_add(1, Ordering::Relaxed));
+        let id = P::new_task_id().unwrap_or_else(|| NEXT_ID.fetch_add(1, Ordering::Relaxed));
         let recording = config.record.then(|| Recording::new(id, name, role));
         Task {
             reader,

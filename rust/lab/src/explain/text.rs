@@ -54,7 +54,7 @@ fn push_header(text: &mut String, line: &str) {
 
 pub(super) fn text(story: &Story) -> String {
     let columns = story.columns.len().max(1);
-    let width = ((WIDTH - STEP - 3 * (columns - 1)) / columns).max(NARROWEST);
+    let width = (WIDTH.saturating_sub(STEP + 3 * (columns - 1)) / columns).max(NARROWEST);
     let mut text = format!("{}\n\n", story.title);
     for line in &story.header {
         push_header(&mut text, line);

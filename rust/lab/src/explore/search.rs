@@ -19,6 +19,17 @@ use crate::faults::FaultPlan;
 use crate::program::{Finding, JudgeSet, Outcome, Program, run_with};
 use crate::{Control, LabError};
 
+/// Steps of a run that has become a livelock. The longest protocol has some ten thousand.
+const MOST_STEPS: u64 = 80_000;
+/// Steps that an act may take on average, in programs with many.
+const STEPS_PER_ACT: u64 = 4_000;
+
+/// The limit of a program's runs.
+fn most_steps(program: &Program, asked: u64) -> u64 {
+    let acts: usize = program.threads.iter().map(|thread| thread.acts.len()).sum();
+    asked.max(STEPS_PER_ACT * acts as u64)
+}
+
 /// What is searched, and for how long.
 #[derive(Clone, Debug)]
 pub struct Search {
@@ -66,8 +77,7 @@ impl Default for Search {
             yield_percent: None,
             faults: FaultPlan::default(),
             judges: JudgeSet::default(),
-            // The longest protocol has some ten thousand.
-            max_steps: 80_000,
+            max_steps: MOST_STEPS,
             minimise: 4_000,
             story: true,
         }
@@ -212,7 +222,7 @@ type Failing = (Finding, Schedule, u64);
 impl Searcher<'_> {
     fn config(&self, strategy: Strategy, memory: Memory, yield_percent: u8) -> SimConfig {
         let faults = (!self.search.faults.is_empty()).then(|| self.search.faults.arm() as _);
-        let (bug, max_steps) = (self.bug, self.search.max_steps);
+        let (bug, max_steps) = (self.bug, most_steps(&self.program, self.search.max_steps));
         SimConfig { strategy, memory, yield_percent, bug, faults, max_steps, ..SimConfig::default() }
     }
 
@@ -424,6 +434,8 @@ pub fn replay(program: &Program, bug: Option<Bug>, schedule: &Schedule) -> Resul
         memory: schedule.memory,
         bug,
         record: true,
+        // As in the search: a run that ended there ends there again.
+        max_steps: most_steps(program, MOST_STEPS),
         ..SimConfig::default()
     };
     let outcome = run_with(&Arc::new(program.clone()), config, &JudgeSet::default());

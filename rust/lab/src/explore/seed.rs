@@ -190,6 +190,13 @@ impl FromStr for Seed {
                 known.program(design, profile).map_err(|error| part("program", name, error))?
             }
         };
+        let machine = &program.machine;
+        if machine.design_name().as_deref() != Ok(design) {
+            return Err(part("design", design, format!("the program in it is for {}", machine.design)));
+        }
+        if machine.profile != profile {
+            return Err(part("profile", profile, format!("the program in it is for {}", machine.profile)));
+        }
         let found = check(&program);
         if found != made {
             return Err(SeedError::Differs { name: program.name, made, found });

@@ -56,7 +56,10 @@ pub fn mutation(bug: Bug) -> Option<Mutation> {
         Bug::B29 => {
             ("rust/vm/src/notifier.rs", "the sequence is compared with a sign-extended 32-bit snapshot")
         }
-        Bug::B30 => ("rust/mmu/src/lib.rs", "the first reference is the vCPU's alone"),
+        Bug::B30 => (
+            "rust/mmu/src/lib.rs",
+            "the first reference is the vCPU's alone, and who puts it queues the zap, as before 6.4 (two lines)",
+        ),
         Bug::B31 => ("rust/mmu/src/age.rs", "aging without the lock is a blind AND"),
         Bug::B34 => ("rust/mmu/src/nx.rs", "the slot is looked up in address space 0"),
         Bug::B39 => ("rust/mmu/src/zap.rs", "no passes below 1 GiB"),

@@ -85,12 +85,7 @@ impl Outcome {
         let plain = |rule: &str, what: &str, task| {
             Some(Finding { rule: rule.to_owned(), what: what.to_owned(), task, root: None, gfn: None })
         };
-        // Of what one event showed, what a fast zap has left is what the others come from.
-        let first = self.run.violations.first().map(|first| {
-            let same = self.run.violations.iter().filter(|other| other.at == first.at);
-            same.into_iter().find(|other| other.rule == Rule::FastZapLeft.name()).unwrap_or(first)
-        });
-        if let Some(first) = first {
+        if let Some(first) = self.run.violations.first() {
             let judged = self.violations.iter().find(|v| v.rule.name() == first.rule);
             return Some(Finding {
                 rule: first.rule.to_owned(),
@@ -118,6 +113,10 @@ impl Outcome {
                 return plain("step-limit", &what, None);
             }
             End::Panicked(what) => return plain("panic", what, None),
+        }
+        if self.run.leaked_tasks != 0 {
+            let what = format!("{} tasks never came to their end", self.run.leaked_tasks);
+            return plain("leaked-task", &what, None);
         }
         let close = self.close.as_ref().filter(|close| !close.is_clean())?;
         let what = format!(

@@ -161,11 +161,17 @@ impl Platform for Sim {
         scheduler::asked_to_yield()
     }
 
-    fn task_id() -> Option<u32> {
+    fn new_task_id() -> Option<u32> {
         world::with(|world| {
+            let id = world.task_ids;
             world.task_ids += 1;
-            world.task_ids - 1
+            world.task().task_id = Some(id);
+            id
         })
+    }
+
+    fn task_id() -> Option<u32> {
+        world::with(|world| world.task().task_id).flatten()
     }
 
     fn serving() -> usize {

@@ -502,6 +502,7 @@ pub(super) fn spawn(name: &str, body: Box<dyn FnOnce()>) -> std::io::Result<u32>
             buffer: Default::default(),
             quiet: 0,
             serving: 0,
+            task_id: None,
             counts: Counts::default(),
             accesses: 0,
             voluntary: 0,

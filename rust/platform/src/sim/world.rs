@@ -20,6 +20,7 @@ use crate::{
 
 thread_local! {
     static WORLD: Cell<*mut World> = const { Cell::new(ptr::null_mut()) };
+    static BORROWED: Cell<bool> = const { Cell::new(false) };
 }
 
 static NEXT_WORLD: AtomicU64 = AtomicU64::new(1);
@@ -62,6 +63,8 @@ pub(super) struct Task {
     /// Depth of [`super::quiet`].
     pub quiet: u32,
     pub serving: usize,
+    /// Of the engine's task that it made last.
+    pub task_id: Option<u32>,
     /// Its own counts: points, stores, checks, questions.
     pub counts: Counts,
     /// Accesses so far.
@@ -291,15 +294,22 @@ pub(super) fn current() -> *mut World {
     WORLD.get()
 }
 
-/// Borrows the world. `f` must not switch, nor call anything that calls the platform.
+/// Borrows the world; `None` without one, and while it is borrowed already (a panic's hook, or a plan of faults that asks the platform). `f` must not switch.
 #[inline(always)]
 pub(super) fn with<R>(f: impl FnOnce(&mut World) -> R) -> Option<R> {
+    struct Returned;
+    impl Drop for Returned {
+        fn drop(&mut self) {
+            BORROWED.set(false);
+        }
+    }
     let world = WORLD.get();
-    if world.is_null() {
+    if world.is_null() || BORROWED.replace(true) {
         return None;
     }
+    let _returned = Returned;
     // SAFETY: `WORLD` holds the box of a run in progress on this very OS thread. Its tasks are coroutines of this thread, so
-    // nobody else touches it, and no borrow is alive here: borrows are made by this function alone, and no `f` comes back to it.
+    // nobody else touches it, and no borrow is alive here: borrows are made by this function alone, one at a time by `BORROWED`.
     Some(f(unsafe { &mut *world }))
 }
 

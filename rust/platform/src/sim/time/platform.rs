@@ -220,6 +220,10 @@ impl Platform for Timed {
         }
     }
 
+    fn new_task_id() -> Option<u32> {
+        Self::task_id()
+    }
+
     fn task_id() -> Option<u32> {
         current_world().map(World::task)
     }
