@@ -249,4 +249,4 @@ def test_every_kind_of_result_prints() -> None:
             "violations": [{"rule": "r", "what": "w"}],
         }
     )
-    assert "rule r, what w" in found_table.render_torture(torture)
+    assert "violation: episode ?: w" in found_table.render_torture(torture)
