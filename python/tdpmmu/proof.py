@@ -58,6 +58,14 @@ def _program(program: Program) -> dict[str, Any]:
     raise TypeError(f"program: expected a name or an object, not {type(program).__name__}")
 
 
+def _known(design: str | None, profile: str | None) -> None:
+    """Refuse a design or a profile that nobody knows."""
+    if design is not None:
+        _names.design(design, "design")
+    if profile is not None:
+        _names.profile(profile)
+
+
 def _count(value: int | None, most: int, name: str, least: int = 1) -> int | None:
     return None if value is None else between(value, least, most, name)
 
@@ -132,10 +140,7 @@ def explore(
         InvalidArgument: a name that is not known, or a program that breaks a rule.
         StallError: not finished within `timeout` seconds.
     """
-    if design is not None:
-        _names.design(design, "design")
-    if profile is not None:
-        _names.profile(profile)
+    _known(design, profile)
     config = {
         **_program(program),
         "design": design,
@@ -181,10 +186,7 @@ def allocation_failures(
         InvalidArgument: a name that is not known, or a program that breaks a rule.
         StallError: not finished within `timeout` seconds.
     """
-    if design is not None:
-        _names.design(design, "design")
-    if profile is not None:
-        _names.profile(profile)
+    _known(design, profile)
     config = {
         **_program(program),
         "design": design,
@@ -267,10 +269,7 @@ def torture(
         InvalidArgument: a value out of range, or a name that is not known.
         StallError: not finished within `timeout` seconds.
     """
-    if design is not None:
-        _names.design(design, "design")
-    if profile is not None:
-        _names.profile(profile)
+    _known(design, profile)
     config = {
         "seconds": _seconds(seconds, "seconds"),
         "seed": _count(seed, _U64, "seed", 0),

@@ -192,35 +192,42 @@ fn answer(
     })?)
 }
 
+/// The program of a request: a protocol by its name, or one of the asker's own; under this design and profile where they are given. Also what is told of the protocol.
+///
+/// # Errors
+/// [`LabError::Usage`] for a name that is not known, and for both or neither; `who` asks.
+pub(crate) fn asked_for(
+    who: &str,
+    (name, own): (Option<&str>, Option<&Program>),
+    design: Option<&str>,
+    profile: Option<&str>,
+) -> Result<(Program, &'static str), LabError> {
+    match (name, own) {
+        (Some(name), None) => {
+            let names: Vec<_> = protocols().iter().map(|protocol| protocol.name).collect();
+            let known = protocol(name).ok_or_else(|| unknown("protocol", name, &names))?;
+            let profile = profile.unwrap_or_else(|| design.map_or("6.12", natural_profile));
+            Ok((known.program(design.unwrap_or_default(), profile)?, known.about))
+        }
+        (None, Some(program)) => {
+            let mut program = program.clone();
+            if let Some(design) = design {
+                design.clone_into(&mut program.machine.design);
+            }
+            if let Some(profile) = profile {
+                profile.clone_into(&mut program.machine.profile);
+            }
+            Ok((program, ""))
+        }
+        _ => Err(LabError::Usage(format!("{who}: name a protocol or give a program, one of them"))),
+    }
+}
+
 impl Request {
     fn what(&self) -> Result<(Program, &'static str), LabError> {
-        let (mut program, about) = match (&self.protocol, &self.program) {
-            (Some(name), None) => {
-                let names: Vec<_> = protocols().iter().map(|protocol| protocol.name).collect();
-                let known = protocol(name).ok_or_else(|| unknown("protocol", name, &names))?;
-                let profile = match (&self.profile, &self.design) {
-                    (Some(profile), _) => profile.as_str(),
-                    (None, Some(design)) => natural_profile(design),
-                    (None, None) => "6.12",
-                };
-                (known.program(self.design.as_deref().unwrap_or_default(), profile)?, known.about)
-            }
-            (None, Some(program)) => {
-                let mut program = program.clone();
-                if let Some(design) = &self.design {
-                    program.machine.design.clone_from(design);
-                }
-                if let Some(profile) = &self.profile {
-                    program.machine.profile.clone_from(profile);
-                }
-                (program, "")
-            }
-            _ => {
-                return Err(LabError::Usage(
-                    "explore: name a protocol or give a program, one of them".into(),
-                ));
-            }
-        };
+        let which = (self.protocol.as_deref(), self.program.as_ref());
+        let (mut program, about) =
+            asked_for("explore", which, self.design.as_deref(), self.profile.as_deref())?;
         if self.passes.is_some() {
             program.machine.passes.clone_from(&self.passes);
         }

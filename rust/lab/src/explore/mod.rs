@@ -22,6 +22,7 @@ mod search;
 mod seed;
 
 pub use bound::{Bound, Depth};
+pub(crate) use command::asked_for;
 pub use command::{command, protocols_json};
 pub use plan::{Mix, Models};
 pub use protocols::{Protocol, flawed_designs, natural_profile, protocol, protocols, sound_designs};
