@@ -17,6 +17,7 @@
 //! | --- | --- |
 //! | `arena.rs` | reserved, never-moving memory |
 //! | `freemap.rs` | which pages are free; runs |
+//! | `lazy.rs` | arrays of atomics, committed when touched |
 //! | `meta.rs` | what is known about a table |
 //! | `pool.rs` | the pool: alloc, free, cap, counts, per-task caches |
 //! | `quarantine.rs` | freed pages, poisoned and kept from their next user |
@@ -28,6 +29,7 @@
 mod arena;
 mod fill;
 mod freemap;
+mod lazy;
 mod meta;
 mod pool;
 pub mod prefetch;
@@ -36,6 +38,7 @@ mod tally;
 pub mod uniform;
 
 pub use freemap::FreeMap;
+pub use lazy::{Lazy, ZeroAtomic};
 pub use meta::{NO_PARENT, TableFlag, TableMeta};
 pub use pool::{DeadChain, PoolConfig, PoolError, PoolStats, TableCache, TablePool};
 pub use tally::Tally;

@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use tdpmmu_platform::{Event, NO_TASK, Observer};
 
-use crate::lazy::Lazy;
+use tdpmmu_table::Lazy;
 
 /// Frames that share one owner tag while none was released singly: 2 MiB.
 pub const RUN: u64 = 512;

@@ -16,7 +16,7 @@ use std::sync::{Mutex, PoisonError};
 
 use crate::VmError;
 use crate::frames::{Frames, RUN};
-use crate::lazy::Lazy;
+use tdpmmu_table::Lazy;
 
 const PRESENT: u64 = 1;
 const WRITE: u64 = 2;

@@ -27,7 +27,6 @@
 //! | `host.rs`, `frames.rs`, `mmap_lock.rs` | the host's primary MMU; frames and their owners; its lock |
 //! | `populate.rs` | filling memory, in bulk or by racing faults |
 //! | `side.rs` | the MMU's upcalls |
-//! | `lazy.rs` | lazily committed arrays (`unsafe`) |
 //!
 //! What is modelled, and not done: guest memory has no contents, host page tables are one word per 2 MiB, interrupts are polls. What is real: threads, locks, waits,
 //! every SPTE, every TLB entry, every reference.
@@ -42,7 +41,6 @@ pub mod frames;
 pub mod host;
 mod hwlog;
 mod invalidate;
-mod lazy;
 mod mmap_lock;
 pub mod notifier;
 mod notify;

@@ -20,10 +20,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 
 use tdpmmu_platform::{Mutex, MutexGuard, Platform, RcuConfig, RcuDomain, RcuReader, Reclaim, Site};
+use tdpmmu_shadow::LpageInfo;
 use tdpmmu_spte::mmio::GENERATION_MASK;
 
 use crate::VmError;
-use crate::slot::{DirtyBitmap, LpageInfo, MemSlot, SlotFlags};
+use crate::slot::{DirtyBitmap, MemSlot, SlotFlags};
 
 /// Address spaces: 0, and 1 for system management mode.
 pub const ADDRESS_SPACES: usize = 2;
@@ -208,7 +209,10 @@ pub fn plan(set: &SlotSet, region: &Region, max_gfn: u64, log: Logs) -> Result<C
     };
     let lpage = match &old {
         Some(old) if old.base == base => old.lpage.clone(),
-        _ => Arc::new(LpageInfo::new(base, pages, hva)?),
+        _ => Arc::new(
+            LpageInfo::new(base, pages, hva)
+                .map_err(|e| VmError::Host { what: "huge-page counters", reason: e.to_string() })?,
+        ),
     };
     let new = MemSlot { id, as_id, base, pages, hva, flags, invalid: false, dirty, lpage, serial: 0 };
     Ok(match old {

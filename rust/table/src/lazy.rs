@@ -1,7 +1,7 @@
-//! Arrays of atomics that cost nothing until touched: the only `unsafe` of the host model.
+//! Arrays of atomics that cost nothing until touched.
 //!
-//! **Guarantee.** A reserved array reads as zero, never moves, and commits a page of memory on the first touch of that page. What the
-//! host model keeps per frame (an owner tag, a dirty bit) is indexed by frame number over the whole physical address space, so the size
+//! **Guarantee.** A reserved array reads as zero, never moves, and commits a page of memory on the first touch of that page. What is kept
+//! per frame or per gfn (an owner tag, a dirty bit, a reverse map) is indexed by number over a whole address space, so the size
 //! reserved says nothing about the size used.
 
 use std::io;
@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64};
 ///
 /// # Safety
 /// The implementor is an atomic integer.
-pub(crate) unsafe trait ZeroAtomic: Sync {}
+pub unsafe trait ZeroAtomic: Sync {}
 // SAFETY: an atomic integer.
 unsafe impl ZeroAtomic for AtomicU8 {}
 // SAFETY: an atomic integer.
@@ -22,7 +22,7 @@ unsafe impl ZeroAtomic for AtomicU32 {}
 unsafe impl ZeroAtomic for AtomicU64 {}
 
 /// `len` zeroed atomics in an anonymous mapping without reservation of memory.
-pub(crate) struct Lazy<T: ZeroAtomic> {
+pub struct Lazy<T: ZeroAtomic> {
     base: NonNull<T>,
     len: usize,
     element: PhantomData<T>,
@@ -35,7 +35,10 @@ unsafe impl<T: ZeroAtomic> Sync for Lazy<T> {}
 
 impl<T: ZeroAtomic> Lazy<T> {
     /// Reserves room for `len` elements (at least one).
-    pub(crate) fn new(len: usize) -> io::Result<Self> {
+    ///
+    /// # Errors
+    /// What the host says when it refuses the address space.
+    pub fn new(len: usize) -> io::Result<Self> {
         let len = len.max(1);
         let bytes =
             len.checked_mul(size_of::<T>()).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
@@ -60,13 +63,14 @@ impl<T: ZeroAtomic> Lazy<T> {
     }
 
     /// Elements reserved.
-    pub(crate) fn len(&self) -> usize {
+    #[allow(clippy::len_without_is_empty)]
+    pub fn len(&self) -> usize {
         self.len
     }
 
     /// The element at `index`, or `None` beyond the end.
     #[inline(always)]
-    pub(crate) fn get(&self, index: usize) -> Option<&T> {
+    pub fn get(&self, index: usize) -> Option<&T> {
         if index < self.len {
             // SAFETY: in bounds by the line above; the mapping lives as long as `self`; zero bytes are a valid atomic.
             Some(unsafe { self.base.add(index).as_ref() })
@@ -77,7 +81,7 @@ impl<T: ZeroAtomic> Lazy<T> {
 
     /// The elements `[from, to)`, cut to what exists.
     #[inline]
-    pub(crate) fn slice(&self, from: usize, to: usize) -> &[T] {
+    pub fn slice(&self, from: usize, to: usize) -> &[T] {
         let to = to.min(self.len);
         if from >= to {
             return &[];
