@@ -79,6 +79,8 @@ bugs! {
     B23 = "23",
     /// A zap of a range removes leaves where tables had to go.
     B24 = "24",
+    /// A TDP fault reclaims shadow pages under the shared lock.
+    B25 = "25",
     /// A table becomes an NX candidate after its teardown.
     B26 = "26",
     /// A leaf is mapped over a frozen entry.
@@ -91,8 +93,16 @@ bugs! {
     B30 = "30",
     /// Lockless aging takes Accessed from a frozen entry.
     B31 = "31",
+    /// The stale check runs before the quota reclaim.
+    B33 = "33",
     /// NX recovery asks for the memslot in address space 0.
     B34 = "34",
+    /// Zapped shadow pages count for a batch only when the list became unstable.
+    B35 = "35",
+    /// A zapped root goes back on the active list.
+    B36 = "36",
+    /// The zap of a slot leaves shadow pages whose accounting lies in it.
+    B37 = "37",
     /// A fast zap checks once per GiB whether to yield.
     B39 = "39",
     /// A root is loaded under the exclusive lock.
@@ -103,6 +113,10 @@ bugs! {
     B42 = "42",
     /// Guest entry without the barrier between mode and requests.
     B44a = "44a",
+    /// A lockless walk of shadow pages opens without its barrier.
+    B44b = "44b",
+    /// The freer of shadow pages asks for the walkers without its barrier.
+    B44c = "44c",
     /// A remote flush kicks before it requests.
     C01 = "C01",
     /// A vCPU takes the request and leaves its TLB as it is.

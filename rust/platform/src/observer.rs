@@ -291,6 +291,59 @@ pub enum Event {
         users: u32,
     },
 
+    /// The shadow MMU made a page of `gfn` (of the guest's table, or of what a direct page covers) and hashed it; `role` is raw. Its life ends with `TableFree`.
+    ShadowAlloc {
+        table: u32,
+        as_id: u8,
+        gfn: u64,
+        role: u32,
+        level: u8,
+    },
+    /// Shadow page `child` became reachable through entry `index` of `parent`.
+    ShadowLink {
+        parent: u32,
+        index: u16,
+        child: u32,
+    },
+    /// Entry `index` of `parent` names `child` no more.
+    ShadowUnlink {
+        parent: u32,
+        index: u16,
+        child: u32,
+    },
+    /// A leaf of the shadow MMU at entry `index` of `table`, the translation of `gfn`, went from `old` to `new`.
+    ShadowLeaf {
+        as_id: u8,
+        table: u32,
+        index: u16,
+        gfn: u64,
+        level: u8,
+        old: u64,
+        new: u64,
+    },
+    /// Shadow page `table` is prepared: its entries are gone, it is in no hash, and role.invalid is set.
+    ShadowZap {
+        table: u32,
+    },
+    /// Shadow page `table` is handed to reclamation, after the flush.
+    ShadowFree {
+        table: u32,
+    },
+    /// The shadow MMU's generation is `generation` from here on: pages of another one are obsolete.
+    ShadowToggle {
+        generation: u32,
+    },
+    /// References of vCPUs on shadow page `root` as a root, after a change.
+    ShadowRoot {
+        root: u32,
+        count: u32,
+    },
+    /// The guest may write the table that `table` shadows without our being told (`on`), or may not any more.
+    ShadowUnsync {
+        table: u32,
+        on: bool,
+    },
+
     /// Detail: the task's outermost RCU read section has begun.
     RcuEnter,
     /// Detail: the task's outermost RCU read section is about to end.
@@ -364,6 +417,18 @@ pub enum Event {
         gfn: u64,
         pfn: u64,
         write: bool,
+    },
+    /// Detail: the vCPU is in READING_SHADOW_PAGE_TABLES from here on.
+    ReadingBegin {
+        vcpu: u32,
+    },
+    /// Detail: the vCPU's lockless walk is over; told before the mode says so.
+    ReadingEnd {
+        vcpu: u32,
+    },
+    /// Detail: a lockless walk of shadow pages stands on `table`, and is about to read an entry of it.
+    ShadowWalked {
+        table: u32,
     },
     /// Detail: a leaf in `table` gained bits without mmu_lock: Accessed and Dirty by hardware, W or an access by the fast page fault.
     SpteMarked {

@@ -125,6 +125,20 @@ sites! {
     AllocBulk,
     /// A memslot's arrays are allocated.
     AllocSlot,
+    /// A shadow page is prepared for its end, or an entry of it is cleared.
+    ShadowZap,
+    /// Zapped shadow pages are handed to reclamation, or come out of it.
+    ShadowFree,
+    /// A step of a lockless walk of shadow pages.
+    ShadowWalk,
+    /// An unsync page is compared with the guest's table.
+    ShadowSync,
+    /// A shadow root is found, made, referenced or put.
+    ShadowRoot,
+    /// A word of the guest's own memory.
+    GuestMemory,
+    /// A vCPU's mode turns to READING_SHADOW_PAGE_TABLES, back, or is asked for it.
+    ReadingMode,
 }
 
 #[cfg(test)]
