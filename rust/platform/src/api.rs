@@ -55,6 +55,17 @@ pub trait Platform: Sized + Send + Sync + 'static {
     fn fetch_add(cell: &AtomicU64, value: u64, site: Site) -> u64;
     /// Full barrier.
     fn fence(site: Site);
+    /// The cheap side of an asymmetric barrier: orders like a full barrier against every [`Platform::heavy_fence`], and not at all against another light one.
+    /// Costs no instruction where the host has `membarrier`; else it is a full barrier, and so it is by default.
+    #[inline(always)]
+    fn light_fence(site: Site) {
+        Self::fence(site);
+    }
+    /// The dear side: a full barrier here, and one somewhere in what each other thread does between the call and the return.
+    #[inline(always)]
+    fn heavy_fence(site: Site) {
+        Self::fence(site);
+    }
     /// A schedule point; nothing on the real platform.
     fn point(site: Site);
     /// A schedule point before a locked instruction on a word that is no `AtomicU64` (a count, a flag, a list head): what this thread has stored before is visible

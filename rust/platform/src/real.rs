@@ -7,13 +7,16 @@ use std::{
     any::Any,
     cell::Cell,
     io,
-    sync::atomic::{AtomicU32, AtomicU64, Ordering, fence},
+    sync::{
+        OnceLock,
+        atomic::{AtomicU32, AtomicU64, Ordering, fence},
+    },
 };
 
 use crate::{
     api::{Join, JoinHandle, Platform, Switches},
     clock, futex,
-    rcu::Domain,
+    rcu::{Barrier, Domain, membarrier::Asymmetric},
     rwlock::FairRwLock,
     sched,
     site::Site,
@@ -66,6 +69,15 @@ impl Platform for Real {
     #[inline(always)]
     fn fence(_site: Site) {
         fence(Ordering::SeqCst);
+    }
+
+    #[inline(always)]
+    fn light_fence(_site: Site) {
+        ASYMMETRIC.get_or_init(|| Asymmetric::new(None)).light();
+    }
+
+    fn heavy_fence(_site: Site) {
+        ASYMMETRIC.get_or_init(|| Asymmetric::new(None)).heavy();
     }
 
     #[inline(always)]
@@ -158,6 +170,9 @@ impl Platform for Real {
         Ok(JoinHandle::new(OsThread(handle)))
     }
 }
+
+/// The barrier of [`Platform::light_fence`] and [`Platform::heavy_fence`]: one for the process, so that all sides of a handshake agree on it.
+static ASYMMETRIC: OnceLock<Asymmetric> = OnceLock::new();
 
 thread_local! {
     static SERVES: Cell<usize> = const { Cell::new(0) };

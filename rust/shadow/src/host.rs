@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use tdpmmu_platform::{Platform, Task};
+use tdpmmu_platform::{Exclusive, Guard, Platform, Task};
 
 use crate::BookSet;
 
@@ -21,6 +21,16 @@ pub trait ShadowHost<P: Platform>: Send + Sync {
     fn frames_dirty(&self, pfn: u64, count: u64);
     /// As [`ShadowHost::frames_dirty`], for Accessed.
     fn frames_accessed(&self, pfn: u64, count: u64);
+    /// `gfn` holds a guest page table from here on: leaves of `min_level` and above that the VM's *other* MMU has for it lose W, and cannot get it back without mmu_lock. True: one did, and a flush is owed.
+    fn write_protect_gfn(
+        &self,
+        _guard: &mut Guard<'_, P, Exclusive>,
+        _as_id: u8,
+        _gfn: u64,
+        _min_level: u8,
+    ) -> bool {
+        false
+    }
     /// `task` has made `gfn` writable: the memslot's dirty log wants to know.
     fn gfn_dirty(&self, task: &Task<P>, as_id: u8, gfn: u64);
 }

@@ -25,6 +25,8 @@ pub enum TableFlag {
     Defunct = 16,
     /// Teardown of this table has begun (kept only for NX accounting that comes after the link, up to 6.1).
     Unlinked = 32,
+    /// A shadow page that was handed over for freeing and waits for readers; counted by the pool until it is back.
+    Waiting = 64,
 }
 
 /// One table's header. See the module text for who may write what.

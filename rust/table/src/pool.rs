@@ -10,7 +10,7 @@ use tdpmmu_spte::Spte;
 use crate::arena::Arena;
 use crate::freemap::{FreeMap, WORD_PAGES};
 use crate::quarantine::{Quarantine, was_written};
-use crate::{Entries, TABLE_BYTES, TableMeta, Tally, Uniform};
+use crate::{Entries, TABLE_BYTES, TableFlag, TableMeta, Tally, Uniform};
 
 /// How large the pool may become, and what backs it.
 #[derive(Clone, Copy, Debug)]
@@ -84,6 +84,8 @@ pub struct TablePool {
     observer: Option<Arc<dyn Observer>>,
     clock: Option<fn() -> u64>,
     last_reclaim: AtomicU64,
+    waiting: AtomicU64,
+    waiting_peak: AtomicU64,
     uniform: Option<Arc<Uniform>>,
 }
 
@@ -117,6 +119,8 @@ impl TablePool {
             observer: None,
             clock: None,
             last_reclaim: AtomicU64::new(0),
+            waiting: AtomicU64::new(0),
+            waiting_peak: AtomicU64::new(0),
             uniform: None,
         })
     }
@@ -334,6 +338,33 @@ impl TablePool {
         self.taken.fetch_sub(n, Ordering::AcqRel);
     }
 
+    /// The pages of `chain` are about to be handed to whoever frees them once no reader can be inside: they count as waiting until
+    /// [`Reclaim::reclaim`] has them.
+    pub fn begin_waiting(&self, chain: &DeadChain) {
+        for page in chain.pages(self) {
+            self.meta(page).set(TableFlag::Waiting);
+        }
+        let now = self.waiting.fetch_add(u64::from(chain.len()), Ordering::Relaxed) + u64::from(chain.len());
+        self.waiting_peak.fetch_max(now, Ordering::Relaxed);
+    }
+
+    #[cold]
+    fn stop_waiting(&self, page: u32) {
+        if self.meta(page).clear(TableFlag::Waiting) {
+            self.waiting.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Pages that wait for readers ([`TablePool::begin_waiting`]).
+    pub fn waiting(&self) -> u64 {
+        self.waiting.load(Ordering::Relaxed)
+    }
+
+    /// The most that waited at once.
+    pub fn waiting_peak(&self) -> u64 {
+        self.waiting_peak.load(Ordering::Relaxed)
+    }
+
     /// The counts now.
     pub fn stats(&self) -> PoolStats {
         PoolStats {
@@ -364,6 +395,9 @@ impl Reclaim for TablePool {
                 (word, mask) = (w, 0);
             }
             self.tell_free(at);
+            if self.meta(at).has(TableFlag::Waiting) {
+                self.stop_waiting(at);
+            }
             if let Some(uniform) = &self.uniform {
                 uniform.release(at);
             }
@@ -527,6 +561,14 @@ impl DeadChain {
         self.count == 0
     }
 
+    /// The tables in the chain, in the order in which they came.
+    pub fn pages<'p>(&self, pool: &'p TablePool) -> impl Iterator<Item = u32> + 'p {
+        std::iter::successors((self.head != NIL).then_some(self.head), |&at| {
+            let next = pool.meta(at).rcu_link.load(Ordering::Relaxed);
+            (next != NIL).then_some(next)
+        })
+    }
+
     /// Takes (head, tail's link, count) and leaves the chain empty.
     pub fn take<'p>(&mut self, pool: &'p TablePool) -> Option<(u32, &'p AtomicU32, u32)> {
         let (head, tail, count) = (self.head, self.tail, self.count);
@@ -591,6 +633,24 @@ mod tests {
         assert_eq!(pool.last_reclaim(), 7);
         NOW.store(9, Ordering::Relaxed);
         assert_eq!(pool.last_reclaim(), 7);
+    }
+
+    #[test]
+    fn pages_wait_until_they_are_reclaimed_and_the_peak_stays() {
+        let pool = pool(64);
+        let (first, second) = (pool.alloc_run(1).expect("room"), pool.alloc_run(1).expect("room"));
+        let (mut waits, mut does_not) = (DeadChain::default(), DeadChain::default());
+        waits.push(&pool, first);
+        does_not.push(&pool, second);
+        assert_eq!(waits.pages(&pool).collect::<Vec<_>>(), [first]);
+        pool.begin_waiting(&waits);
+        for chain in [&mut does_not, &mut waits] {
+            assert_eq!(pool.waiting(), 1);
+            let (head, _, _) = chain.take(&pool).expect("not empty");
+            assert_eq!(pool.reclaim(head), 1);
+        }
+        assert_eq!((pool.waiting(), pool.waiting_peak(), pool.stats().taken), (0, 1, 0));
+        assert!(!pool.meta(first).has(TableFlag::Waiting));
     }
 
     #[test]

@@ -24,6 +24,8 @@ mod stats;
 
 #[cfg(not(loom))]
 pub use self::domain::{Domain, Reader};
+#[cfg(not(loom))]
+pub(crate) use self::epoch::Barrier;
 pub use self::{
     epoch::QuickSection,
     membarrier::Flavour,

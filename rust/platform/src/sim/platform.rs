@@ -74,6 +74,18 @@ impl Platform for Sim {
         memory::fence(site);
     }
 
+    /// Nothing leaves the buffer: only the compiler is held back.
+    fn light_fence(site: Site) {
+        scheduler::point(site, Kind::Point);
+    }
+
+    /// The stores of everybody reach memory, wherever their tasks stand: what an interrupt to all CPUs does.
+    fn heavy_fence(site: Site) {
+        scheduler::point(site, Kind::Fence);
+        world::with(|world| world.drain_everybody());
+        memory::fence(site);
+    }
+
     #[inline]
     fn point(site: Site) {
         scheduler::point(site, Kind::Point);

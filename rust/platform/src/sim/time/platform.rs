@@ -99,6 +99,13 @@ impl Platform for Timed {
     }
 
     #[inline]
+    fn light_fence(_site: Site) {}
+
+    fn heavy_fence(_site: Site) {
+        charge_ns(costs().membarrier);
+    }
+
+    #[inline]
     fn point(site: Site) {
         if let Some(world) = current_world() {
             let price = world.price(Kind::Point, site);
