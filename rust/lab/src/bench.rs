@@ -55,8 +55,9 @@ pub(crate) fn measure_limits(control: &Control) -> Result<Limits, LabError> {
 
 fn cases(kind: Kind, plan: &Plan, build: &Value, control: &Control) -> Result<String, LabError> {
     for case in &plan.cases {
-        let estimate = (case.scene.estimate)(plan);
-        estimate.check(plan.config.memory_bytes, &plan.config.page, plan.config.max_memory_bytes)?;
+        let settled = case.scene.settled(plan).config;
+        let estimate = case.estimate(plan);
+        estimate.check(settled.memory_bytes, &settled.page, settled.max_memory_bytes)?;
     }
     let before = measure_limits(control)?;
     let host = HostInfo::collect();
@@ -64,9 +65,10 @@ fn cases(kind: Kind, plan: &Plan, build: &Value, control: &Control) -> Result<St
     let mut runs: Vec<Run> = Vec::new();
     for case in &plan.cases {
         let first = runs.len();
-        for mut size in sizes(plan, case) {
+        let whole = case.scene.settled(plan);
+        for mut size in sizes(&whole, case) {
             // Of a slope, one size is checked.
-            size.config.check &= size.config.memory_bytes == plan.config.memory_bytes;
+            size.config.check &= size.config.memory_bytes == whole.config.memory_bytes;
             for rep in 0..plan.config.reps {
                 control.check()?;
                 control.report(&title(kind, &size, case, rep), 0.0);
@@ -77,6 +79,7 @@ fn cases(kind: Kind, plan: &Plan, build: &Value, control: &Control) -> Result<St
             scale(&mut runs[first..], plan);
         }
     }
+    experiment::publish(&mut runs);
     let after = measure_limits(control)?;
     export.finish(&format!("tdpmmu bench {}, seed {}: times in ns", kind.name(), plan.config.seed))?;
     let result = BenchResult {

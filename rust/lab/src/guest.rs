@@ -35,7 +35,7 @@ pub struct Felt {
     pub access: Vec<Histogram>,
     /// Kick seen to guest entry.
     pub block_update: Histogram,
-    /// When the first slow fault under a root loaded after t0 was completed, in ticks.
+    /// When the first slow fault under a root loaded after t0 was completed, in ticks; in a design that keeps its roots, the first that began after t0.
     pub visible_at: Option<u64>,
     /// Slow faults in the window.
     pub faults_after: u64,
@@ -49,6 +49,7 @@ pub struct Felt {
 
 struct Probe<P> {
     window: Arc<Window>,
+    keeps_root: bool,
     felt: Arc<std::sync::Mutex<Felt>>,
     platform: std::marker::PhantomData<fn() -> P>,
 }
@@ -62,7 +63,7 @@ impl<P: Platform> VcpuProbe for Probe<P> {
         }
     }
 
-    fn slow_fault(&mut self, _root: u32, loaded_at: u64, _began: u64, ended: u64) {
+    fn slow_fault(&mut self, _root: u32, loaded_at: u64, began: u64, ended: u64) {
         let t0 = self.window.t0.load(Ordering::Acquire);
         if t0 == 0 || ended < t0 {
             return;
@@ -70,7 +71,8 @@ impl<P: Platform> VcpuProbe for Probe<P> {
         let mut felt = self.felt.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         felt.faults_after += 1;
         felt.last_fault_at = ended;
-        if loaded_at >= t0 && felt.visible_at.is_none() {
+        let under_new = if self.keeps_root { began >= t0 } else { loaded_at >= t0 };
+        if under_new && felt.visible_at.is_none() {
             felt.visible_at = Some(ended);
         }
     }
@@ -133,10 +135,14 @@ pub struct GuestPlan {
     pub migrate_ns: Option<u64>,
     /// Toggles CR0.WP so often.
     pub toggle_ns: Option<u64>,
+    /// Halts for so long after each pass through the sets; accesses come as fast as they go.
+    pub rest_ns: Option<u64>,
     /// ns between two intended starts.
     pub arrival_ns: u64,
     /// Writes of 100 accesses.
     pub write_percent: u8,
+    /// The zap design leaves the vCPU its root.
+    pub keeps_root: bool,
     /// Its seed.
     pub seed: u64,
 }
@@ -153,7 +159,12 @@ pub fn run<P: Platform>(
     mut look: impl FnMut(&Task<P>),
 ) -> Result<Felt, LabError> {
     let felt = Arc::new(std::sync::Mutex::new(Felt::default()));
-    let probe = Probe::<P> { window: window.clone(), felt: felt.clone(), platform: std::marker::PhantomData };
+    let probe = Probe::<P> {
+        window: window.clone(),
+        keeps_root: plan.keeps_root,
+        felt: felt.clone(),
+        platform: std::marker::PhantomData,
+    };
     vcpu.set_probe(Some(Box::new(probe)));
     let mut access = vec![Histogram::new(); AccessOutcome::ALL.len()];
     let mut random = Random::new(plan.seed);
@@ -161,10 +172,18 @@ pub fn run<P: Platform>(
     let mut intended = P::ticks();
     let mut mover = plan.migrate_ns.map(Mover::<P>::new);
     let mut toggle = plan.toggle_ns.map(|every| (P::ns_to_ticks(every), intended));
-    let (mut turn, mut toggles) = (0, 0);
+    let (mut turn, mut toggles) = (0u64, 0);
     let fail = |e: tdpmmu_vm::VmError| LabError::Internal(format!("a vCPU's access failed: {e}"));
     'run: loop {
-        intended += arrival;
+        match plan.rest_ns {
+            None => intended += arrival,
+            Some(rest) => {
+                if turn != 0 && turn.is_multiple_of(plan.writes.pages) {
+                    vcpu.halt(Some(rest));
+                }
+                intended = P::ticks();
+            }
+        }
         while P::ticks() < intended {
             look(vcpu.task());
             if stop() || !vcpu.poll().map_err(fail)? {

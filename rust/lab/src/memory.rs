@@ -7,6 +7,11 @@ use tdpmmu_table::{TABLE_BYTES, TablePool};
 use crate::host::available_bytes;
 use crate::{LabError, units};
 
+/// Books of a shadow page beside its table: hash, list, parents, generation.
+const PAGE_BOOKS: u64 = 256;
+/// A list of leaves that map one frame.
+const LIST: u64 = 128;
+
 /// Page-table pages and bytes of one fully mapped guest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Estimate {
@@ -41,6 +46,18 @@ impl Estimate {
         let mut sum = Self { sptes: self.sptes * times, tables, table_bytes, bytes: 0 };
         sum.bytes = table_bytes + sum.headers() + frames;
         sum
+    }
+
+    /// The same under the shadow MMU, in a guest of `gfns` pages mapped at `level`: books of its pages, reverse maps; `guest`: the guest's own tables, and a gfn an entry.
+    pub fn shadowed(mut self, gfns: u64, level: u8, guest: bool) -> Self {
+        let page_books = PAGE_BOOKS + if guest { TABLE_BYTES as u64 } else { 0 };
+        let guests_own = if guest { self.table_bytes } else { 0 };
+        let heads = gfns / span(level) * size_of::<u64>() as u64;
+        // Where a frame is mapped more than once, its reverse map is a list.
+        let lists = if self.sptes > gfns / span(level) { gfns / span(level) * LIST } else { 0 };
+        let ledger = gfns / span(2) * size_of::<u32>() as u64;
+        self.bytes += self.tables * page_books + guests_own + heads + lists + ledger;
+        self
     }
 
     fn headers(&self) -> u64 {
@@ -85,6 +102,30 @@ mod tests {
         assert_eq!(Estimate::new(64 * tib, 1, 4).sptes, 1 << 34);
         assert_eq!(Estimate::new(256 << 30, 1, 4).sptes, 67_108_864);
         assert_eq!(Estimate::new(64 * tib, 2, 4).table_bytes >> 20, 256);
+    }
+
+    #[test]
+    fn the_shadow_mmu_needs_more_and_says_how_much() {
+        let gib = 1u64 << 30;
+        let bare = Estimate::new(64 * gib, 1, 4);
+        let gfns = 64 * gib >> 12;
+        let direct = bare.shadowed(gfns, 1, false);
+        assert_eq!((direct.sptes, direct.tables), (bare.sptes, bare.tables));
+        // A word a gfn.
+        assert!(
+            (128 << 20..160 << 20).contains(&(direct.bytes - bare.bytes)),
+            "{}",
+            direct.bytes - bare.bytes
+        );
+        let guest = bare.shadowed(gfns, 1, true);
+        assert_eq!(
+            guest.bytes - direct.bytes,
+            2 * bare.table_bytes,
+            "the guest's tables, and a gfn an entry"
+        );
+        let fits = direct.bytes;
+        assert!(direct.check(64 * gib, "4K", Some(fits)).is_ok());
+        assert!(guest.check(64 * gib, "4K", Some(fits)).is_err());
     }
 
     #[test]

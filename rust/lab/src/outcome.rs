@@ -112,6 +112,28 @@ pub struct Outcome {
     pub stale_tables: u64,
     /// What was mapped when everything was over, before the end of the VM.
     pub last: Option<LastState>,
+    /// What only the shadow MMU has.
+    pub shadow: Option<ShadowBooks>,
+}
+
+/// What the shadow MMU did in the window; see [`crate::result::ShadowResult`].
+#[derive(Clone, Debug, Default)]
+#[allow(missing_docs)]
+pub struct ShadowBooks {
+    pub guest_table_pages: u64,
+    pub pages_at_t0: u64,
+    pub toggles: u64,
+    pub zapped: u64,
+    pub batches: u64,
+    pub longest_batch: u64,
+    pub restarts: u64,
+    pub reclaimed: u64,
+    pub retained_at_return: u64,
+    pub retained_at_end: u64,
+    /// (ticks, pages).
+    pub retained: Vec<(u64, u64)>,
+    pub waiting_peak: u64,
+    pub book_bytes: u64,
 }
 
 /// What valid roots hold.

@@ -212,6 +212,66 @@ pub struct CloseNs {
     pub rest: u64,
 }
 
+/// `shadow`: what only designs of the shadow MMU have.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct ShadowResult {
+    /// `direct`, or `guest`: the guest's own page tables are shadowed.
+    pub paging: String,
+    /// How freed pages were kept from lockless walkers.
+    pub reclaim: String,
+    /// Most shadow pages; null: no limit.
+    pub quota: Option<u32>,
+    /// Pages of the guest's own page tables.
+    pub guest_table_pages: u64,
+    /// Shadow pages at t0.
+    pub pages_at_t0: u64,
+    /// Changes of the generation number in the window.
+    pub toggles: u64,
+    /// Pages zapped in the window.
+    pub zapped: u64,
+    /// Stretches of zaps between two lock-breaks.
+    pub batches: u64,
+    /// Most pages zapped in one of them.
+    pub longest_batch: u64,
+    /// Times that a walk of the list began again: after a break, or because the list had changed under it.
+    pub restarts: u64,
+    /// Pages that the quota or want of memory took in the window.
+    pub reclaimed: u64,
+    /// Most obsolete pages at a time that were listed or waited to be freed.
+    pub retained_peak: u64,
+    /// ... when the (last) fast zap had returned.
+    pub retained_at_return: u64,
+    /// ... when the teardown was over.
+    pub retained_at_end: u64,
+    /// ... over time: (ns since t0, pages), at most 512 points.
+    pub retained_series: Vec<(u64, u64)>,
+    /// Most pages at a time that waited for lockless walkers.
+    pub waiting_peak: u64,
+    /// Bytes beside the tables at their most: books of pages, gfns of entries, reverse maps and parent lists.
+    pub book_bytes: u64,
+}
+
+/// `published`: what somebody else measured, beside what this result has of it.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Published {
+    /// Whose figure.
+    pub source: &'static str,
+    /// What was measured.
+    pub what: &'static str,
+    /// Before: every shadow page walked.
+    pub before_ms: f64,
+    /// After.
+    pub after_ms: f64,
+    /// After over before.
+    pub ratio: f64,
+    /// This result: median cycle of `shadow-walk`.
+    pub our_before_ms: Option<f64>,
+    /// ... of `shadow-gen`.
+    pub our_after_ms: Option<f64>,
+    /// ... the one over the other.
+    pub our_ratio: Option<f64>,
+}
+
 /// A distribution, bucket by bucket: (largest value of the bucket, how many). Empty buckets are left out.
 pub type Curve = Vec<(u64, u64)>;
 
@@ -293,6 +353,11 @@ pub struct Run {
     pub others: Others,
     pub timeline: Option<Timeline>,
     pub fit: Option<Fit>,
+    pub shadow: Option<ShadowResult>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cycle_ns: Option<H>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub published: Option<Published>,
     pub yields: u64,
     pub retries: u64,
     pub kicks: u64,

@@ -37,10 +37,12 @@ pub struct VmSpec {
     pub profile: String,
     /// Zap design.
     pub design: String,
-    /// Passes.
+    /// Passes; `-`: the shadow MMU has none, nor an owner of first references.
     pub passes: String,
     /// Owner of the first reference.
     pub ownership: String,
+    /// What a design of the shadow MMU runs with; `None`: a design of the TDP MMU.
+    pub shadow: Option<ShadowSpec>,
     /// vCPUs that exist.
     pub vcpus: usize,
     /// Root level.
@@ -77,6 +79,17 @@ pub struct VmSpec {
     pub record: bool,
     /// The RCU domain logs what waits for a grace period.
     pub log: bool,
+}
+
+/// The shadow MMU of a scenario. Names as on the command line.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShadowSpec {
+    /// `direct`, or `guest`: the guest's own page tables are shadowed.
+    pub paging: String,
+    /// How freed pages are kept from lockless walkers.
+    pub reclaim: String,
+    /// Most shadow pages; `None`: no limit.
+    pub quota: Option<u32>,
 }
 
 /// Who does it.
@@ -137,6 +150,8 @@ pub enum Mark {
     Replace,
     /// What had to be done before the zap, once (dirty logging).
     Prepare,
+    /// A memslot deleted and made again.
+    Cycle,
 }
 
 /// How the leaves are put there.
@@ -215,6 +230,8 @@ pub struct GuestCode {
     pub migrate_ns: Option<u64>,
     /// The vCPU toggles CR0.WP so often, a few times for each update, which drops its roots and loads one again.
     pub toggle_ns: Option<u64>,
+    /// After each pass through its working set the vCPU halts for so long (and accesses come as fast as they go).
+    pub rest_ns: Option<u64>,
     /// Ends when raised.
     pub until: Flag,
 }
@@ -298,6 +315,8 @@ pub enum Op {
         cycles: u64,
         /// Between two cycles.
         pause_us: u64,
+        /// Each begins when so many leaves are mapped, or after a second.
+        full: u64,
     },
     /// Waits for t0, then intrudes on the zap until its teardown is over, each call timed.
     Intrude(Intruder),

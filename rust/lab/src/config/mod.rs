@@ -4,6 +4,7 @@
 
 mod dirty;
 mod plan;
+mod shadow;
 
 use serde::{Deserialize, Deserializer, Serialize};
 
@@ -11,6 +12,8 @@ use crate::LabError;
 
 pub use self::dirty::{DirtyPlan, Protocol};
 pub use self::plan::{AdMix, Case, Plan, PopulateBy};
+pub use self::shadow::ShadowCase;
+pub(crate) use self::shadow::design_info;
 
 /// The request of `bench …`, as JSON. Unknown fields are refused. Units are in the names.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -24,7 +27,7 @@ pub struct BenchConfig {
     pub vcpus: u32,
     /// Root level: 4 or 5.
     pub levels: u8,
-    /// Zap designs by name; `all`: every sound one.
+    /// Zap designs by name; `all`: every sound one of the TDP MMU; `shadow`: every one of the shadow MMU.
     #[serde(deserialize_with = "one_or_more")]
     pub designs: Vec<String>,
     /// Scenes by name; none: the experiment's default; `all`: all of the experiment.
@@ -74,6 +77,13 @@ pub struct BenchConfig {
     pub sharing: String,
     /// `slot-churn`: cycles of create and delete.
     pub churns: u64,
+    /// Shadow designs: `direct` (tdp_mmu=N) or `guest` (tdp=0: the guest's own page tables are shadowed).
+    pub paging: String,
+    /// Shadow designs: how freed pages are kept from lockless walkers, each for a run of its own; none: `ipi`; `all`: every kind. `bench walk`: none is the walk of the TDP MMU.
+    #[serde(deserialize_with = "one_or_more")]
+    pub reclaim: Vec<String>,
+    /// Shadow designs: most shadow pages (KVM_SET_NR_MMU_PAGES); none: no limit.
+    pub quota: Option<u32>,
     /// `bench dirty`: how written pages are found, each protocol by name; none or `all`: every one.
     #[serde(deserialize_with = "one_or_more")]
     pub protocols: Vec<String>,
@@ -136,6 +146,9 @@ impl Default for BenchConfig {
             vcpu_cpus: Vec::new(),
             sharing: "local".into(),
             churns: 100,
+            paging: "direct".into(),
+            reclaim: Vec::new(),
+            quota: None,
             protocols: Vec::new(),
             eager: Vec::new(),
             densities: Vec::new(),

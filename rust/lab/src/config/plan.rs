@@ -4,13 +4,15 @@
 //! sense are usage errors which say why; what is only meant by `all` is left out instead.
 
 use tdpmmu_mmu::design::effective_passes;
-use tdpmmu_mmu::{DESIGNS, DesignInfo, OtherOwnership, QueueKind, design};
+use tdpmmu_mmu::{DESIGNS, DesignInfo, OtherOwnership, QueueKind};
 use tdpmmu_platform::{Platform, Preempt, Real};
 use tdpmmu_spte::geometry::{max_gfn, page_bytes, parse_page_size};
 use tdpmmu_spte::{KernelProfile, Ownership, Passes, closest};
 
-use super::{BenchConfig, DirtyPlan};
+use super::shadow::{all_design_names, design_info, is_shadow, shadow_designs};
+use super::{BenchConfig, DirtyPlan, ShadowCase};
 use crate::LabError;
+use crate::memory::Estimate;
 use crate::scenario::Sharing;
 use crate::scene::{self, Kind, Scene};
 
@@ -55,7 +57,9 @@ pub struct Plan {
     pub working_set_pages: u64,
     /// What `bench dirty` goes through.
     pub dirty: DirtyPlan,
-    /// What to run, in this order, each `reps` times: scenes x designs x passes x preemption. Empty for single operations.
+    /// Single operations under the shadow MMU: the design and what it runs with, a kind of reclamation each; empty: the TDP MMU's.
+    pub shadow: Vec<ShadowCase>,
+    /// What to run, in this order, each `reps` times: scenes x designs x passes (shadow MMU: kinds of reclamation) x preemption. Empty for single operations.
     pub cases: Vec<Case>,
 }
 
@@ -72,9 +76,29 @@ pub struct Case {
     pub ownership: Ownership,
     /// Preemption model.
     pub preempt: Preempt,
+    /// What a design of the shadow MMU runs with; `None`: a design of the TDP MMU.
+    pub shadow: Option<ShadowCase>,
 }
 
 impl Case {
+    /// What its scene's memory comes to under its MMU.
+    pub fn estimate(&self, plan: &Plan) -> Estimate {
+        let plan = self.scene.settled(plan);
+        let bare = (self.scene.estimate)(&plan);
+        let gfns = plan.config.memory_bytes / page_bytes(1);
+        self.shadow.map_or(bare, |shadow| bare.shadowed(gfns, plan.level, shadow.shadows_guest()))
+    }
+
+    /// The passes' name in a result: the shadow MMU has none.
+    pub fn passes_name(&self) -> String {
+        if self.shadow.is_some() { "-".into() } else { self.passes.to_string() }
+    }
+
+    /// The owner of the first reference in a result: a shadow page has none.
+    pub fn ownership_name(&self) -> String {
+        if self.shadow.is_some() { "-".into() } else { self.ownership.to_string() }
+    }
+
     /// The preemption model's name on the command line.
     pub fn preempt_name(&self) -> &'static str {
         PREEMPT.iter().find(|p| p.1 == self.preempt).map_or("?", |p| p.0)
@@ -180,21 +204,46 @@ impl BenchConfig {
             write_back,
             working_set_pages: wanted.clamp(1, pages),
             dirty: self.dirty_plan(&profile, level)?,
+            shadow: Vec::new(),
             cases: Vec::new(),
         };
-        plan.cases = self.cases(kind, &plan)?;
+        let infos = self.design_infos(&plan.profile)?;
+        let with = self.shadow_cases(&infos.iter().map(|i| i.0).collect::<Vec<_>>())?;
+        match kind {
+            None => plan.shadow = self.single(&infos, with)?,
+            Some(kind) => plan.cases = self.cases(kind, &plan, &infos, &with)?,
+        }
         Ok(plan)
     }
 
-    /// scenes x designs x passes x preemption.
-    fn cases(&self, kind: Option<Kind>, plan: &Plan) -> Result<Vec<Case>, LabError> {
-        let infos = self.design_infos(&plan.profile)?;
-        let Some(kind) = kind else {
-            if let Some(scene) = self.scenes.first() {
-                return usage(format!("scene={scene:?}: only zap and drop have scenes"));
-            }
-            return Ok(Vec::new());
-        };
+    /// Single operations know one MMU at a time.
+    fn single(
+        &self,
+        infos: &[(&'static DesignInfo, Ownership)],
+        with: Vec<Vec<Option<ShadowCase>>>,
+    ) -> Result<Vec<ShadowCase>, LabError> {
+        if let Some(scene) = self.scenes.first() {
+            return usage(format!("scene={scene:?}: only zap and drop have scenes"));
+        }
+        let shadow: Vec<_> = with.into_iter().flatten().flatten().collect();
+        let names: Vec<_> = infos.iter().map(|i| i.0.name).collect();
+        if !shadow.is_empty() && names.len() > 1 {
+            return usage(format!(
+                "designs={}: single operations are measured under one MMU at a time; name one shadow design",
+                names.join(",")
+            ));
+        }
+        Ok(shadow)
+    }
+
+    /// scenes x designs x passes or kinds of reclamation x preemption.
+    fn cases(
+        &self,
+        kind: Kind,
+        plan: &Plan,
+        infos: &[(&'static DesignInfo, Ownership)],
+        with: &[Vec<Option<ShadowCase>>],
+    ) -> Result<Vec<Case>, LabError> {
         let scenes = self.scene_list(kind, plan)?;
         let mut passes = Vec::new();
         for text in &self.passes {
@@ -218,12 +267,26 @@ impl BenchConfig {
         }
         let mut cases = Vec::new();
         for scene in scenes {
-            for (info, ownership) in &infos {
-                for &asked in &passes {
-                    for &preempt in &models {
-                        let passes = effective_passes(asked, info, &plan.profile);
-                        cases.push(Case { scene, info, passes, ownership: *ownership, preempt });
+            for (&(info, ownership), with) in infos.iter().zip(with) {
+                let asked = if is_shadow(info) { &[None][..] } else { &passes };
+                for (&asked, &shadow) in asked.iter().flat_map(|a| with.iter().map(move |w| (a, w))) {
+                    if let Some(shadow) = &shadow
+                        && let Err(why) = (scene.shadow)(plan, shadow)
+                    {
+                        if self.scenes.iter().any(|name| name == scene.name) {
+                            return usage(format!("scene {} under {}: {why}", scene.name, info.name));
+                        }
+                        continue;
                     }
+                    let passes = effective_passes(asked, info, &plan.profile);
+                    cases.extend(models.iter().map(|&preempt| Case {
+                        scene,
+                        info,
+                        passes,
+                        ownership,
+                        preempt,
+                        shadow,
+                    }));
                 }
             }
         }
@@ -277,7 +340,11 @@ impl BenchConfig {
                 infos.extend(DESIGNS.iter().filter(sound));
                 continue;
             }
-            match design::info(name) {
+            if name == "shadow" {
+                infos.extend(shadow_designs());
+                continue;
+            }
+            match design_info(name) {
                 Some(info) if info.needs_stale_root_check && !profile.stale_root_check => {
                     return usage(format!(
                         "design {} with profile {}: that kernel's faults do not test whether their root is stale \
@@ -287,11 +354,11 @@ impl BenchConfig {
                 }
                 Some(info) => infos.push(info),
                 None => {
-                    let names = design::names();
+                    let names = all_design_names();
                     let hint =
                         closest(name, &names).map(|c| format!(" (did you mean {c:?}?)")).unwrap_or_default();
                     return usage(format!(
-                        "design={name:?}: expected all or one of {}{hint}",
+                        "design={name:?}: expected all, shadow, or one of {}{hint}",
                         names.join(", ")
                     ));
                 }
@@ -314,7 +381,7 @@ impl BenchConfig {
         let asked_one = self.designs.len() == 1 && self.designs[0] != "all";
         let mut plans = Vec::new();
         for info in infos {
-            let own = ownership.unwrap_or(info.ownership);
+            let own = ownership.filter(|_| !is_shadow(info)).unwrap_or(info.ownership);
             if own != info.ownership
                 && let OtherOwnership::Refused(why) = info.other_ownership
             {

@@ -1,6 +1,7 @@
 //! Outcomes become results: the row of a run, and whether it can be true.
 
 mod believe;
+mod shadow;
 
 use std::collections::BTreeMap;
 
@@ -22,6 +23,8 @@ use crate::result::{
 use crate::scenario::{Mark, Who};
 use crate::scene::{Kind, LOOP_SPTES};
 use crate::timeline;
+
+pub use self::shadow::publish;
 
 /// What `drop_loop` reports.
 pub fn drop_loop(outcome: &Outcome, times: u64) -> DropLoop {
@@ -166,8 +169,8 @@ pub fn to_run(plan: &Plan, case: &Case, rep: u32, outcome: &Outcome, cpus: usize
         workers: if case.info.queue.is_some() { c.workers } else { 0 },
         worker_queue: queue_of(case, c),
         sharing: plan.sharing.name(),
-        passes: case.passes.to_string(),
-        ownership: case.ownership.to_string(),
+        passes: case.passes_name(),
+        ownership: case.ownership_name(),
         lock_mode: if exclusive(plan, case, outcome) { "exclusive" } else { "shared" },
         preempt: case.preempt_name().into(),
         tick_ns: c.tick_ns,
@@ -249,6 +252,9 @@ pub fn to_run(plan: &Plan, case: &Case, rep: u32, outcome: &Outcome, cpus: usize
         others: attribution::others(outcome, c.arrival_ns),
         timeline: if c.timeline { timeline::timeline(outcome) } else { None },
         fit: None,
+        shadow: shadow::result(case, outcome),
+        cycle_ns: mark(Mark::Cycle),
+        published: None,
         yields: paying.yields,
         retries: all.retries,
         kicks: outcome.kicks,
@@ -268,6 +274,9 @@ pub fn to_run(plan: &Plan, case: &Case, rep: u32, outcome: &Outcome, cpus: usize
 
 /// Is mmu_lock held exclusively for the SPTE work of the request?
 fn exclusive(plan: &Plan, case: &Case, outcome: &Outcome) -> bool {
+    if case.shadow.is_some() {
+        return true;
+    }
     let does = &case.info.obligations;
     match (outcome.pays, case.scene.kind) {
         // kvm_mmu_zap_all.

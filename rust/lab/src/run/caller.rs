@@ -16,8 +16,17 @@ use crate::scenario::{Flag, Intruder, Mark, Op, Update, Who};
 
 /// Notifier calls come so often.
 const NOTIFIER_PAUSE: Duration = Duration::from_millis(1);
+/// Who churns waits so long for the guest to touch its memory again.
+const FULL_NS: u64 = 1_000_000_000;
 /// At most so many pages are unmapped.
 const NOTIFIER_PAGES: u64 = 256;
+
+/// [`Op::Churn`].
+struct Churn {
+    cycles: u64,
+    pause_us: u64,
+    full: u64,
+}
 
 impl<P: Platform> Shared<'_, P> {
     pub(super) fn vmm_thread(&self, name: &str, who: Who, ops: &[Op]) -> Result<(), LabError> {
@@ -36,12 +45,14 @@ impl<P: Platform> Shared<'_, P> {
         match *op {
             Op::Zap(update) => {
                 self.control.report("zapping", 0.0);
-                self.zap(task, update, paid)?;
+                let _ = self.zap(task, update, paid)?;
             }
-            Op::Churn { cycles, pause_us } => {
+            Op::Churn { cycles, pause_us, full } => {
                 let done = AtomicU64::new(0);
                 let fraction = || done.load(Ordering::Relaxed) as f64 / cycles as f64;
-                self.watched("zapping", fraction, || self.churn(task, cycles, pause_us, &done, paid))?;
+                self.watched("zapping", fraction, || {
+                    self.churn(task, &Churn { cycles, pause_us, full }, &done, paid)
+                })?;
             }
             Op::AwaitTeardown => self.await_teardown(task),
             Op::ReleaseUser => drop(self.vm.release_user()),
@@ -102,25 +113,35 @@ impl<P: Platform> Shared<'_, P> {
     fn churn(
         &self,
         task: &Task<P>,
-        cycles: u64,
-        pause_us: u64,
+        churn: &Churn,
         done: &AtomicU64,
         paid: &mut Paid,
     ) -> Result<(), LabError> {
-        for _ in 0..cycles {
+        for _ in 0..churn.cycles {
+            self.until_mapped(churn.full);
             if self.stopped() {
                 return Err(LabError::Cancelled);
             }
-            self.zap(task, Update::Delete, paid)?;
+            let deleted = self.zap(task, Update::Delete, paid)?;
+            let begin = P::ticks();
             self.set_slot(task, &self.regions()?.extra)?;
-            sleep::<P>(Duration::from_micros(pause_us));
+            self.mark(Mark::Cycle, P::ns_to_ticks(deleted.total_ns) + P::ticks() - begin);
+            sleep::<P>(Duration::from_micros(churn.pause_us));
             done.fetch_add(1, Ordering::Relaxed);
         }
         Ok(())
     }
 
+    /// Waits until so many leaves are mapped, a second at most.
+    fn until_mapped(&self, leaves: u64) {
+        let until = P::ticks() + P::ns_to_ticks(FULL_NS);
+        while self.mapped_leaves() < leaves && P::ticks() < until && !self.stopped() {
+            sleep::<P>(Duration::from_millis(1));
+        }
+    }
+
     /// One update, timed. The first one opens the window.
-    fn zap(&self, task: &Task<P>, update: Update, paid: &mut Paid) -> Result<(), LabError> {
+    fn zap(&self, task: &Task<P>, update: Update, paid: &mut Paid) -> Result<FastZapTimes, LabError> {
         let first = paid.meter.is_none();
         if first {
             self.open_window(task, None);
@@ -153,7 +174,7 @@ impl<P: Platform> Shared<'_, P> {
         all.marks.entry(Mark::Update).or_default().record(times.total_ns);
         // Of many updates the one at t0: what it had to zap is what was counted there.
         all.update.get_or_insert(times);
-        Ok(())
+        Ok(times)
     }
 
     fn update(&self, task: &Task<P>, update: Update) -> Result<FastZapTimes, LabError> {

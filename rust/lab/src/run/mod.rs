@@ -11,6 +11,7 @@
 //! | `setup.rs` | the VM, its memory, its population |
 //! | `vcpu.rs` | what a vCPU's thread does |
 //! | `caller.rs` | what a thread of the VMM does |
+//! | `tree.rs` | what is mapped, in whichever MMU |
 //! | `window.rs` | t0, the end of the teardown, the counters in between |
 //! | `meanwhile.rs` | what a thread does and loses in the window of somebody else's request |
 //! | `scoped.rs` | threads of a platform that borrow |
@@ -20,6 +21,7 @@ mod caller;
 mod meanwhile;
 mod scoped;
 mod setup;
+mod tree;
 mod vcpu;
 mod watch;
 mod window;
@@ -29,6 +31,7 @@ use std::sync::{Arc, OnceLock};
 
 use tdpmmu_oracle::Judge;
 use tdpmmu_platform::{MeterSnapshot, Observer, Phase, Platform, RcuDomain, Real, Role as TaskRole, Task};
+use tdpmmu_spte::Role;
 use tdpmmu_spte::geometry::page_bytes;
 use tdpmmu_vm::{Vm, VmError};
 
@@ -56,6 +59,8 @@ struct Shared<'a, P: Platform> {
     window: Arc<Window>,
     guests: usize,
     regions: OnceLock<Regions>,
+    /// What a vCPU wants of its roots before anybody switches.
+    base_role: OnceLock<Role>,
     collected: std::sync::Mutex<Collected>,
 }
 
@@ -151,6 +156,7 @@ pub fn run_on<P: Platform>(
         window: Arc::default(),
         guests: guests.max(1),
         regions: OnceLock::new(),
+        base_role: OnceLock::new(),
         collected: std::sync::Mutex::default(),
     };
     let result = P::quiet(|| shared.prepare()).and_then(|()| shared.all_threads());
@@ -216,6 +222,7 @@ pub fn run_on<P: Platform>(
         mapped_at_return: collected.mapped_at_return,
         stale_tables: collected.stale_tables,
         last: end.last,
+        shadow: None,
     })
 }
 

@@ -53,12 +53,14 @@ pub fn vm_config(spec: &VmSpec, observer: Option<Arc<dyn Observer>>) -> Result<V
     config.root_level = spec.levels;
     config.maxphyaddr = if spec.levels == 5 { 52 } else { 48 };
     config.design = Some(spec.design.clone());
-    config.passes = Some(Passes::parse(&spec.passes).map_err(|e| bad(e.to_string()))?);
-    config.ownership = Some(match spec.ownership.as_str() {
-        "vcpu" => Ownership::Vcpu,
-        "mmu" => Ownership::Mmu,
-        other => return Err(bad(format!("ownership={other:?}: expected vcpu or mmu"))),
-    });
+    if spec.shadow.is_none() {
+        config.passes = Some(Passes::parse(&spec.passes).map_err(|e| bad(e.to_string()))?);
+        config.ownership = Some(match spec.ownership.as_str() {
+            "vcpu" => Ownership::Vcpu,
+            "mmu" => Ownership::Mmu,
+            other => return Err(bad(format!("ownership={other:?}: expected vcpu or mmu"))),
+        });
+    }
     config.workers = spec.workers;
     config.worker_cpus.clone_from(&spec.worker_cpus);
     let queue = spec.worker_queue.as_deref().map(QueueKind::parse).transpose();
@@ -116,6 +118,7 @@ impl<P: Platform> Shared<'_, P> {
         // A move keeps the host address.
         let moved = Region { base: self.place(1), ..extra };
         let _ = self.regions.set(Regions { extra, moved, other });
+        let _ = self.base_role.set(self.vm.vcpu(0).map_err(internal("a vCPU"))?.role());
         if spec.smm {
             self.vm.share_memory_with_smm(&task).map_err(internal("memslots of SMM"))?;
         }

@@ -11,6 +11,7 @@ use tdpmmu_vm::{AccessOutcome, GuestAccess, Vcpu};
 
 use super::{Account, NAP_NS, Paid, Shared, internal, lock, setup::task_config, sleep};
 use crate::LabError;
+use crate::config::design_info;
 use crate::guest::{self, Felt, GuestPlan, WorkingSet};
 use crate::scenario::{Drop, Flag, Mark, Op, Sharing, Who};
 
@@ -62,10 +63,16 @@ impl<P: Platform> Shared<'_, P> {
         (self.working_set(writes, pages), self.working_set(reads, pages))
     }
 
+    /// Does the zap design leave vCPUs their roots?
+    fn keeps_roots(&self) -> bool {
+        design_info(&self.scenario.vm.design).is_some_and(|info| info.obligations.keeps_roots)
+    }
+
     /// Role word of a variant: see [`Op::SwitchRole`].
     pub(super) fn role(&self, variant: usize) -> Role {
         let layout = self.vm.mmu().profile().role_layout;
-        let mut fields = layout.unpack(self.vm.mmu().root_role(false));
+        let base = self.base_role.get().copied().unwrap_or_else(|| self.vm.mmu().root_role(false));
+        let mut fields = layout.unpack(base);
         fields.cr0_wp ^= variant & 1 != 0;
         fields.efer_nx ^= variant & 2 != 0;
         layout.pack(&fields)
@@ -111,8 +118,10 @@ impl<P: Platform> Shared<'_, P> {
                     ascending: code.ascending,
                     migrate_ns: code.migrate_ns,
                     toggle_ns: code.toggle_ns,
+                    rest_ns: code.rest_ns,
                     arrival_ns: code.arrival_ns,
                     write_percent: code.write_percent,
+                    keeps_root: self.keeps_roots(),
                     seed: self.scenario.seed ^ (id as u64) << 32,
                 };
                 if code.warm {

@@ -5,7 +5,6 @@ use std::sync::atomic::Ordering;
 
 use tdpmmu_mmu::Counts;
 use tdpmmu_platform::{Histogram, MeterSnapshot, Phase, Platform, RcuDomain, Role as TaskRole, Task};
-use tdpmmu_spte::Ownership;
 use tdpmmu_vm::{CloseReport, FastZapTimes};
 
 use super::{Shared, internal, lock};
@@ -59,10 +58,7 @@ impl<P: Platform> Shared<'_, P> {
         let mmu = self.vm.mmu();
         // What workers did so far belongs to nobody's window.
         drop(mmu.design().take_worker_reports());
-        let counts = P::quiet(|| match root {
-            Some(root) => mmu.count(task, root),
-            None => mmu.count_all(task),
-        });
+        let counts = P::quiet(|| self.count(task, root));
         // Nor does what was recorded so far, and what waits for a grace period from before.
         mmu.rcu().barrier();
         drop(mmu.rcu().timeline().map(|timeline| timeline.take()));
@@ -105,20 +101,10 @@ impl<P: Platform> Shared<'_, P> {
 
     /// What is left when everything is torn down.
     fn look_at_the_rest(&self, task: &Task<P>) {
-        let mmu = self.vm.mmu();
+        let dropped = lock(&self.collected).dropped;
+        let rest = self.rest(task, dropped);
         let mut all = lock(&self.collected);
-        let _rcu = task.rcu_read();
-        all.tables_after = mmu.linked_tables().max(0) as u64 + mmu.listed_roots().count() as u64;
-        all.stale_tables = mmu
-            .listed_roots()
-            .filter(|root| mmu.is_obsolete(*root))
-            .map(|root| mmu.count(task, root).all_tables())
-            .sum();
-        // Still listed and valid: the MMU's reference keeps it (a freed page can be a root again, but not at once).
-        let kept =
-            all.dropped.filter(|root| mmu.listed_roots().any(|r| r == *root) && !mmu.is_obsolete(*root));
-        let owned = mmu.ownership() == Ownership::Mmu;
-        all.retained = kept.filter(|_| owned).map_or(0, |root| mmu.count(task, root).all_tables());
+        (all.tables_after, all.stale_tables, all.retained) = (rest.tables, rest.stale, rest.retained);
     }
 
     /// The RCU thread's times from t0 to now, the end of the window.
@@ -157,16 +143,7 @@ impl<P: Platform> Shared<'_, P> {
         } else if complete {
             mmu.design().quiesce();
             mmu.rcu().barrier();
-            last = Some(P::quiet(|| {
-                let mut state = LastState::default();
-                for root in mmu.valid_roots(&task) {
-                    let counts = mmu.count(&task, root);
-                    state.roots += 1;
-                    state.sptes += counts.sptes();
-                    state.tables += counts.all_tables();
-                }
-                state
-            }));
+            last = Some(P::quiet(|| self.last_state(&task)));
         }
         let report = self.vm.close().map_err(internal("closing the VM"))?;
         if measured {

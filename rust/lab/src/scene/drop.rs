@@ -1,7 +1,7 @@
 //! A vCPU drops the last reference to its root, beside vCPUs that run on another root; the baseline is the same sequence while somebody else holds the root.
 
 use super::memslot::eighths;
-use super::parts::{after, any, code, guest, one_root, scenario, vm_spec};
+use super::parts::{after, any, any_shadow, code, direct_shadow, guest, one_root, scenario, vm_spec};
 use super::{Ask, Kind, Scene};
 use crate::config::{Case, Plan};
 use crate::memory::Estimate;
@@ -14,6 +14,7 @@ pub(super) const CR0_WP: Scene = Scene {
     look_at: "block_drop_ns, block_baseline_ns, teardown, retained_table_pages, drop_loop",
     estimate: one_root,
     fits: any,
+    shadow: any_shadow,
     build: |ask| last_drop(ask, Drop::Toggle),
 };
 
@@ -24,6 +25,7 @@ pub(super) const SMM_EXIT: Scene = Scene {
     look_at: "block_drop_ns (the whole round trip), block_baseline_ns, teardown, retained_table_pages",
     estimate: one_root,
     fits: any,
+    shadow: direct_shadow,
     build: |ask| last_drop(ask, Drop::Smi),
 };
 
@@ -34,6 +36,7 @@ pub(super) const ZAP_64T: Scene = Scene {
     look_at: "fit, block_drop_ns",
     estimate: one_root,
     fits: eighths,
+    shadow: any_shadow,
     build: |ask| last_drop(ask, Drop::Toggle),
 };
 

@@ -1,6 +1,6 @@
 //! The end of a VM.
 
-use super::parts::{any, code, guest, one_root, scenario};
+use super::parts::{any, any_shadow, code, guest, one_root, scenario};
 use super::{Ask, Kind, Scene};
 use crate::scenario::{Drop, Flag, Mark, Op, Scenario, Thread, Who, wait};
 
@@ -11,6 +11,7 @@ pub(super) const TEARDOWN: Scene = Scene {
     look_at: "close_ns, teardown",
     estimate: one_root,
     fits: any,
+    shadow: any_shadow,
     build: teardown,
 };
 
@@ -21,6 +22,7 @@ pub(super) const DYING: Scene = Scene {
     look_at: "block_drop_ns, teardown.cpu_ns (who zaps: no queue of the system's may)",
     estimate: one_root,
     fits: any,
+    shadow: any_shadow,
     build: dying,
 };
 

@@ -18,7 +18,7 @@ use tdpmmu_spte::closest;
 
 pub use drop::{LOOP_SPTES, drop_loop_scenario};
 
-use crate::config::{Case, Plan};
+use crate::config::{Case, Plan, ShadowCase};
 use crate::memory::Estimate;
 use crate::scenario::Scenario;
 
@@ -56,6 +56,8 @@ pub struct Scene {
     pub estimate: fn(&Plan) -> Estimate,
     /// Why these settings make no sense, if they do not.
     pub fits: fn(&Plan) -> Result<(), String>,
+    /// Why it makes no sense under the shadow MMU, if it does not.
+    pub shadow: fn(&Plan, &ShadowCase) -> Result<(), String>,
     /// The scenario.
     pub build: fn(&Ask<'_>) -> Scenario,
 }
@@ -73,11 +75,15 @@ pub struct Ask<'a> {
     pub step_ns: bool,
 }
 
+/// The scene with a published figure.
+pub const SLOT_CHURN_2013: &str = "slot-churn-2013";
+
 /// Every scene; the first of each experiment is its default.
 pub const SCENES: &[Scene] = &[
     memslot::DELETE,
     memslot::MOVE,
     memslot::CHURN,
+    memslot::CHURN_2013,
     memslot::CHURN_AND_DROP,
     memslot::BOOT,
     sizes::DIRTY_SPLIT,
@@ -127,6 +133,15 @@ impl Scene {
         self.name == "zap-64t"
     }
 
+    /// The plan that it is run with: one scene has a guest of its own.
+    pub fn settled(&self, plan: &Plan) -> Plan {
+        let mut plan = plan.clone();
+        if self.name == SLOT_CHURN_2013 {
+            (plan.config.vcpus, plan.config.memory_bytes) = (6, 2 << 30);
+        }
+        plan
+    }
+
     /// Is it its experiment's default?
     pub fn is_default(&self) -> bool {
         of(self.kind).next().is_some_and(|first| first.name == self.name)
@@ -134,6 +149,6 @@ impl Scene {
 
     /// The scenario of a case of this scene.
     pub fn scenario(&self, plan: &Plan, case: &Case, step_ns: bool) -> Scenario {
-        (self.build)(&Ask { plan, case, estimate: (self.estimate)(plan), step_ns })
+        (self.build)(&Ask { plan, case, estimate: case.estimate(plan), step_ns })
     }
 }

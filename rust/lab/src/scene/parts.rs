@@ -1,9 +1,11 @@
 //! What every scene is made of: the VM, its population, its guests.
 
 use super::Ask;
-use crate::config::{AdMix, Plan, PopulateBy};
+use crate::config::{AdMix, Plan, PopulateBy, ShadowCase};
 use crate::memory::Estimate;
-use crate::scenario::{Ad, By, Flag, GuestCode, Op, Populate, Scenario, Thread, Update, VmSpec, Who, wait};
+use crate::scenario::{
+    Ad, By, Flag, GuestCode, Op, Populate, Scenario, ShadowSpec, Thread, Update, VmSpec, Who, wait,
+};
 
 /// Writes of 100 guest accesses.
 const WRITE_PERCENT: u8 = 50;
@@ -20,6 +22,21 @@ pub(super) fn any(_plan: &Plan) -> Result<(), String> {
     Ok(())
 }
 
+/// It makes as much sense under the shadow MMU.
+pub(super) fn any_shadow(_plan: &Plan, _case: &ShadowCase) -> Result<(), String> {
+    Ok(())
+}
+
+/// One that needs SMM: an address space of its own, in which the model has no guest page tables.
+pub(super) fn direct_shadow(_plan: &Plan, case: &ShadowCase) -> Result<(), String> {
+    if case.shadows_guest() {
+        return Err(
+            "in SMM a guest has page tables of its own, which are not modelled: use paging direct".into()
+        );
+    }
+    Ok(())
+}
+
 /// Tables beside the guest's own: other roots, working sets under new roots, vCPU caches.
 fn spare_tables(plan: &Plan) -> u64 {
     let rebuilt = plan.working_set_pages * u64::from(plan.config.vcpus) / 256 + 64;
@@ -32,8 +49,13 @@ pub(super) fn vm_spec(ask: &Ask<'_>, tables: u64, vcpus: u32) -> VmSpec {
     VmSpec {
         profile: c.kernel_profile.clone(),
         design: case.info.name.into(),
-        passes: case.passes.to_string(),
-        ownership: case.ownership.to_string(),
+        passes: case.passes_name(),
+        ownership: case.ownership_name(),
+        shadow: case.shadow.map(|shadow| ShadowSpec {
+            paging: shadow.paging.into(),
+            reclaim: shadow.reclaim.into(),
+            quota: shadow.quota,
+        }),
         vcpus: vcpus as usize,
         levels: c.levels,
         memory_bytes: c.memory_bytes,
@@ -94,6 +116,7 @@ pub(super) fn code(plan: &Plan) -> GuestCode {
         warm: true,
         migrate_ns: None,
         toggle_ns: None,
+        rest_ns: None,
         until: Flag::Refault,
     }
 }

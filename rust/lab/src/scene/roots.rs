@@ -1,6 +1,8 @@
 //! More than one root: roles and address spaces.
 
-use super::parts::{any, code, delete, guest, guests, one_root, populate, scenario, vmm};
+use super::parts::{
+    any, any_shadow, code, delete, direct_shadow, guest, guests, one_root, populate, scenario, vmm,
+};
 use super::{Ask, Kind, Scene};
 use crate::scenario::{Op, Populate, Scenario, Who};
 
@@ -11,6 +13,7 @@ pub(super) const SEVERAL: Scene = Scene {
     look_at: "update_ns, teardown.cpus_used, sptes (three times the guest's)",
     estimate: |plan| one_root(plan).times(ROOTS as u64),
     fits: any,
+    shadow: any_shadow,
     build: several,
 };
 
@@ -38,6 +41,7 @@ pub(super) const TWO_SPACES: Scene = Scene {
     look_at: "update_ns, sptes (twice the guest's), block_update_ns",
     estimate: |plan| one_root(plan).times(2),
     fits: any,
+    shadow: direct_shadow,
     build: two_spaces,
 };
 

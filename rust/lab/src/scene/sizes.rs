@@ -16,6 +16,7 @@ pub(super) const DIRTY_SPLIT: Scene = Scene {
     look_at: "prepare_ns (the split), sptes (now of 4K), update_ns, ns_per_spte",
     estimate: |plan| Estimate::new(plan.config.memory_bytes, 1, plan.config.levels),
     fits: huge_pages,
+    shadow: |_, _| Err(NO_SPLIT.into()),
     build: dirty_split,
 };
 
@@ -26,8 +27,14 @@ pub(super) const HUGE_IN_FAULT: Scene = Scene {
     look_at: "blocked_ns (per fault), teardown.entry_writes",
     estimate: one_root,
     fits: |plan| piece(plan).map(drop),
+    shadow: |_, _| Err(STAYS_CACHED.into()),
     build: huge_in_fault,
 };
+
+const NO_SPLIT: &str =
+    "without the TDP MMU nothing is split ahead of faults: each write that follows splits its own page";
+const STAYS_CACHED: &str =
+    "a table that a huge leaf replaces stays in the shadow MMU's cache: nobody tears it down";
 
 fn huge_pages(plan: &Plan) -> Result<(), String> {
     if plan.level == 1 {

@@ -2,7 +2,7 @@
 
 use tdpmmu_platform::{Platform, Real};
 
-use super::parts::{any, code, delete, guest, guests, one_root, scenario, vmm};
+use super::parts::{any, any_shadow, code, delete, guest, guests, one_root, scenario, vmm};
 use super::{Ask, Kind, Scene};
 use crate::config::Plan;
 use crate::scenario::{Flag, GuestCode, Op, Scenario, Thread, Who, wait};
@@ -14,6 +14,7 @@ pub(super) const HALTED: Scene = Scene {
     look_at: "update_ns, retained_table_pages (what the sleeper keeps), wake_ns",
     estimate: one_root,
     fits: any,
+    shadow: any_shadow,
     build: halted,
 };
 
@@ -24,6 +25,7 @@ pub(super) const MIGRATING: Scene = Scene {
     look_at: "migrations, update_ns.kick_wait, block_update_ns, access_ns",
     estimate: one_root,
     fits: two_cpus,
+    shadow: any_shadow,
     build: migrating,
 };
 

@@ -1,6 +1,6 @@
 //! Somebody else needs a lock while the zap runs.
 
-use super::parts::{any, delete, guests, one_root, scenario, vmm};
+use super::parts::{any, any_shadow, delete, guests, one_root, scenario, vmm};
 use super::{Ask, Kind, Scene};
 use crate::scenario::{Intruder, Op, Scenario, Thread, Who};
 
@@ -11,6 +11,7 @@ pub(super) const UPDATE: Scene = Scene {
     look_at: "waiting.wait_ns, update_ns.total",
     estimate: one_root,
     fits: any,
+    shadow: any_shadow,
     build: |ask| waiting(ask, Intruder::Update),
 };
 
@@ -21,6 +22,7 @@ pub(super) const NOTIFIER: Scene = Scene {
     look_at: "waiting.wait_ns, yields, lock.handoffs",
     estimate: one_root,
     fits: any,
+    shadow: any_shadow,
     build: |ask| waiting(ask, Intruder::Notifier),
 };
 

@@ -101,6 +101,7 @@ fn spec(plan: &Plan, pages: u64, design: &str, passes: &str, ownership: &str) ->
         design: design.into(),
         passes: passes.into(),
         ownership: ownership.into(),
+        shadow: None,
         vcpus: 2,
         levels: plan.config.levels,
         memory_bytes: pages * 4096,
