@@ -120,9 +120,14 @@ impl Caches {
             Event::TableAlloc { table, .. } => {
                 self.free.remove(&table);
             }
-            Event::RootAlloc { root, .. } => {
+            // Any shadow page may be a root.
+            Event::RootAlloc { root, .. } | Event::ShadowAlloc { table: root, .. } => {
                 self.births.insert(root, at);
                 self.free.remove(&root);
+            }
+            Event::ShadowWalked { table } if self.true_order && self.free.contains(&table) => {
+                let what = format!("a lockless walk stands on table {table}, which was freed");
+                verdict.broken(Rule::WalkedFreed, None, None, what);
             }
             Event::TableFree { table } => {
                 self.free.insert(table);

@@ -15,7 +15,7 @@ use std::ops::Range;
 
 use tdpmmu_platform::{Event, NO_TASK};
 use tdpmmu_spte::Spte;
-use tdpmmu_spte::geometry::span;
+use tdpmmu_spte::geometry::{index, span};
 
 use crate::model::Key;
 use crate::rule::Rule;
@@ -41,6 +41,8 @@ pub struct DirtyBook {
     /// Bits that were set without mmu_lock, and by whom.
     marks: BTreeMap<Place, (u64, u32)>,
     dead: HashSet<u32>,
+    /// Live shadow pages: their places are (page, index of the entry, level).
+    shadow: HashSet<u32>,
     owed: HashMap<u32, Vec<(u64, u32, u64)>>,
     vm_writes_back: bool,
     logged: Vec<(u8, Range<u64>)>,
@@ -48,6 +50,8 @@ pub struct DirtyBook {
     taken: HashMap<u32, BTreeSet<(u8, u64)>>,
     /// What rings hold: bitmaps are read at the check.
     ringed: BTreeSet<(u8, u64)>,
+    /// Where accesses are told by virtual page: the gfn of each frame, as faults resolved it last.
+    frames: HashMap<u64, u64>,
 }
 
 impl DirtyBook {
@@ -57,12 +61,14 @@ impl DirtyBook {
             rules,
             marks: BTreeMap::new(),
             dead: HashSet::new(),
+            shadow: HashSet::new(),
             owed: HashMap::new(),
             vm_writes_back: false,
             logged: Vec::new(),
             pending: BTreeMap::new(),
             taken: HashMap::new(),
             ringed: BTreeSet::new(),
+            frames: HashMap::new(),
         }
     }
 
@@ -75,9 +81,24 @@ impl DirtyBook {
             Event::SpteMarked { root, table, gfn, level, old, new } if self.rules.in_true_order() => {
                 let bits = new & !old & (self.rules.format.dirty | self.rules.format.write);
                 if bits != 0 && !self.dead.contains(&table) {
-                    let mark = self.marks.entry((root, gfn, level)).or_insert((0, task));
+                    // Several roots may share a shadow page, and know its entries by different gfns.
+                    let shadow = (table, index(gfn, level) as u64, level);
+                    let place = if self.shadow.contains(&table) { shadow } else { (root, gfn, level) };
+                    let mark = self.marks.entry(place).or_insert((0, task));
                     *mark = (mark.0 | bits, task);
                 }
+            }
+            Event::ShadowAlloc { table, .. } => {
+                self.dead.remove(&table);
+                self.shadow.insert(table);
+            }
+            Event::ShadowLeaf { table, index, level, old, new, .. } => {
+                self.changed(task, (table, u64::from(index), level), Spte(old), Spte(new), false, verdict);
+            }
+            Event::ShadowZap { table } => {
+                self.shadow.remove(&table);
+                self.forget(table);
+                self.dead.insert(table);
             }
             Event::TableUnlink { table, .. } => {
                 self.dead.insert(table);
@@ -85,13 +106,7 @@ impl DirtyBook {
             Event::TableAlloc { table, .. } | Event::TableFree { table } => {
                 self.dead.remove(&table);
             }
-            Event::RootFree { root } => {
-                let below: Vec<Place> =
-                    self.marks.range((root, 0, 0)..=(root, u64::MAX, u8::MAX)).map(|(k, _)| *k).collect();
-                for place in below {
-                    self.marks.remove(&place);
-                }
-            }
+            Event::RootFree { root } => self.forget(root),
             Event::SpteChanged { root, gfn, level, old, new, shared, .. } => {
                 self.changed(task, (root, gfn, level), Spte(old), Spte(new), shared, verdict);
             }
@@ -102,8 +117,14 @@ impl DirtyBook {
                 let owed = "no SPTE maps a frame when it is released".to_owned();
                 verdict.unmet(Rule::StaleWriteBack, None, None, text, NO_TASK, owed);
             }
-            Event::GuestAccess { as_id, gfn, write: true, .. } if self.logs(as_id, gfn) => {
-                self.pending.insert((as_id, gfn), task);
+            Event::Resolved { gfn, pfn, .. } if self.rules.virtual_gfns => {
+                self.frames.insert(pfn, gfn);
+            }
+            Event::GuestAccess { as_id, gfn, pfn, write: true, .. } => {
+                let gfn = if self.rules.virtual_gfns { self.frames.get(&pfn).copied() } else { Some(gfn) };
+                if let Some(gfn) = gfn.filter(|&gfn| self.logs(as_id, gfn)) {
+                    self.pending.insert((as_id, gfn), task);
+                }
             }
             Event::LogBegin { as_id, start, end, .. } => self.logged.push((as_id, start..end)),
             Event::LogEnd { as_id, start, end } => {
@@ -127,6 +148,15 @@ impl DirtyBook {
                 }
             }
             _ => {}
+        }
+    }
+
+    /// The marks under `root` are nobody's any more.
+    fn forget(&mut self, root: u32) {
+        let below: Vec<Place> =
+            self.marks.range((root, 0, 0)..=(root, u64::MAX, u8::MAX)).map(|(k, _)| *k).collect();
+        for place in below {
+            self.marks.remove(&place);
         }
     }
 

@@ -16,6 +16,9 @@
 //!
 //! A change that is told only when it is complete (6.12: freeze, flush, empty, tell) owes from the freeze on, which is told by itself.
 //!
+//! Leaves of the shadow MMU owe as those of the TDP MMU do, page for root. Its obsolete pages owe nothing at a yield: each vCPU flushes as it loads another root. Its tables are another matter:
+//! no page of them is freed without a flush (`shadow.rs`).
+//!
 //! **What it cannot see.** Whether a flush reaches every vCPU, and whether one that is not owed by these rules was needed all the same: that is
 //! `caches.rs`. A fault that found no memslot and comes late, when the slot is there and its page mapped, puts an MMIO entry over the leaf and flushes nothing, in every kernel: a TLB may keep
 //! the page, and a later unmap finds no leaf to flush for. If a frame is then released under such a TLB, `caches.rs` tells. A W that a fault takes when it makes a leaf anew is on the list and never due: the kernel does not flush for it either.
@@ -126,6 +129,15 @@ impl FlushLedger {
                     self.owe(kind, as_id, root, gfn..gfn + span(level), task);
                 }
             }
+            // A shadow page stands for its root here: what is owed for an obsolete or invalid one came with the request to reload.
+            Event::ShadowLeaf { as_id, table, gfn, level, old, new, .. } => {
+                if let Some(kind) = self.owed(level, Spte(old), Spte(new))
+                    && !self.ended
+                    && in_use(table)
+                {
+                    self.owe(kind, as_id, table, gfn..gfn + span(level), task);
+                }
+            }
             Event::FlushBegin { .. } => {
                 self.flushes += 1;
                 self.open.entry(task).or_default().push(self.clock);
@@ -187,6 +199,7 @@ impl FlushLedger {
             }
             // A root that dies takes its debts along: a load of that page flushes its tag.
             Event::RootFree { root } => self.debts.retain(|debt| debt.root != root),
+            Event::TableFree { table } => self.debts.retain(|debt| debt.root != table),
             _ => {}
         }
     }

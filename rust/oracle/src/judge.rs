@@ -25,6 +25,7 @@ use crate::progress::Progress;
 use crate::rcu::Sections;
 use crate::rule::Rule;
 use crate::rules::{Check, Rules};
+use crate::shadow::ShadowBook;
 use crate::tree::Tree;
 use crate::verdict::{Verdict, Violation};
 
@@ -40,6 +41,7 @@ struct State {
     dirty: DirtyBook,
     lists: Lists,
     progress: Progress,
+    shadow: ShadowBook,
     history: History,
     unlinear: BTreeSet<u64>,
     verdict: Verdict,
@@ -79,6 +81,7 @@ impl Judge {
                 dirty: DirtyBook::new(rules),
                 lists: Lists::new(rules),
                 progress: Progress::new(rules),
+                shadow: ShadowBook::new(rules),
                 history: History::default(),
                 unlinear: BTreeSet::new(),
                 verdict: Verdict::silencing(rules.silenced),
@@ -247,6 +250,7 @@ impl Judge {
             state.verdict.reported_by(NO_TASK);
             state.ledger.finish(&mut state.verdict);
             state.pool.finish(taken, &mut state.verdict);
+            state.shadow.finish(&mut state.verdict);
             if taken != 0 {
                 let what = format!("{taken} pages never came back to the pool");
                 state.verdict.broken(Rule::PoolCount, None, None, what);
@@ -272,7 +276,9 @@ impl State {
             }
         }
         // These look at what the others know before they hear of it.
-        self.flushes.event(task, event, |root| ledger.in_use(root), verdict);
+        let shadow = &mut self.shadow;
+        self.flushes.event(task, event, |root| ledger.in_use(root) || shadow.in_use(root), verdict);
+        shadow.event(task, event, verdict);
         self.locks.event(task, event, verdict);
         self.sections.event(task, event, verdict);
         self.caches.event(task, event, verdict);
@@ -286,11 +292,15 @@ impl State {
                 Event::FrameRelease { pfn, count } if rules.in_true_order() => {
                     let counts = |root: u32| rules.unmaps_invalid || ledger.is_valid(root);
                     still_mapped(pfn, count, model.leaves().filter(|(key, _)| counts(key.root)), verdict);
+                    shadow.released(pfn, count, verdict);
                 }
                 Event::WriteProtected { as_id, gfn, level } => {
                     let counts = |root: u32| rules.protects_invalid || ledger.is_valid(root);
-                    let maps = |key: &Key| key.as_id == as_id && key.covers(gfn) && counts(key.root);
-                    self.dirty.protected(gfn, level, model.leaves().filter(|(key, _)| maps(key)), verdict);
+                    let maps = |key: &Key| key.as_id == as_id && key.covers(gfn);
+                    let shadow = shadow.leaves();
+                    let leaves = model.leaves().chain(shadow.iter().map(|(key, leaf)| (key, *leaf)));
+                    let counted = leaves.filter(|(key, _)| self.shadow.knows(key.root) || counts(key.root));
+                    self.dirty.protected(gfn, level, counted.filter(|(key, _)| maps(key)), verdict);
                 }
                 _ => {}
             }
@@ -318,6 +328,9 @@ impl Observer for Judge {
             if found.count() != 0 {
                 found.violations().iter().for_each(|violation| self.note(violation.clone()));
             }
+            return;
+        }
+        if self.rules.check == Check::Cheap && matches!(event, Event::ShadowLeaf { .. }) {
             return;
         }
         self.judge(|state| state.event(&self.rules, task, event));

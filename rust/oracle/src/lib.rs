@@ -20,6 +20,7 @@
 //! | `locks.rs` | [`Locks`]: modes, order, sleeping | O-LOCK |
 //! | `lists.rs` | [`Lists`]: NX candidates, publication, work items | O-LIST, O-WORK |
 //! | `progress.rs` | [`Progress`]: faults that begin again for nothing | O-PROG |
+//! | `shadow.rs` | [`ShadowBook`]: the life of shadow pages, walks without a lock, progress of a zap | O-LIST, O-RCU, O-PROG, O-TLB |
 //! | `history.rs` | [`History`]: answers gfn by gfn | O-LIN |
 //! | `against.rs` | the tree against memslots and host | O-MODEL |
 //!
@@ -54,6 +55,7 @@ mod rcu;
 mod rule;
 mod rules;
 mod sequential;
+mod shadow;
 mod tree;
 mod verdict;
 
@@ -73,5 +75,6 @@ pub use rcu::Sections;
 pub use rule::{Rule, RuleSet};
 pub use rules::{Check, Order, Rules};
 pub use sequential::{Node, Sequential};
+pub use shadow::ShadowBook;
 pub use tree::{SeenTable, Tree};
 pub use verdict::{Verdict, Violation};

@@ -70,7 +70,7 @@ fn silent_bits(format: &Format) -> u64 {
 }
 
 /// What cannot change without a report.
-fn core(format: &Format, level: u8, raw: u64) -> u64 {
+pub(crate) fn core(format: &Format, level: u8, raw: u64) -> u64 {
     let spte = Spte(raw);
     if spte.is_leaf(level) {
         let spte = if format.is_access_tracked(spte) { format.restore_access_track(spte) } else { spte };

@@ -80,7 +80,8 @@ impl Notifier {
                     self.ended.pop_front();
                 }
             }
-            Event::SpteChanged { as_id, root, gfn, level, old, new, .. } => {
+            Event::SpteChanged { as_id, root, gfn, level, old, new, .. }
+            | Event::ShadowLeaf { as_id, table: root, gfn, level, old, new, .. } => {
                 let Some(&look_up) = self.look_ups.get(&task) else { return };
                 let made = Spte(new).is_leaf(level) && !Spte(old).is_leaf(level);
                 if made && look_up.as_id == as_id && (gfn..gfn + span(level)).contains(&look_up.gfn) {

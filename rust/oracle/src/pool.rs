@@ -15,7 +15,7 @@
 //! linked below a dead one (its parent went while it was being linked): the teardown of the parent finds it, or
 //! [`CountingPool::check`] does.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use tdpmmu_platform::Event;
 
@@ -56,6 +56,7 @@ pub struct Leak {
 #[derive(Default)]
 pub struct CountingPool {
     pages: BTreeMap<u32, Page>,
+    shadow: BTreeSet<u32>,
 }
 
 impl CountingPool {
@@ -72,12 +73,29 @@ impl CountingPool {
             Event::TableUnlink { table, level, gfn } => self.unlink(table, level, gfn, verdict),
             Event::RootAlloc { root, .. } => self.birth(root, verdict),
             Event::RootFree { root } => self.death(root, verdict),
+            // One pool serves both MMUs: the life of a shadow page is `shadow.rs`' to judge.
+            Event::ShadowAlloc { table, gfn, .. } => self.shadowed(table, gfn, verdict),
+            Event::TableFree { table } if self.shadow.remove(&table) => {}
             Event::TableFree { table } => self.free(table, verdict),
             _ => {}
         }
     }
 
+    fn shadowed(&mut self, table: u32, gfn: u64, verdict: &mut Verdict) {
+        self.shadow.insert(table);
+        if let Some(was) = self.pages.remove(&table)
+            && was.state != State::Owned
+        {
+            let what = format!("table {table} became a shadow page while {:?}", was.state);
+            verdict.broken(Rule::HandedOutTwice, None, Some(gfn), what);
+        }
+    }
+
     fn alloc(&mut self, table: u32, level: u8, gfn: u64, verdict: &mut Verdict) {
+        if self.shadow.contains(&table) {
+            let what = format!("table {table} was handed out while it is a shadow page");
+            verdict.broken(Rule::HandedOutTwice, None, Some(gfn), what);
+        }
         let page = Page { state: State::Owned, level, gfn };
         if let Some(was) = self.pages.insert(table, page)
             && was.state != State::Owned

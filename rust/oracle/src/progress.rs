@@ -54,6 +54,11 @@ impl Progress {
             }
             Event::SpteChanged { .. }
             | Event::SpteMarked { .. }
+            | Event::ShadowAlloc { .. }
+            | Event::ShadowLink { .. }
+            | Event::ShadowLeaf { .. }
+            | Event::ShadowZap { .. }
+            | Event::ShadowRoot { .. }
             | Event::RootAlloc { .. }
             | Event::RootGet { .. }
             | Event::RootPut { .. }

@@ -167,6 +167,28 @@ rules! {
     WorkAfterEnd = "work-after-end" in "O-WORK",
     /// An item of the system's queue ran without a user reference of its VM.
     WorkUnreferenced = "work-unreferenced" in "O-WORK",
+    /// A shadow page lived another life than made, zapped, handed to reclamation, freed.
+    ShadowLife = "shadow-life" in "O-LIST",
+    /// A shadow page was handed to reclamation without a flush since its zap.
+    FreedUnflushed = "freed-unflushed" in "O-TLB",
+    /// A zap of all shadow pages gave mmu_lock up before it had come ten pages further.
+    ZapProgress = "zap-progress" in "O-PROG",
+    /// Reverse maps and shadow leaves are not one to one.
+    RmapDiffers = "rmap-differs" in "O-LIST",
+    /// A shadow page's list of parents is not the set of entries that name it.
+    ParentsDiffer = "parents-differ" in "O-LIST",
+    /// Hash, active list and the shadow pages that were told are not one set; or an invalid page is on them.
+    PagesDiffer = "pages-differ" in "O-LIST",
+    /// An unsync shadow page that a parent does not know of, or that may not be one.
+    UnsyncDiffers = "unsync-differs" in "O-LIST",
+    /// A gfn that holds a shadowed guest page table can be written without asking.
+    TrackedWritable = "tracked-writable" in "O-INV",
+    /// The reasons against huge pages of a memslot are not what shadow pages come to.
+    LpageDiffers = "lpage-differs" in "O-STAT",
+    /// A shadow page refers to a memslot whose books are gone (bug-history 37).
+    SlotBooksGone = "slot-books-gone" in "O-RCU",
+    /// From a valid root a walk comes to an obsolete or invalid shadow page.
+    ObsoleteReachable = "obsolete-reachable" in "O-INV",
     /// The engine itself found an invariant broken.
     Engine = "engine" in "O-INV",
 }

@@ -4,7 +4,8 @@ use tdpmmu_mmu::design::effective_passes;
 use tdpmmu_mmu::{Obligations, design};
 use tdpmmu_platform::Platform;
 use tdpmmu_spte::geometry::ENTRIES;
-use tdpmmu_spte::{Format, KernelProfile, Passes, RootSet, WriteBack};
+use tdpmmu_shadow::ShadowDesign;
+use tdpmmu_spte::{Format, KernelProfile, Passes, RoleLayout, RootSet, WriteBack};
 
 use crate::rule::{Rule, RuleSet};
 
@@ -55,6 +56,12 @@ pub struct Rules {
     pub protects_invalid: bool,
     /// Dirty reaches the host when a leaf is removed (up to 6.12).
     pub writes_back: bool,
+    /// How the shadow MMU zaps everything, if there is one.
+    pub shadow: ShadowDesign,
+    /// What a raw role says.
+    pub role_layout: RoleLayout,
+    /// What hardware translates, and TLBs are told of, are the guest's virtual pages (a shadow MMU without TDP).
+    pub virtual_gfns: bool,
     /// Who reports where a reporter does not say, if the platform knows.
     pub who: fn() -> Option<u32>,
 }
@@ -92,6 +99,9 @@ impl Rules {
             protects_by_w: profile.protect_gfn_needs_w,
             protects_invalid: profile.clear_dirty_roots == RootSet::All,
             writes_back: profile.write_back == WriteBack::AtZap,
+            shadow: ShadowDesign::named(design).unwrap_or(ShadowDesign::Gen),
+            role_layout: profile.role_layout,
+            virtual_gfns: false,
             who: || None,
         };
         rules.passes(passes)
@@ -116,6 +126,12 @@ impl Rules {
         let first = passes.iter(4).next().unwrap_or(4);
         let step = ENTRIES as u64 + if first > 1 { units(first) } else { units(2) };
         Self { zap_step: (!self.design.last_put_zaps).then_some(step), ..self }
+    }
+
+    /// Where TLBs hold the guest's virtual pages, not its frames.
+    #[must_use]
+    pub fn virtual_gfns(self, virtual_gfns: bool) -> Self {
+        Self { virtual_gfns, ..self }
     }
 
     /// Looking at more, or less.

@@ -1,5 +1,7 @@
 //! Canaries of the books that look at who did what, and when: histories fed by hand, each event with its task, in true order.
 
+pub mod shadow;
+
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
