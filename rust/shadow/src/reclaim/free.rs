@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use tdpmmu_platform::{Event, Platform, RcuDomain, Reclaim, Site, Task};
+use tdpmmu_platform::{Bug, Event, Platform, RcuDomain, Reclaim, Site, Task};
 use tdpmmu_table::{DeadChain, TablePool};
 
 use super::{ReclaimKind, Reclamation};
@@ -18,6 +18,7 @@ impl<P: Platform> Reclamation<P> {
         // (6)
         match self.kind {
             ReclaimKind::Membarrier => P::heavy_fence(Site::ReadingMode),
+            _ if P::bug(Bug::B44c) => {}
             _ => P::fence(Site::ReadingMode),
         }
         flush();

@@ -7,7 +7,7 @@
 use std::marker::PhantomData;
 
 use crossbeam_epoch::LocalHandle;
-use tdpmmu_platform::{Event, NO_TASK, Platform, RcuGuard, Site, Task};
+use tdpmmu_platform::{Bug, Event, NO_TASK, Platform, RcuGuard, Site, Task};
 
 use super::{ModeWord, NoMode, ReclaimKind, Reclamation};
 
@@ -114,7 +114,9 @@ impl<'r, P: Platform, W: ModeWord> Walker<'r, P, W> {
                 // (1)
                 mode.begin_reading::<P>();
                 // (2)
-                P::fence(Site::ReadingMode);
+                if !P::bug(Bug::B44b) {
+                    P::fence(Site::ReadingMode);
+                }
                 reading(task, mode)
             }
             How::Membarrier(mode) => {
