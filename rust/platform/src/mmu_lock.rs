@@ -9,6 +9,7 @@ use std::{cell::Cell, fmt, marker::PhantomData};
 
 use crate::{
     api::{Exclusive, Mode, Platform, RawRwLock, Shared},
+    bug::Bug,
     meter::{Phase, add},
     observer::Event,
     site::Site,
@@ -116,6 +117,11 @@ impl<'a, P: Platform, M: Mode> Guard<'a, P, M> {
     #[inline(always)]
     pub fn debt(&self) -> bool {
         self.debt.get()
+    }
+
+    /// This hold, mistaken for an exclusive one: bug 25 of the museum, which called what needs the exclusive mode in shared mode. `None` without the bug. It is not to be given up ([`Guard::relock`]).
+    pub fn taken_for_exclusive(&self) -> Option<Guard<'a, P, Exclusive>> {
+        (M::SHARED && P::bug(Bug::B25)).then(|| Guard::unlocked(self.lock, self.task))
     }
 
     /// Gives the lock away and takes it back in the same mode. The CPU is given away too if the task needs to be
