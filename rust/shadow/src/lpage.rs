@@ -12,6 +12,7 @@ use tdpmmu_table::Lazy;
 /// huge at that level. Each shadowed guest page table is a reason at its gfn.
 pub struct LpageInfo {
     base: u64,
+    pages: u64,
     congruent: [bool; 2],
     counts: [Lazy<AtomicU32>; 2],
 }
@@ -28,18 +29,36 @@ impl LpageInfo {
         };
         let info = Self {
             base,
+            pages,
             congruent: [LEVEL_2M, LEVEL_1G].map(|level| (base ^ hva).is_multiple_of(span(level))),
             counts: [table(LEVEL_2M)?, table(LEVEL_1G)?],
         };
+        info.align();
+        Ok(info)
+    }
+
+    /// A reason at each end that is not aligned.
+    fn align(&self) {
+        let end = self.base + self.pages;
         for level in [LEVEL_2M, LEVEL_1G] {
-            if !base.is_multiple_of(span(level)) {
-                info.adjust(base, level, 1);
+            if !self.base.is_multiple_of(span(level)) {
+                self.adjust(self.base, level, 1);
             }
-            if !(base + pages).is_multiple_of(span(level)) {
-                info.adjust(base + pages - 1, level, 1);
+            if !end.is_multiple_of(span(level)) {
+                self.adjust(end - 1, level, 1);
             }
         }
-        Ok(info)
+    }
+
+    /// Every reason goes but alignment: what counted for shadowed tables counts no more. O(huge frames).
+    pub fn reset(&self) {
+        for counts in &self.counts {
+            // What was never touched reads as zero, and is not made real by a store.
+            for count in counts.slice(0, counts.len()).iter().filter(|count| count.load(Relaxed) != 0) {
+                count.store(0, Relaxed);
+            }
+        }
+        self.align();
     }
 
     #[inline]

@@ -52,6 +52,19 @@ impl SlotBooks {
         let at = (gfn / span(level)).checked_sub(self.base / span(level))?;
         self.rmaps[usize::from(level) - 1].get(at as usize)
     }
+
+    /// The heads of the reverse maps of `count` neighbouring frames of `level` (1 to 3) from that of `gfn` on, fewer where the slot ends; `None` outside.
+    #[inline]
+    pub fn rmap_run(&self, gfn: u64, level: u8, count: u64) -> Option<&[AtomicU64]> {
+        let at = (gfn / span(level)).checked_sub(self.base / span(level))? as usize;
+        let heads = self.rmaps[usize::from(level) - 1].slice(at, at + count as usize);
+        (!heads.is_empty()).then_some(heads)
+    }
+
+    /// Bytes that the heads take once all are touched; a slot that is mapped by huge pages touches a five hundredth of them.
+    pub fn bytes(&self) -> u64 {
+        self.rmaps.iter().map(|heads| (heads.len() * size_of::<u64>()) as u64).sum()
+    }
 }
 
 /// The books of all slots at one instant, those of INVALID slots too.
@@ -79,6 +92,13 @@ impl BookSet {
         let space = self.spaces.get(usize::from(as_id))?;
         let after = space.partition_point(|one| one.base <= gfn);
         space.get(after.checked_sub(1)?).filter(|one| gfn - one.base < one.pages)
+    }
+
+    /// The books of the first slot that ends behind `gfn`: the one that holds it, or the next.
+    #[inline]
+    pub fn at_or_after(&self, as_id: u8, gfn: u64) -> Option<&Arc<SlotBooks>> {
+        let space = self.spaces.get(usize::from(as_id))?;
+        space.get(space.partition_point(|one| one.base + one.pages <= gfn))
     }
 
     /// All of them.
