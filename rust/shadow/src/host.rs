@@ -13,16 +13,6 @@ pub trait ShadowHost<P: Platform>: Send + Sync {
     fn flush_remote(&self, task: &Task<P>);
     /// Every vCPU is to drop the roots that it has cached and that are obsolete, before its next guest entry; `wait`: and none is in the guest entry in which this found it.
     fn request_reload(&self, task: &Task<P>, wait: bool);
-    /// No leaf of `min_level` or above in the *other* MMU (the TDP MMU that runs L1 beside this one) maps `gfn` writable when it returns, nor is made so by its fast page fault; true: a flush is owed.
-    fn protect_elsewhere(
-        &self,
-        _lock: &mut Guard<'_, P, Exclusive>,
-        _as_id: u8,
-        _gfn: u64,
-        _min_level: u8,
-    ) -> bool {
-        false
-    }
     /// The books of the memslots now, INVALID ones too.
     fn books(&self) -> Arc<BookSet>;
     /// The guest's page table entry: word `index` of the guest page `gfn`.

@@ -16,7 +16,7 @@
 //! | `rmap.rs`, `leaves.rs` | leaves and their reverse maps: one at a time; a table at a time |
 //! | `parents.rs` | links between pages, and which have unsync pages below |
 //! | `account.rs` | what a page costs its memslot: lpage_info, write protection |
-//! | `make.rs`, `root.rs` | pages and roots: found or made, counted, put |
+//! | `make.rs`, `root.rs`, `bulk.rs` | pages and roots: found or made, counted, put; leaves a table at a time |
 //! | `zap.rs` | prepare and commit; what was prepared and not yet committed |
 //! | `all.rs`, `generation.rs`, `slot_zap.rs` | the zap designs: S0, S1, S2 |
 //! | `quota.rs` | the page quota, and reclaim of the oldest |
@@ -47,16 +47,20 @@
 mod account;
 mod all;
 mod audit;
+mod bulk;
 mod count;
 mod design;
+mod fetch;
 mod generation;
 mod guest;
 mod hash;
 mod host;
 mod leaves;
 mod lists;
+mod lockless;
 mod lpage;
 mod make;
+mod map;
 mod page;
 mod parents;
 mod protect;
@@ -67,6 +71,8 @@ mod rmap;
 mod root;
 mod slot;
 mod slot_zap;
+mod sync;
+mod track;
 mod unmap;
 mod zap;
 
@@ -78,11 +84,14 @@ use tdpmmu_spte::{Format, KernelProfile, Role, WriteBack};
 use tdpmmu_table::{DeadChain, TablePool};
 
 pub use audit::PageInfo;
+pub use bulk::DirectRun;
 pub use count::{ShadowCounts, ShadowLeftovers, ShadowMemory, overhead_bytes_per_page};
 pub use design::{SHADOW_DESIGNS, ShadowDesign, ShadowDesignInfo};
 pub use guest::{GuestFault, GuestPte, GuestWalk, walk_guest};
 pub use host::ShadowHost;
+pub use lockless::{FastOutcome, ShadowWalk};
 pub use lpage::LpageInfo;
+pub use map::{ShadowFault, ShadowFrame, ShadowOutcome};
 pub use reclaim::{ModeWord, NoMode, ReclaimKind, Reclamation, Section, WalkError, Walker};
 pub use slot::{BookSet, SlotBooks};
 pub use slot_zap::SlotPages;

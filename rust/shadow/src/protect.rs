@@ -48,7 +48,7 @@ impl<P: Platform> ShadowMmu<P> {
         gfn: u64,
         min_level: u8,
     ) -> bool {
-        let elsewhere = self.host.protect_elsewhere(lock, as_id, gfn, min_level);
+        let elsewhere = self.host.write_protect_gfn(lock, as_id, gfn, min_level);
         elsewhere
             | self.change_leaves(lock, books, as_id, gfn..gfn + 1, min_level, |format, spte| {
                 let gone = format.write | format.mmu_writable;

@@ -37,12 +37,9 @@ impl<P: Platform> ShadowMmu<P> {
             let (in_use, cap) = (self.tallies.pages.get(), u64::from(self.config.quota));
             return Err(PoolError::Exhausted { in_use, cap, wanted: 1 });
         }
-        let books = self.books();
-        let mut dead = DeadPages::default();
-        let found = self
-            .find_page(guard, as_id, gfn, role)
-            .or_else(|| self.new_page(guard, &books, cache, as_id, gfn, role));
-        self.commit_zap(guard, dead);
+        let mut owed = self.owe();
+        let found = self.get_page(guard, cache, &mut owed, as_id, gfn, role);
+        self.pay(guard, &mut owed);
         let Some(root) = found else {
             let in_use = self.pool.stats().taken;
             return Err(PoolError::Exhausted { in_use, cap: self.pool.cap(), wanted: 1 });
