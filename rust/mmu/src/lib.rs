@@ -207,6 +207,11 @@ impl<P: Platform> TdpMmu<P> {
         &self.pool
     }
 
+    /// The page-table pages, for who shares them.
+    pub fn shared_pool(&self) -> &Arc<TablePool> {
+        &self.pool
+    }
+
     /// The RCU domain that tables are freed through.
     #[inline(always)]
     pub fn rcu(&self) -> &Arc<P::Rcu> {

@@ -64,6 +64,8 @@ pub const DESIGNS: &[&str] = &[
     "sync",
     "reap",
     "shadow-walk",
+    "shadow-walk-break",
+    "shadow-gen-kept",
     "shadow-gen",
     "shadow-slot",
 ];

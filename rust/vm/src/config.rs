@@ -4,9 +4,11 @@ use std::sync::Arc;
 
 use tdpmmu_mmu::{DesignOptions, OtherOwnership, QueueKind};
 use tdpmmu_platform::{Observer, RcuConfig, TaskConfig};
+use tdpmmu_shadow::ReclaimKind;
 use tdpmmu_spte::{Format, FormatKind, KernelProfile, LEVEL_1G, Ownership, Passes};
 
 use crate::VmError;
+use crate::design::{design_info, shadow_design};
 use crate::dirty::DirtyMode;
 
 /// Most pages of a modelled host: 64 TiB for a guest, and 4 GiB for what a test puts beside it.
@@ -17,6 +19,55 @@ pub const MAX_WORKERS: usize = 1024;
 
 /// The level (1 to 3) by which the host maps a host virtual page now.
 pub type HostLevel = Arc<dyn Fn(u64) -> u8 + Send + Sync>;
+
+/// How a vCPU's translations come about.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Paging {
+    /// Guest-physical addresses are translated by the TDP MMU.
+    #[default]
+    Tdp,
+    /// Guest-physical addresses are translated by direct shadow pages: EPT or NPT before 5.11, and with tdp_mmu=N since.
+    Direct,
+    /// The guest's virtual addresses are translated by pages that shadow the guest's own tables: no EPT or NPT at all (tdp=0).
+    Guest,
+}
+
+impl Paging {
+    /// Every kind.
+    pub const ALL: [Self; 3] = [Self::Tdp, Self::Direct, Self::Guest];
+
+    /// Its name in options and results.
+    pub const fn name(self) -> &'static str {
+        ["tdp", "direct", "guest"][self as usize]
+    }
+
+    /// The kind of that name.
+    pub fn parse(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|paging| paging.name() == name)
+    }
+}
+
+/// The shadow MMU of a VM. The VM has one if its design is one of the shadow MMU's, or if `nested` asks for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ShadowSpec {
+    /// What the vCPUs run on under a shadow design; [`Paging::Tdp`] is not possible there. Ignored under a design of the TDP MMU.
+    pub paging: Paging,
+    /// How freed shadow pages and lockless walkers keep out of each other's way.
+    pub reclaim: ReclaimKind,
+    /// Most shadow pages in use (KVM_SET_NR_MMU_PAGES); `None`: no bound but the pool's.
+    pub quota: Option<u32>,
+    /// vCPUs of a VM on the TDP MMU may enter an L2, on shadow pages of the tables that L1 keeps for it.
+    pub nested: bool,
+}
+
+impl Default for ShadowSpec {
+    fn default() -> Self {
+        Self { paging: Paging::Direct, reclaim: ReclaimKind::default(), quota: None, nested: false }
+    }
+}
+
+/// Fewest shadow pages that a quota may allow: a fault takes up to five, under a root. (KVM_SET_NR_MMU_PAGES asks for 64.)
+pub const MIN_QUOTA: u32 = 8;
 
 /// Everything that decides how a VM behaves. `None` means the design's historic setting, else the profile's.
 #[derive(Clone)]
@@ -69,6 +120,8 @@ pub struct VmConfig {
     pub nx_huge_pages: bool,
     /// Generation that address space 0 begins with, even; space 1 begins with the number after it.
     pub memslot_generation: u64,
+    /// The shadow MMU, where there is one.
+    pub shadow: ShadowSpec,
     /// Check the owner of the frame at each guest access too.
     pub check_frames: bool,
     /// Settings of tasks.
@@ -107,6 +160,7 @@ impl VmConfig {
             dirty_ring: None,
             nx_huge_pages: false,
             memslot_generation: 0,
+            shadow: ShadowSpec::default(),
             check_frames: false,
             task: TaskConfig::default(),
             rcu: RcuConfig::default(),
@@ -117,6 +171,29 @@ impl VmConfig {
     /// The design's name that holds.
     pub fn design_name(&self) -> &str {
         self.design.as_deref().unwrap_or(self.profile.design)
+    }
+
+    /// What its vCPUs run on.
+    pub fn paging(&self) -> Paging {
+        if shadow_design(self.design_name()).is_some() { self.shadow.paging } else { Paging::Tdp }
+    }
+
+    /// Has the VM a shadow MMU?
+    pub fn has_shadow(&self) -> bool {
+        self.shadow.nested || shadow_design(self.design_name()).is_some()
+    }
+
+    /// The design of the TDP MMU: the profile's in a VM whose vCPUs have no roots of it.
+    pub fn tdp_design_name(&self) -> &str {
+        let wanted = self.design_name();
+        match shadow_design(wanted) {
+            None => wanted,
+            // A profile that was told to have a shadow design is still the kernel of its name.
+            Some(_) if shadow_design(self.profile.design).is_some() => {
+                KernelProfile::named(self.profile.name).map_or("sync", |profile| profile.design)
+            }
+            Some(_) => self.profile.design,
+        }
     }
 
     /// What the design is built with.
@@ -167,8 +244,22 @@ impl VmConfig {
             return bad("workers", self.workers.to_string(), "1 to 1024 worker threads");
         }
         let name = self.design_name();
-        let Some(info) = tdpmmu_mmu::design::info(name) else {
+        if design_info(name).is_none() {
             return bad("design", name.to_owned(), "no zap design of this build has that name");
+        }
+        if shadow_design(name).is_some() {
+            self.check_shadow_design(name)?;
+        }
+        if let Some(quota) = self.shadow.quota.filter(|&quota| quota < MIN_QUOTA) {
+            return bad(
+                "quota",
+                quota.to_string(),
+                "at least 8 shadow pages: a root, and what one fault takes",
+            );
+        }
+        let name = self.tdp_design_name();
+        let Some(info) = tdpmmu_mmu::design::info(name) else {
+            return bad("design", name.to_owned(), "the profile's design is one of the TDP MMU's");
         };
         if info.needs_stale_root_check && !self.profile.stale_root_check {
             let value = format!("{name} with profile {}", self.profile.name);
@@ -183,5 +274,31 @@ impl VmConfig {
             return bad("ownership", format!("{ownership:?} with design {name}"), why);
         }
         Ok((tdpmmu_mmu::design::effective_passes(self.passes, info, &self.profile), ownership))
+    }
+
+    /// What a shadow design does not go together with.
+    fn check_shadow_design(&self, name: &str) -> Result<(), VmError> {
+        let bad = |what, value: String, rule| Err(VmError::Config { what, value, rule });
+        if let Some(passes) = self.passes {
+            return bad("passes", format!("{passes} with design {name}"), "the shadow MMU has no passes");
+        }
+        if let Some(ownership) = self.ownership {
+            let rule = "the shadow MMU has no roots of its own: only vCPUs refer to them";
+            return bad("ownership", format!("{ownership:?} with design {name}"), rule);
+        }
+        if self.shadow.paging == Paging::Tdp {
+            let rule = "under a shadow design the vCPUs run on shadow pages: direct or guest";
+            return bad("paging", format!("tdp with design {name}"), rule);
+        }
+        if self.shadow.nested {
+            let rule = "an L2 runs on shadow pages under an L1 on the TDP MMU: a design of that one";
+            return bad("nested", format!("true with design {name}"), rule);
+        }
+        if self.dirty_mode == DirtyMode::DBits {
+            let rule =
+                "hardware logs guest-physical addresses of a TDP walk; shadow pages are write-protected";
+            return bad("dirty_mode", format!("DBits with design {name}"), rule);
+        }
+        Ok(())
     }
 }

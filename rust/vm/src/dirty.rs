@@ -175,6 +175,7 @@ impl<P: Platform> Vm<P> {
         let (mmu, as_id, gfns) = (self.mmu(), slot.as_id, slot.gfns());
         if self.protocol.all_set.load(Ordering::Relaxed) {
             if mmu.profile().init_set_protects_huge {
+                self.write_protect_shadow(task, as_id, gfns.clone(), LEVEL_2M);
                 mmu.write_protect(task, as_id, gfns.clone(), LEVEL_2M);
                 mmu.flush(task, Some(gfns));
             }
@@ -184,6 +185,8 @@ impl<P: Platform> Vm<P> {
             // Best effort, as in KVM: what stays huge for want of a table is protected below and split by its write fault.
             let _shortage = mmu.split_huge_pages(task, as_id, gfns.clone(), LEVEL_4K);
         }
+        // Shadow pages are protected in either mode: what hardware logs of an L2 would be addresses of L2's. They are not split ahead: the next write to a huge leaf does.
+        self.write_protect_shadow(task, as_id, gfns.clone(), LEVEL_4K);
         match self.protocol.mode() {
             DirtyMode::WriteProtect => {
                 mmu.write_protect(task, as_id, gfns.clone(), LEVEL_4K);
@@ -205,6 +208,7 @@ impl<P: Platform> Vm<P> {
             }
             slot.max_level(gfn).min(self.host_level(slot.hva_of(gfn)))
         };
+        self.collapse_shadow(task, slot, &level);
         self.mmu().collapse(task, slot.as_id, slot.gfns(), &level);
     }
 
@@ -272,9 +276,12 @@ impl<P: Platform> Vm<P> {
         if self.protocol.all_set.load(Ordering::Relaxed) && !self.mmu().profile().init_set_protects_huge {
             let first = base + u64::from(mask.trailing_zeros());
             let last = base + u64::from(63 - mask.leading_zeros());
-            if !harvest.is_small(first, last) {
+            if self.shadow().is_some() || !harvest.is_small(first, last) {
                 harvest.interrupt(|guard| self.break_huge(guard, slot.as_id, first, last));
             }
+        }
+        if self.shadow().is_some() {
+            harvest.interrupt(|guard| self.write_protect_shadow_masked(guard, slot.as_id, base, mask));
         }
         harvest.clear(base, mask);
     }
@@ -289,6 +296,9 @@ impl<P: Platform> Vm<P> {
         }
         // W and MMU-writable: what is still huge is split by its next write, not fixed without the lock. The flush after the hold serves these too: a
         // write through an old translation until then is one before this call returned.
+        if let Some(shadow) = self.shadow() {
+            shadow.write_protect(guard, as_id, first..last + 1, LEVEL_2M);
+        }
         mmu.write_protect_gfn(guard, as_id, first, LEVEL_2M);
         // The kernel compares the pages rounded *up*: of two huge pages the second is missed if only its very first page is named.
         let up = |gfn: u64| gfn.next_multiple_of(span(LEVEL_2M));

@@ -1,5 +1,6 @@
 //! What can go wrong, with the value and the rule it broke.
 
+use tdpmmu_shadow::GuestFault;
 use tdpmmu_table::PoolError;
 
 /// An error of the VM layer. Gfns and host virtual pages are in 4 KiB units and printed in hex.
@@ -168,6 +169,40 @@ pub enum VmError {
     RingFull {
         /// The vCPU.
         vcpu: usize,
+    },
+    /// The guest's own tables do not allow the access: the page fault is the guest's (an L1's, for an access of its L2), which maps the page and tries again.
+    #[error("vCPU {vcpu}: {fault}")]
+    GuestFault {
+        /// The vCPU.
+        vcpu: usize,
+        /// What its tables said.
+        fault: GuestFault,
+    },
+    /// A vCPU that translates by the guest's own tables was told of none yet.
+    #[error("vCPU {vcpu} has no page tables yet: give it a CR3")]
+    NoCr3 {
+        /// The vCPU.
+        vcpu: usize,
+    },
+    /// What only a vCPU on the TDP MMU has.
+    #[error("{what}: only a vCPU on the TDP MMU has it; this one runs on shadow pages")]
+    NeedsTdp {
+        /// What was asked for.
+        what: &'static str,
+    },
+    /// What only a vCPU on shadow pages, or a VM with a shadow MMU, has.
+    #[error("{what}: {rule}")]
+    NeedsShadow {
+        /// What was asked for.
+        what: &'static str,
+        /// What it takes.
+        rule: &'static str,
+    },
+    /// Every shadow page that the quota allows is in use, and none can be reclaimed.
+    #[error("the quota of {quota} shadow pages is used up, and none can be reclaimed: roots in use stay")]
+    Quota {
+        /// Pages allowed.
+        quota: u32,
     },
     /// The VM was closed.
     #[error("the VM is closed")]

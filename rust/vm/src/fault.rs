@@ -67,20 +67,20 @@ pub struct HostAnswer {
 
 /// What a fault knows when it takes mmu_lock.
 #[derive(Clone, Copy)]
-struct Resolved {
-    access: GuestAccess,
-    as_id: u8,
-    frame: Frame,
+pub(crate) struct Resolved {
+    pub(crate) access: GuestAccess,
+    pub(crate) as_id: u8,
+    pub(crate) frame: Frame,
     /// The level to map at.
-    goal: u8,
+    pub(crate) goal: u8,
     /// What slot and host would have allowed, had the NX mitigation no say.
     wanted: u8,
     /// A fetch under the NX mitigation.
-    disallowed: bool,
-    tracked: bool,
-    prefetch: bool,
+    pub(crate) disallowed: bool,
+    pub(crate) tracked: bool,
+    pub(crate) prefetch: bool,
     /// The notifier's sequence, where a memslot is behind the gfn.
-    seq: Option<u64>,
+    pub(crate) seq: Option<u64>,
 }
 
 impl<'v, P: Platform> Vcpu<'v, P> {
@@ -103,7 +103,7 @@ impl<'v, P: Platform> Vcpu<'v, P> {
 
     /// Does the entry carry the generation of this vCPU's address space, with no update under way? Else it is refused, and the next fault replaces it.
     pub fn mmio_is_current(&self, spte: Spte) -> bool {
-        let generation = self.core.slots.generation(self.core.role.as_id());
+        let generation = self.core.slots.generation(self.core.mmu.role.as_id());
         generation & UPDATE_IN_PROGRESS == 0 && self.vm.mmu().format().mmio_is_current(spte, generation)
     }
 
@@ -111,12 +111,15 @@ impl<'v, P: Platform> Vcpu<'v, P> {
     /// Leaves the guest first, as an exit does: a fast zap that holds mmu_lock waits until no vCPU is in the guest.
     ///
     /// # Errors
-    /// [`VmError::Pool`] out of tables; [`VmError::HostFull`] and [`VmError::BadHva`] when the host has no page to give; [`VmError::RingFull`] when the dirty ring has
+    /// [`VmError::GuestFault`] where the guest's own tables do not allow the access; [`VmError::Pool`] out of tables; [`VmError::Quota`] out of shadow pages; [`VmError::HostFull`] and [`VmError::BadHva`] when the host has no page to give; [`VmError::RingFull`] when the dirty ring has
     /// no room at all (a vCPU that enters the guest first never gets that far).
     #[inline]
     pub fn fault(&mut self, access: GuestAccess, present: bool) -> Result<FaultOutcome, VmError> {
         self.leave();
         let root = self.root()?;
+        if self.core.mmu.shadow {
+            return self.shadow_fault(root, access, present);
+        }
         if let Some(outcome) = self.try_fast(root, access, present) {
             self.counts().fault(outcome);
             return Ok(outcome);
@@ -128,7 +131,11 @@ impl<'v, P: Platform> Vcpu<'v, P> {
     pub fn fast_fault(&mut self, access: GuestAccess, present: bool) -> Option<FaultOutcome> {
         self.leave();
         let root = self.current_root()?;
-        let outcome = self.try_fast(root, access, present)?;
+        let outcome = if self.core.mmu.shadow {
+            self.try_fast_shadow(root, access, present)?
+        } else {
+            self.try_fast(root, access, present)?
+        };
         self.counts().fault(outcome);
         Some(outcome)
     }
@@ -137,7 +144,7 @@ impl<'v, P: Platform> Vcpu<'v, P> {
     /// the answer is not used. The notifier is asked as of this call.
     ///
     /// # Errors
-    /// [`VmError::Pool`] out of tables; [`VmError::BadAnswer`] for a level or frame that cannot be.
+    /// [`VmError::NeedsTdp`] for a vCPU on shadow pages; [`VmError::Pool`] out of tables; [`VmError::BadAnswer`] for a level or frame that cannot be.
     pub fn map_page(
         &mut self,
         access: GuestAccess,
@@ -145,14 +152,15 @@ impl<'v, P: Platform> Vcpu<'v, P> {
         prefetch: bool,
     ) -> Result<FaultOutcome, VmError> {
         page.check()?;
+        self.needs_tdp("a fault with the host's answer given")?;
         self.leave();
         let root = self.root()?;
         let (vm, counts) = (self.vm, self.counts());
         vm.mmu().top_up(&self.task, &mut self.core.cache)?;
         let seq = vm.side().invalidation.sample::<P>();
         self.check_ring()?;
-        let VcpuCore { slots, cache, role, .. } = &mut *self.core;
-        let (slots, as_id) = (slots.enter(), role.as_id());
+        let VcpuCore { slots, cache, mmu: context, .. } = &mut *self.core;
+        let (slots, as_id) = (slots.enter(), context.role.as_id());
         let slot = slots.find(as_id, access.gfn).map(|slot| &**slot);
         let resolved = match behind(vm, slot, access, as_id, prefetch) {
             Behind::Settled(outcome) => return Ok(counts.settled(outcome, prefetch)),
@@ -165,15 +173,16 @@ impl<'v, P: Platform> Vcpu<'v, P> {
     /// As [`Vcpu::map_page`] where no memslot is: an MMIO entry of the present generation. Where there is one, it is not known what is behind it.
     ///
     /// # Errors
-    /// [`VmError::Pool`] out of tables; [`VmError::BadRange`] where a memslot is.
+    /// [`VmError::NeedsTdp`] for a vCPU on shadow pages; [`VmError::Pool`] out of tables; [`VmError::BadRange`] where a memslot is.
     pub fn map_mmio(&mut self, access: GuestAccess, prefetch: bool) -> Result<FaultOutcome, VmError> {
+        self.needs_tdp("a fault with the host's answer given")?;
         self.leave();
         let root = self.root()?;
         let (vm, counts) = (self.vm, self.counts());
         vm.mmu().top_up(&self.task, &mut self.core.cache)?;
         self.check_ring()?;
-        let VcpuCore { slots, cache, role, .. } = &mut *self.core;
-        let (slots, as_id) = (slots.enter(), role.as_id());
+        let VcpuCore { slots, cache, mmu: context, .. } = &mut *self.core;
+        let (slots, as_id) = (slots.enter(), context.role.as_id());
         let slot = slots.find(as_id, access.gfn).map(|slot| &**slot);
         match behind(vm, slot, access, as_id, prefetch) {
             Behind::Settled(outcome) => Ok(counts.settled(outcome, prefetch)),
@@ -192,7 +201,7 @@ impl<'v, P: Platform> Vcpu<'v, P> {
         if !rules.fast_page_fault || !(present && write || !rules.ad_bits) {
             return None;
         }
-        let as_id = self.core.role.as_id();
+        let as_id = self.core.mmu.role.as_id();
         // A ring without room is the slow path's to tell.
         self.check_ring().ok()?;
         let slots = self.core.slots.enter();
@@ -231,8 +240,8 @@ impl<'v, P: Platform> Vcpu<'v, P> {
         let (vm, counts) = (self.vm, self.counts());
         let (mmu, side, rules) = (vm.mmu(), vm.side(), vm.rules());
         self.check_ring()?;
-        let VcpuCore { slots, cache, role, .. } = &mut *self.core;
-        let (slots, as_id) = (slots.enter(), role.as_id());
+        let VcpuCore { slots, cache, mmu: context, .. } = &mut *self.core;
+        let (slots, as_id) = (slots.enter(), context.role.as_id());
         mmu.top_up(&self.task, cache)?;
         let seq = side.invalidation.sample::<P>();
         let slot = slots.find(as_id, access.gfn).map(|slot| &**slot);
@@ -272,9 +281,14 @@ impl<'v, P: Platform> Vcpu<'v, P> {
         Ok(vm.map(&self.task, counts, cache, root, &resolved, ended))
     }
 
+    /// For what only the TDP MMU can do.
+    pub(crate) fn needs_tdp(&self, what: &'static str) -> Result<(), VmError> {
+        if self.core.mmu.shadow { Err(VmError::NeedsTdp { what }) } else { Ok(()) }
+    }
+
     /// What this task dirties goes to this vCPU's ring, where there are rings: is there room?
     #[inline(always)]
-    fn check_ring(&self) -> Result<(), VmError> {
+    pub(crate) fn check_ring(&self) -> Result<(), VmError> {
         match &self.vm.side().rings {
             Some(rings) if rings.full(self.id()) => Err(VmError::RingFull { vcpu: self.id() }),
             _ => Ok(()),
@@ -296,7 +310,7 @@ impl<'v, P: Platform> Vcpu<'v, P> {
 }
 
 /// What is behind a gfn, as far as the memslot tells.
-enum Behind<'s> {
+pub(crate) enum Behind<'s> {
     /// The fault ends here.
     Settled(FaultOutcome),
     /// No memslot: an MMIO entry.
@@ -306,7 +320,7 @@ enum Behind<'s> {
 }
 
 #[inline(always)]
-fn behind<'s, P: Platform>(
+pub(crate) fn behind<'s, P: Platform>(
     vm: &Vm<P>,
     slot: Option<&'s MemSlot>,
     access: GuestAccess,
@@ -337,7 +351,7 @@ fn behind<'s, P: Platform>(
 
 /// kvm_mmu_hugepage_adjust: the level to map at.
 #[inline(always)]
-fn resolve<P: Platform>(
+pub(crate) fn resolve<P: Platform>(
     vm: &Vm<P>,
     slot: &MemSlot,
     access: GuestAccess,
@@ -399,6 +413,7 @@ impl<P: Platform> Vm<P> {
         {
             return counts.settled(FaultOutcome::Retry, prefetch);
         }
+        let (frame, goal) = if rules.nested { self.nested_limits(&guard, fault) } else { (frame, goal) };
         let fault = MapFault {
             gfn: access.gfn,
             as_id,

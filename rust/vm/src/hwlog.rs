@@ -45,7 +45,7 @@ impl<P: Platform> Vcpu<'_, P> {
     #[cold]
     pub(crate) fn flush_hardware_log(&mut self) {
         let side = self.vm.side();
-        let as_id = self.core.role.as_id();
+        let as_id = self.core.mmu.role.as_id();
         for gfn in std::mem::take(&mut self.core.hardware_log.0) {
             MmuHost::<P>::gfn_dirty(side, &self.task, as_id, gfn);
         }

@@ -26,18 +26,29 @@
 //! | `invalidate.rs` | the modelled host takes pages away, or maps larger ones |
 //! | `host.rs`, `frames.rs`, `mmap_lock.rs` | the host's primary MMU; frames and their owners; its lock |
 //! | `populate.rs` | filling memory, in bulk or by racing faults |
-//! | `side.rs` | the MMU's upcalls |
+//! | `side.rs` | the MMUs' upcalls |
+//! | `both.rs` | what is done to leaves in both MMUs |
+//! | `design.rs` | zap designs of both MMUs by name |
+//! | `shadow_fault.rs` | the fault pipeline of a vCPU on shadow pages |
+//! | `shadow_populate.rs` | filling them in bulk |
+//! | `guest_paging.rs` | a guest that loads, writes and flushes its own tables; L2 |
+//! | `guest_memory.rs`, `guest_os.rs` | the pages with contents: guest tables; who builds these |
 //!
-//! What is modelled, and not done: guest memory has no contents, host page tables are one word per 2 MiB, interrupts are polls. What is real: threads, locks, waits,
+//! What is modelled, and not done: guest memory has no contents but the guest's tables, host page tables are one word per 2 MiB, interrupts are polls. What is real: threads, locks, waits,
 //! every SPTE, every TLB entry, every reference.
 
 #![warn(missing_docs)]
 
+mod both;
 mod config;
+mod design;
 mod dirty;
 mod error;
 mod fault;
 pub mod frames;
+pub mod guest_memory;
+mod guest_os;
+mod guest_paging;
 pub mod host;
 mod hwlog;
 mod invalidate;
@@ -50,6 +61,8 @@ mod range;
 pub mod request;
 mod ring;
 pub mod root_cache;
+mod shadow_fault;
+mod shadow_populate;
 mod side;
 pub mod slot;
 pub mod slots;
@@ -61,10 +74,13 @@ mod vcpu;
 mod vm;
 pub mod walker;
 
-pub use config::{HostLevel, MAX_HOST_PAGES, VmConfig};
+pub use config::{HostLevel, MAX_HOST_PAGES, MIN_QUOTA, Paging, ShadowSpec, VmConfig};
+pub use design::{all_design_names, design_info};
 pub use dirty::{DirtyLog, DirtyMode};
 pub use error::VmError;
 pub use fault::{FaultOutcome, HostAnswer};
+pub use guest_memory::GuestMemory;
+pub use guest_os::GuestOs;
 pub use populate::{AdMix, BulkOptions, Progress};
 pub use ring::RingEntry;
 pub use side::HostSide;

@@ -19,7 +19,7 @@
 use std::ops::Range;
 use std::sync::atomic::AtomicU64;
 
-use tdpmmu_platform::{Bug, Exclusive, Guard, Platform, Shared, Site};
+use tdpmmu_platform::{Bug, Exclusive, Guard, Mode, Platform, Shared, Site};
 
 /// mmu_invalidate_seq, mmu_invalidate_in_progress and the range, for one address space numbering of gfns.
 #[derive(Debug, Default)]
@@ -63,7 +63,7 @@ impl Invalidation {
 
     /// Must a fault on `gfn` that sampled `seq` try again? Definite, because mmu_lock is held.
     #[inline]
-    pub fn must_retry<P: Platform>(&self, _lock: &Guard<'_, P, Shared>, gfn: u64, seq: u64) -> bool {
+    pub fn must_retry<P: Platform, M: Mode>(&self, _lock: &Guard<'_, P, M>, gfn: u64, seq: u64) -> bool {
         // 5.16-6.2: an int, which the compare extends by its sign.
         let seq = if P::bug(Bug::B29) { seq as i32 as u64 } else { seq };
         self.looks_stale::<P>(gfn, seq)

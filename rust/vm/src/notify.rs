@@ -49,7 +49,7 @@ impl<P: Platform> Vm<P> {
             task.observe(|| Event::NotifierActive { start: cover.start, end: cover.end });
             let mut debt = FlushDebt::none();
             for (as_id, gfns) in ranges {
-                debt = mmu.unmap_owing(&mut guard, as_id, gfns, may_block, debt);
+                debt = self.unmap_both(&mut guard, as_id, gfns, may_block, debt);
             }
             if P::bug(Bug::C03) {
                 debt.take();
@@ -74,7 +74,7 @@ impl<P: Platform> Vm<P> {
     /// # Errors
     /// As [`Vm::notifier_unmap`].
     pub fn notifier_age(&self, task: &Task<P>, hvas: Range<u64>) -> Result<bool, VmError> {
-        self.for_slots(task, &hvas, |as_id, gfns| self.mmu().age(task, as_id, gfns))
+        self.for_slots(task, &hvas, |as_id, gfns| self.age_both(task, as_id, gfns))
     }
 
     /// clear_flush_young: as [`Vm::notifier_age`], and in kernels up to 6.12 a flush if some leaf was young, so that the next access sets Accessed again.
@@ -94,7 +94,7 @@ impl<P: Platform> Vm<P> {
     /// # Errors
     /// As [`Vm::notifier_unmap`].
     pub fn notifier_test_age(&self, task: &Task<P>, hvas: Range<u64>) -> Result<bool, VmError> {
-        self.for_slots(task, &hvas, |as_id, gfns| self.mmu().test_age(task, as_id, gfns))
+        self.for_slots(task, &hvas, |as_id, gfns| self.test_age_both(task, as_id, gfns))
     }
 
     /// `body` for each range of gfns behind `hvas`; whether any said true.
@@ -142,6 +142,9 @@ impl<P: Platform> Vm<P> {
         let mut guard = mmu.lock.write(task);
         let mut changed = false;
         for (as_id, gfns) in ranges {
+            // Leaves of shadow pages are dropped, where KVM would put the new frame in: the next access does.
+            changed |=
+                self.shadow().is_some_and(|shadow| shadow.unmap(&mut guard, as_id, gfns.clone(), false));
             changed |= mmu.set_spte_gfn(&mut guard, as_id, gfns.start, pfn, writable);
         }
         if changed {

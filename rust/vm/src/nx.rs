@@ -23,7 +23,7 @@ impl<P: Platform> Vm<P> {
             return Ok(None);
         }
         self.mmu().set_nx_huge_pages(on);
-        Ok(Some(self.fast_zap_locked(task)))
+        Ok(Some(self.fast_zap_locked(task, None)))
     }
 
     /// One period of the recovery thread: of the tables that stand where a huge page could, the oldest are zapped, one in `ratio`, rounded up; 0 is none

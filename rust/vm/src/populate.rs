@@ -63,7 +63,7 @@ pub struct Progress {
 }
 
 /// SplitMix64: which 2 MiB pieces are dirty.
-fn mix(seed: u64, n: u64) -> u64 {
+pub(crate) fn mix(seed: u64, n: u64) -> u64 {
     let mut z = seed.wrapping_add(n.wrapping_mul(0x9e37_79b9_7f4a_7c15));
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -100,7 +100,7 @@ impl<P: Platform> Vm<P> {
     }
 
     /// Populates `gfns` of the address space that `vcpu` is in (1 in SMM) under its current root, which keeps the reference. Returns the leaves made. Pages that are
-    /// mapped already stay.
+    /// mapped already stay. A vCPU on shadow pages makes them one by one, as its faults would, whatever `threads` says; where they shadow the guest's tables, `gfns` are virtual pages, which these must map.
     ///
     /// # Errors
     /// [`VmError::BadRange`] where no memslot is; [`VmError::Pool`], [`VmError::HostFull`], [`VmError::Cancelled`]: what was done stays.
@@ -115,11 +115,14 @@ impl<P: Platform> Vm<P> {
         let root = vcpu.root()?;
         let as_id = vcpu.role().as_id();
         let bad = |rule| VmError::BadRange { as_id, start: gfns.start, end: gfns.end, rule };
-        if gfns.is_empty() || gfns.end > self.mmu().max_gfn() {
+        if gfns.is_empty() || gfns.end > self.mmu().max_gfn() && !vcpu.core.mmu.guest {
             return Err(bad("a range to populate is not empty and ends within the guest's address space"));
         }
         if !(LEVEL_4K..=LEVEL_1G).contains(&options.level) {
             return Err(bad("leaves are 4K (1), 2M (2) or 1G (3)"));
+        }
+        if vcpu.core.mmu.shadow {
+            return self.populate_shadow(vcpu, gfns, options, progress);
         }
         let gig = span(LEVEL_1G);
         let pieces: Vec<Range<u64>> = (gfns.start / gig..gfns.end.div_ceil(gig))
@@ -286,8 +289,8 @@ impl<P: Platform> Vm<P> {
                 let gfn = gfns.start + (offset + at) % pages;
                 let access = GuestAccess { gfn, write, exec: false };
                 // Hardware faults only where it finds nothing; two vCPUs that both found nothing race on.
-                let root = vcpu.root()?;
-                let there = self.mmu().lookup(vcpu.task(), root, gfn);
+                vcpu.root()?;
+                let there = vcpu.lookup(gfn);
                 if there.is_some_and(|(spte, _)| self.mmu().format().allows(spte, write, false)) {
                     at += 1;
                     continue;

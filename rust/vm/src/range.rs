@@ -9,6 +9,7 @@
 
 use std::ops::Range;
 
+use tdpmmu_mmu::FlushDebt;
 use tdpmmu_platform::{Bug, Event, Platform, Task};
 use tdpmmu_spte::LEVEL_4K;
 use tdpmmu_spte::geometry::{round_down, span};
@@ -34,6 +35,14 @@ impl<P: Platform> Vm<P> {
         let (start, end) = (announced.start, announced.end);
         side.invalidation.begin(&guard, &announced);
         task.observe(|| Event::NotifierActive { start, end });
+        let mut debt = FlushDebt::none();
+        for as_id in 0..2 {
+            if self.shadow().is_some_and(|shadow| shadow.unmap(&mut guard, as_id, gfns.clone(), true)) {
+                debt.owe(gfns.clone());
+            }
+        }
+        // The TDP half may break the hold: what the other owes is not carried across.
+        mmu.pay(task, &mut debt);
         let mut debt = mmu.zap_gfn_range(&mut guard, gfns);
         mmu.pay(task, &mut debt);
         task.observe(|| Event::NotifierEnding { start, end });
@@ -55,7 +64,7 @@ impl<P: Platform> Vm<P> {
             return Err(VmError::BadRange { as_id, start: gfn, end: gfn.saturating_add(1), rule });
         }
         let mut guard = early.unwrap_or_else(|| self.mmu().lock.write(task));
-        let changed = self.mmu().write_protect_gfn(&mut guard, as_id, gfn, LEVEL_4K);
+        let changed = self.write_protect_gfn_both(&mut guard, as_id, gfn);
         if changed {
             self.mmu().flush(task, Some(gfn..gfn + 1));
         }
@@ -70,8 +79,9 @@ impl<P: Platform> Vcpu<'_, P> {
     ///
     /// # Errors
     /// [`VmError::BadRange`] for an empty range, or where the first page has no memslot (ENOENT; its MMIO entry is there afterwards), or one that is being deleted (EAGAIN, from 6.18 on; before, the
-    /// call waits); as [`Vcpu::fault`] for the first page.
+    /// call waits); [`VmError::NeedsTdp`] for a vCPU on shadow pages (EOPNOTSUPP); as [`Vcpu::fault`] for the first page.
     pub fn pre_fault(&mut self, gfns: Range<u64>) -> Result<u64, VmError> {
+        self.needs_tdp("KVM_PRE_FAULT_MEMORY")?;
         let as_id = self.role().as_id();
         let bad = |rule| Err(VmError::BadRange { as_id, start: gfns.start, end: gfns.end, rule });
         if gfns.is_empty() {

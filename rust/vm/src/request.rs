@@ -12,7 +12,11 @@
 //! | full barrier | full barrier |
 //! | read the mode; if IN_GUEST: kick and wait | read the requests; if any: back out |
 //!
-//! One of the two sees the other's write. The kick turns IN_GUEST into EXITING (only one kicker need send it); the vCPU polls its mode
+//! One of the two sees the other's write. A vCPU that reads shadow pages without mmu_lock says so by the fourth mode (`READING_SHADOW_PAGE_TABLES`, Linux 3.5): outside of the guest, but
+//! with interrupts off. Who only wants it out of the guest passes it by; who waits for delivery ([`WAIT`]: a flush, a reload) waits for it too, because whoever flushes before it frees shadow pages waits for just
+//! that (`kvm_request_needs_ipi`). Nobody marks it: a real one takes the IPI when it turns interrupts on again, this one by writing OUTSIDE, and each reading is an entry with a number of its own.
+//!
+//! The kick turns IN_GUEST into EXITING (only one kicker need send it); the vCPU polls its mode
 //! where a real one would take the interrupt. The wait is over when the word no longer names that entry: the next guest entry is a new number, so
 //! a vCPU that re-enters at once is not waited for twice. A vCPU thread that the host preempts while in the guest has not acknowledged; a real one
 //! would have exited. That wait is measured, not hidden.
@@ -20,6 +24,7 @@
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use tdpmmu_platform::{Bug, Fault, Phase, Platform, Site, Task};
+use tdpmmu_shadow::ModeWord;
 
 /// Not in the guest.
 pub const OUTSIDE: u64 = 0;
@@ -27,6 +32,8 @@ pub const OUTSIDE: u64 = 0;
 pub const IN_GUEST: u64 = 1;
 /// In the guest, and kicked.
 pub const EXITING: u64 = 2;
+/// Outside of the guest, in a lockless walk of shadow pages.
+pub const READING: u64 = 3;
 
 const MODE_MASK: u64 = 3;
 const ENTRY: u64 = 4;
@@ -74,7 +81,12 @@ impl VcpuState {
 
     /// Is the vCPU in the guest (kicked or not)?
     pub fn in_guest<P: Platform>(&self) -> bool {
-        self.mode::<P>().1 != OUTSIDE
+        matches!(self.mode::<P>().1, IN_GUEST | EXITING)
+    }
+
+    /// Is the vCPU in a lockless walk of shadow pages?
+    pub fn reading<P: Platform>(&self) -> bool {
+        self.mode::<P>().1 == READING
     }
 
     /// Tries to enter the guest: false when a request is pending, which must be serviced first. Only the vCPU's own thread calls it.
@@ -136,19 +148,33 @@ impl VcpuState {
         P::fetch_and(&self.requests, !bits, Site::VcpuRequest) & bits
     }
 
-    /// Sends the kick if the vCPU is in the guest; returns the entry that must end, if any.
-    fn kick<P: Platform>(&self) -> Option<u64> {
+    /// Sends the kick if the vCPU is in the guest; returns the entry that must end, if any. One that reads shadow pages counts for who `waits`, and is not marked.
+    fn kick<P: Platform>(&self, waits: bool) -> Option<u64> {
         let word = P::load(&self.mode, Site::VcpuKick);
         match word & MODE_MASK {
             OUTSIDE => None,
+            READING => waits.then_some(word / ENTRY),
             IN_GUEST => match P::cmpxchg(&self.mode, word, word - IN_GUEST + EXITING, Site::VcpuKick) {
                 Ok(_) => Some(word / ENTRY),
                 // It left, or another kicker was first; in either case the word says so now.
                 Err(now) => {
-                    (now & MODE_MASK != OUTSIDE && now / ENTRY == word / ENTRY).then_some(word / ENTRY)
+                    (now & MODE_MASK == EXITING && now / ENTRY == word / ENTRY).then_some(word / ENTRY)
                 }
             },
             _ => Some(word / ENTRY),
+        }
+    }
+
+    /// Waits until the vCPU has ended the reading `entry`. It has interrupts off and waits for nothing, so the waiter stays awake, as who has sent an IPI does: the reader pays for no wake-up.
+    fn wait_reading<P: Platform>(&self, entry: u64) {
+        let mut looks = 0;
+        while self.mode::<P>() == (entry, READING) {
+            looks += 1;
+            if P::SPINS && looks < SPINS {
+                P::relax(Site::ReadingMode);
+            } else {
+                P::yield_cpu(Site::ReadingMode);
+            }
         }
     }
 
@@ -221,6 +247,24 @@ impl VcpuState {
     }
 }
 
+/// The walker's half of the protocol; its barriers stand where they are argued, in the shadow MMU's reclamation.
+impl ModeWord for VcpuState {
+    fn begin_reading<P: Platform>(&self) {
+        let word = P::load(&self.mode, Site::ReadingMode);
+        debug_assert_eq!(
+            word & MODE_MASK,
+            OUTSIDE,
+            "a lockless walk begins outside of the guest and of another walk"
+        );
+        P::store(&self.mode, (word & !MODE_MASK) + ENTRY + READING, Site::ReadingMode);
+    }
+
+    fn end_reading<P: Platform>(&self) {
+        let word = P::load(&self.mode, Site::ReadingMode);
+        P::store(&self.mode, word & !MODE_MASK | OUTSIDE, Site::ReadingMode);
+    }
+}
+
 /// Fault injection: the caller stands still for as long as the fault says. Nothing on a platform without faults.
 #[inline(always)]
 pub(crate) fn pause<P: Platform>(fault: Fault, site: Site) {
@@ -232,7 +276,7 @@ pub(crate) fn pause<P: Platform>(fault: Fault, site: Site) {
 /// What a request to all vCPUs met.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Kicks {
-    /// vCPUs kicked or waited for because they were in the guest.
+    /// vCPUs kicked or waited for because they were in the guest, or waited for because they read shadow pages.
     pub kicked: u32,
     /// Time from the first request bit to the last exit waited for, in nanoseconds.
     pub wait_ns: u64,
@@ -250,7 +294,7 @@ pub fn make_all_cpus_request<P: Platform, V: AsRef<VcpuState>>(
     let mut kicks = Kicks::default();
     if P::bug(Bug::C01) {
         for vcpu in vcpus {
-            let _ = vcpu.as_ref().kick::<P>();
+            let _ = vcpu.as_ref().kick::<P>(true);
         }
     }
     for vcpu in vcpus {
@@ -269,15 +313,17 @@ pub fn make_all_cpus_request<P: Platform, V: AsRef<VcpuState>>(
         if bits & NO_WAKEUP == 0 {
             vcpu.wake::<P>();
         }
-        kicks.kicked += u32::from(vcpu.kick::<P>().is_some());
+        kicks.kicked += u32::from(vcpu.kick::<P>(bits & WAIT != 0).is_some());
     }
     if kicks.kicked != 0 && bits & WAIT != 0 && !P::bug(Bug::C14) {
         // Second round: every kick is on its way before the first wait. Who is in the guest unkicked has entered since then,
         // saw its request first, and is neither kicked again nor waited for.
         for vcpu in vcpus {
             let vcpu = vcpu.as_ref();
-            if let (entry, EXITING) = vcpu.mode::<P>() {
-                vcpu.wait_exit::<P>(entry);
+            match vcpu.mode::<P>() {
+                (entry, EXITING) => vcpu.wait_exit::<P>(entry),
+                (entry, READING) => vcpu.wait_reading::<P>(entry),
+                _ => {}
             }
         }
     }
@@ -321,6 +367,35 @@ mod tests {
             }
             &self.state
         }
+    }
+
+    #[test]
+    fn a_reader_of_shadow_pages_is_passed_by_unless_the_caller_waits_for_delivery() {
+        let rcu =
+            <Real as Platform>::Rcu::try_new(Arc::new(Nothing), RcuConfig::default()).expect("a thread");
+        let task = Task::<Real>::new(&rcu, "kicker", Role::Caller, TaskConfig::default());
+        let state = Arc::new(VcpuState::default());
+        state.begin_reading::<Real>();
+        assert!(state.reading::<Real>() && !state.in_guest::<Real>());
+        let kicks = make_all_cpus_request(&task, std::slice::from_ref(&state), OUTSIDE_GUEST);
+        assert_eq!((kicks.kicked, state.mode::<Real>()), (0, (1, READING)), "not waited for, not marked");
+        let reader = {
+            let state = Arc::clone(&state);
+            std::thread::spawn(move || {
+                // The request is there before anybody waits; the reading ends behind it, and another one begins.
+                while !state.is_requested::<Real>(TLB_FLUSH) {
+                    std::thread::yield_now();
+                }
+                state.end_reading::<Real>();
+                state.begin_reading::<Real>();
+                state.end_reading::<Real>();
+            })
+        };
+        make_all_cpus_request(&task, std::slice::from_ref(&state), TLB_FLUSH | WAIT | NO_WAKEUP);
+        assert_ne!(state.mode::<Real>(), (1, READING), "the reading that was met has ended");
+        reader.join().expect("no panic");
+        assert_eq!(state.mode::<Real>(), (2, OUTSIDE));
+        assert!(!state.enter_guest::<Real>(), "the flush is still to be served");
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! A vCPU's roots: the current one and three previous ones.
 //!
-//! **Guarantee.** Each cached root carries exactly one reference of this vCPU. An entry is used again only if its *whole* role word equals
-//! the one wanted: the invalid bit of a root lives in its own role, so what is compared here is the role asked for at load, and obsolete roots are
+//! **Guarantee.** Each cached root carries exactly one reference of this vCPU. An entry is used again only if its *whole* role word and the guest page that it shadows equal
+//! those wanted: the invalid bit of a root lives in its own role, so what is compared here is the role asked for at load, and obsolete roots are
 //! dropped by request before the guest is entered again.
 //!
 //! **Mechanism.** As `cached_root_find_and_keep_current` does: the search rotates the previous roots through the current place, so that the order stays
@@ -19,6 +19,8 @@ pub struct CachedRoot {
     pub root: u32,
     /// The role wanted at load.
     pub role: Role,
+    /// The guest's CR3 in pages, for a root that shadows it; 0 for one that maps guest-physical addresses.
+    pub frame: u64,
 }
 
 /// Current root and previous ones, each with one reference.
@@ -52,14 +54,15 @@ impl RootCache {
         self.current = Some(root);
     }
 
-    /// Looks for a root of `role` and makes it current (kvm_mmu_new_pgd).
-    pub fn switch(&mut self, role: Role) -> Switch {
-        if self.current.is_some_and(|r| r.role == role) {
+    /// Looks for a root of `role` that shadows `frame` and makes it current (kvm_mmu_new_pgd).
+    pub fn switch(&mut self, role: Role, frame: u64) -> Switch {
+        let fits = |root: &Option<CachedRoot>| root.is_some_and(|r| r.role == role && r.frame == frame);
+        if fits(&self.current) {
             return Switch::Same;
         }
         for i in 0..PREVIOUS {
             std::mem::swap(&mut self.current, &mut self.previous[i]);
-            if self.current.is_some_and(|r| r.role == role) {
+            if fits(&self.current) {
                 return Switch::Hit;
             }
         }
@@ -83,6 +86,15 @@ impl RootCache {
     /// Removes every root; the caller puts them.
     pub fn take_all(&mut self) -> RootList {
         self.take_if(|_| true)
+    }
+
+    /// Every root cached, the current one first.
+    pub fn roots(&self) -> RootList {
+        let mut out = RootList::default();
+        for root in std::iter::once(&self.current).chain(&self.previous).flatten() {
+            out.push(root.root);
+        }
+        out
     }
 
     /// Roots cached.
@@ -123,19 +135,29 @@ mod tests {
     use super::*;
 
     fn load(cache: &mut RootCache, n: u32) {
-        cache.install(CachedRoot { root: n, role: Role(n) });
+        cache.install(CachedRoot { root: n, role: Role(n), frame: 0 });
     }
 
     #[test]
     fn a_previous_root_is_found_by_its_whole_role_word() {
         let mut cache = RootCache::default();
         load(&mut cache, 1);
-        assert_eq!(cache.switch(Role(2)), Switch::Miss(None));
+        assert_eq!(cache.switch(Role(2), 0), Switch::Miss(None));
         load(&mut cache, 2);
-        assert_eq!(cache.switch(Role(1)), Switch::Hit);
+        assert_eq!(cache.switch(Role(1), 0), Switch::Hit);
         assert_eq!(cache.current().map(|r| r.root), Some(1));
-        assert_eq!(cache.switch(Role(1)), Switch::Same);
-        assert_eq!(cache.switch(Role(1 | 1 << 11)), Switch::Miss(None), "one bit differs");
+        assert_eq!(cache.switch(Role(1), 0), Switch::Same);
+        assert_eq!(cache.switch(Role(1 | 1 << 11), 0), Switch::Miss(None), "one bit differs");
+    }
+
+    #[test]
+    fn roots_of_one_role_are_told_apart_by_what_they_shadow() {
+        let mut cache = RootCache::default();
+        cache.install(CachedRoot { root: 1, role: Role(4), frame: 100 });
+        assert_eq!(cache.switch(Role(4), 200), Switch::Miss(None));
+        cache.install(CachedRoot { root: 2, role: Role(4), frame: 200 });
+        assert_eq!(cache.switch(Role(4), 100), Switch::Hit);
+        assert_eq!(cache.roots().as_slice(), [1, 2]);
     }
 
     #[test]
@@ -144,11 +166,11 @@ mod tests {
         for n in 1..=4 {
             load(&mut cache, n);
             if n < 4 {
-                assert_eq!(cache.switch(Role(n + 1)), Switch::Miss(None));
+                assert_eq!(cache.switch(Role(n + 1), 0), Switch::Miss(None));
             }
         }
         assert_eq!(cache.len(), 4);
-        assert_eq!(cache.switch(Role(9)), Switch::Miss(Some(1)));
+        assert_eq!(cache.switch(Role(9), 0), Switch::Miss(Some(1)));
         load(&mut cache, 9);
         assert_eq!(cache.take_if(|r| r == 3 || r == 9).as_slice().len(), 2);
         assert_eq!(cache.len(), 2);

@@ -1,14 +1,16 @@
-//! The rest of KVM as the MMU sees it: the vCPUs to flush, the host's pages, the dirty bitmaps.
+//! The rest of KVM as the two MMUs see it: the vCPUs to flush, the host's pages, the dirty bitmaps, the guest's memory.
 //!
-//! Kept apart from [`crate::Vm`] so that the MMU can own a reference to it without a cycle.
+//! Kept apart from [`crate::Vm`] so that the MMUs can own a reference to it without a cycle.
 
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, OnceLock, Weak};
 
-use tdpmmu_mmu::MmuHost;
-use tdpmmu_platform::{Event, Fault, Platform, Site, Task};
+use tdpmmu_mmu::{MmuHost, TdpMmu};
+use tdpmmu_platform::{Event, Exclusive, Fault, Guard, Platform, Site, Task};
+use tdpmmu_shadow::{BookSet, ShadowHost};
 
+use crate::guest_memory::GuestMemory;
 use crate::host::PrimaryMmu;
 use crate::notifier::Invalidation;
 use crate::request::{self, Kicks, VcpuState, make_all_cpus_request, pause};
@@ -23,6 +25,12 @@ pub struct HostSide<P: Platform> {
     pub slots: Arc<Memslots<P>>,
     /// mmu_notifier state.
     pub invalidation: Invalidation,
+    /// Guest pages with contents: those that hold the guest's tables.
+    pub memory: GuestMemory,
+    /// The request that makes vCPUs drop their obsolete roots.
+    pub(crate) reload: u64,
+    /// The TDP MMU, where its leaves and shadow pages meet in one gfn.
+    tdp: OnceLock<Weak<TdpMmu<P>>>,
     pub(crate) vcpus: Vec<Arc<VcpuState>>,
     kicks: AtomicU64,
     kick_wait_ns: AtomicU64,
@@ -38,11 +46,15 @@ impl<P: Platform> HostSide<P> {
         slots: Arc<Memslots<P>>,
         vcpus: usize,
         rings: Option<Rings<P>>,
+        reload: u64,
     ) -> Self {
         Self {
             primary,
             slots,
             invalidation: Invalidation::default(),
+            memory: GuestMemory::default(),
+            reload,
+            tdp: OnceLock::new(),
             vcpus: (0..vcpus).map(|_| Arc::default()).collect(),
             kicks: AtomicU64::new(0),
             kick_wait_ns: AtomicU64::new(0),
@@ -51,6 +63,11 @@ impl<P: Platform> HostSide<P> {
             rings,
             lost_entries: AtomicU64::new(0),
         }
+    }
+
+    /// Shadow pages will stand for tables that vCPUs reach by this MMU.
+    pub(crate) fn know_tdp(&self, mmu: &Arc<TdpMmu<P>>) {
+        let _first = self.tdp.set(Arc::downgrade(mmu));
     }
 
     /// A request to every vCPU; counts the kicks.
@@ -94,14 +111,8 @@ impl<P: Platform> HostSide<P> {
         }
     }
 
-    /// Time spent in requests so far, in nanoseconds.
-    pub fn kick_wait_ns(&self) -> u64 {
-        self.kick_wait_ns.load(Relaxed)
-    }
-}
-
-impl<P: Platform> MmuHost<P> for HostSide<P> {
-    fn flush_remote(&self, task: &Task<P>, _range: Option<Range<u64>>) {
+    /// A remote flush, delivered: every vCPU was in the guest or in a lockless walk when it was asked, and is not any more, or flushes before its next entry.
+    fn deliver_flush(&self, task: &Task<P>) {
         // As KVM without ranged flushes of its hypervisor: everything, on every vCPU, before its next entry.
         pause::<P>(Fault::FlushDelay, Site::TlbFlush);
         if P::inject(Fault::FlushExtra, Site::TlbFlush) {
@@ -112,6 +123,17 @@ impl<P: Platform> MmuHost<P> for HostSide<P> {
         if kicks.kicked != 0 {
             self.flushes_that_kicked.fetch_add(1, Relaxed);
         }
+    }
+
+    /// Time spent in requests so far, in nanoseconds.
+    pub fn kick_wait_ns(&self) -> u64 {
+        self.kick_wait_ns.load(Relaxed)
+    }
+}
+
+impl<P: Platform> MmuHost<P> for HostSide<P> {
+    fn flush_remote(&self, task: &Task<P>, _range: Option<Range<u64>>) {
+        self.deliver_flush(task);
     }
 
     fn frames_dirty(&self, pfn: u64, count: u64) {
@@ -136,5 +158,49 @@ impl<P: Platform> MmuHost<P> for HostSide<P> {
             self.push(task, rings, RingEntry { slot, as_id, offset });
             task.observe(|| Event::DirtyMark { as_id, gfn });
         }
+    }
+}
+
+impl<P: Platform> ShadowHost<P> for HostSide<P> {
+    fn flush_remote(&self, task: &Task<P>) {
+        task.observe(|| Event::FlushBegin { start: 0, end: u64::MAX });
+        self.deliver_flush(task);
+        task.observe(|| Event::FlushEnd { start: 0, end: u64::MAX });
+    }
+
+    fn request_reload(&self, task: &Task<P>, wait: bool) {
+        let wait = if wait { request::WAIT } else { 0 };
+        self.request_all(task, self.reload | request::NO_WAKEUP | wait);
+    }
+
+    fn books(&self) -> Arc<BookSet> {
+        self.slots.books()
+    }
+
+    fn read_guest(&self, _as_id: u8, gfn: u64, index: u16) -> u64 {
+        self.memory.read::<P>(gfn, index)
+    }
+
+    fn frames_dirty(&self, pfn: u64, count: u64) {
+        self.primary.frames().mark_dirty(pfn, count);
+    }
+
+    fn frames_accessed(&self, pfn: u64, count: u64) {
+        self.primary.frames().mark_accessed(pfn, count);
+    }
+
+    fn write_protect_gfn(
+        &self,
+        guard: &mut Guard<'_, P, Exclusive>,
+        as_id: u8,
+        gfn: u64,
+        min_level: u8,
+    ) -> bool {
+        let tdp = self.tdp.get().and_then(Weak::upgrade);
+        tdp.is_some_and(|mmu| mmu.write_protect_gfn(guard, as_id, gfn, min_level))
+    }
+
+    fn gfn_dirty(&self, task: &Task<P>, as_id: u8, gfn: u64) {
+        MmuHost::gfn_dirty(self, task, as_id, gfn);
     }
 }

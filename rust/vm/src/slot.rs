@@ -1,6 +1,6 @@
 //! One memslot: a run of gfns backed by a run of host virtual pages, with its dirty bitmap and its huge-page ledger.
 //!
-//! A memslot never changes: an update replaces it (`slots.rs`). What outlives the replacement (dirty bitmap, lpage_info) is shared by
+//! A memslot never changes: an update replaces it (`slots.rs`). What outlives the replacement (dirty bitmap, lpage_info, the shadow MMU's books) is shared by
 //! reference, so that a fault that still holds the old one counts into the same books.
 
 use std::ops::Range;
@@ -11,7 +11,7 @@ use tdpmmu_platform::{Platform, Site};
 use tdpmmu_spte::geometry::{LEVEL_1G, LEVEL_4K};
 
 use crate::VmError;
-use tdpmmu_shadow::LpageInfo;
+use tdpmmu_shadow::{LpageInfo, SlotBooks};
 use tdpmmu_table::Lazy;
 
 /// Which of KVM's flags a memslot has.
@@ -44,6 +44,8 @@ pub struct MemSlot {
     pub dirty: Option<Arc<DirtyBitmap>>,
     /// Reasons against huge pages.
     pub lpage: Arc<LpageInfo>,
+    /// Reverse maps and the same reasons, for the shadow MMU; `None` in a VM without one.
+    pub books: Option<Arc<SlotBooks>>,
     /// Publications before this one.
     pub(crate) serial: u64,
 }
@@ -64,6 +66,17 @@ impl MemSlot {
     #[inline]
     pub fn hva_of(&self, gfn: u64) -> u64 {
         self.hva + (gfn - self.base)
+    }
+
+    /// Gives the slot books, as a VM with shadow pages needs them.
+    ///
+    /// # Errors
+    /// [`VmError::Host`] without address space.
+    pub fn keep_books(&mut self) -> Result<(), VmError> {
+        let books = SlotBooks::new(self.as_id, self.base, self.pages, Arc::clone(&self.lpage))
+            .map_err(|e| VmError::Host { what: "the reverse maps of a memslot", reason: e.to_string() })?;
+        self.books = Some(Arc::new(books));
+        Ok(())
     }
 
     /// The gfns behind the part of `hvas` that this slot maps.
@@ -190,6 +203,7 @@ mod tests {
             invalid: false,
             dirty: None,
             lpage: Arc::new(LpageInfo::new(base, pages, hva).expect("small")),
+            books: None,
             serial: 0,
         }
     }

@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 
 use tdpmmu_platform::{Mutex, MutexGuard, Platform, RcuConfig, RcuDomain, RcuReader, Reclaim, Site};
-use tdpmmu_shadow::LpageInfo;
+use tdpmmu_shadow::{BookSet, LpageInfo};
 use tdpmmu_spte::mmio::GENERATION_MASK;
 
 use crate::VmError;
@@ -43,9 +43,22 @@ pub struct SlotSet {
     /// Publications of a slot so far: who came later stands later among slots of one host address.
     serial: u64,
     spaces: [Vec<Arc<MemSlot>>; ADDRESS_SPACES],
+    /// The books of all these slots, INVALID ones too.
+    books: Arc<BookSet>,
 }
 
 impl SlotSet {
+    /// The shadow MMU's books of all these slots, INVALID ones too; empty in a VM without shadow pages.
+    pub fn books(&self) -> &Arc<BookSet> {
+        &self.books
+    }
+
+    /// The books again, from the slots: what no slot of this set has is not found any more.
+    fn with_books(mut self) -> Self {
+        self.books = Arc::new(BookSet::new(self.iter().filter_map(|slot| slot.books.clone())));
+        self
+    }
+
     /// The slots of an address space, by gfn.
     pub fn space(&self, as_id: u8) -> &[Arc<MemSlot>] {
         self.spaces.get(usize::from(as_id)).map_or(&[], Vec::as_slice)
@@ -89,7 +102,7 @@ impl SlotSet {
         if let Some(space) = set.spaces.get_mut(usize::from(as_id)) {
             space.retain(|slot| slot.id != id);
         }
-        set
+        set.with_books()
     }
 
     fn with(&self, mut slot: MemSlot) -> Self {
@@ -100,7 +113,7 @@ impl SlotSet {
             let at = space.partition_point(|other| other.base < slot.base);
             space.insert(at, Arc::new(slot));
         }
-        set
+        set.with_books()
     }
 }
 
@@ -214,7 +227,9 @@ pub fn plan(set: &SlotSet, region: &Region, max_gfn: u64, log: Logs) -> Result<C
                 .map_err(|e| VmError::Host { what: "huge-page counters", reason: e.to_string() })?,
         ),
     };
-    let new = MemSlot { id, as_id, base, pages, hva, flags, invalid: false, dirty, lpage, serial: 0 };
+    // A slot elsewhere gets books of its own, where the VM keeps any.
+    let books = old.as_ref().filter(|old| old.base == base).and_then(|old| old.books.clone());
+    let new = MemSlot { id, as_id, base, pages, hva, flags, invalid: false, dirty, lpage, books, serial: 0 };
     Ok(match old {
         None => Change::Create(new),
         Some(old) if old.base != base => Change::Move(old, new),
@@ -290,6 +305,11 @@ impl<P: Platform> Memslots<P> {
     /// A private copy of the set.
     pub fn snapshot(&self) -> SlotSet {
         self.with_set(SlotSet::clone)
+    }
+
+    /// The shadow MMU's books of the published set.
+    pub fn books(&self) -> Arc<BookSet> {
+        self.with_set(|set| Arc::clone(&set.books))
     }
 
     /// Counts an invalidation of `hvas` in and translates it: (as_id, gfns), address space 0 first. The set stays

@@ -12,7 +12,7 @@
 //! | `pf_mmio_spte_created` | MMIO entries installed, also over an equal one |
 //! | `remote_tlb_flush` | flushes that met a vCPU in the guest: without one, nobody had to be kicked |
 //! | `remote_tlb_flush_requests` | flushes asked for |
-//! | `pages_*` | leaves of all roots, invalid ones included, until they are zapped |
+//! | `pages_*` | leaves of all roots of both MMUs, invalid ones included, until they are zapped |
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
@@ -108,7 +108,8 @@ impl FaultCounts {
 impl<P: Platform> Vm<P> {
     /// KVM's statistics now. Exact at quiet points.
     pub fn stats(&self) -> VmStats {
-        let [pages_4k, pages_2m, pages_1g] = self.mmu().leaf_pages();
+        let (tdp, shadow) = (self.mmu().leaf_pages(), self.shadow_leaf_pages());
+        let [pages_4k, pages_2m, pages_1g] = std::array::from_fn(|size| tdp[size] + shadow[size]);
         let side = self.side();
         let mut stats = VmStats {
             pages_4k,

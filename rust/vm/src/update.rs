@@ -10,6 +10,7 @@
 use std::sync::atomic::Ordering;
 
 use tdpmmu_platform::{Event, Fault, Phase, Platform, Site, Task};
+use tdpmmu_shadow::SlotPages;
 
 use crate::slot::{MemSlot, SlotFlags};
 use crate::slots::{Change, MAX_SLOT_PAGES, Region, SlotWriter, Swapped, plan};
@@ -55,7 +56,11 @@ impl<P: Platform> Vm<P> {
         if region.pages != 0 && P::inject(Fault::Alloc, Site::AllocSlot) {
             return Err(VmError::Host { what: "a memslot's arrays", reason: "out of memory".into() });
         }
-        Ok(match plan(&slots.set(), region, self.mmu().max_gfn(), self.logs())? {
+        let mut change = plan(&slots.set(), region, self.mmu().max_gfn(), self.logs())?;
+        if let (Some(_), Change::Create(slot) | Change::Move(_, slot)) = (self.shadow(), &mut change) {
+            slot.keep_books()?;
+        }
+        Ok(match change {
             Change::Nothing => SlotUpdate::Nothing,
             Change::Create(slot) => {
                 let (as_id, start, end, logs) =
@@ -108,16 +113,16 @@ impl<P: Platform> Vm<P> {
         };
         if swapped.wrapped() {
             // Before it counts: entries of the last time round would look current again.
-            self.fast_zap_locked(task);
+            self.fast_zap_locked(task, None);
         }
         slots.settle(swapped);
     }
 
-    /// kvm_arch_flush_shadow_memslot: nothing of an INVALID slot is mapped when it returns. A fast zap of everything; with the quirk off (6.12 on) only the slot's leaves, under one
-    /// exclusive hold that yields, and the roots stay valid.
+    /// kvm_arch_flush_shadow_memslot: nothing of an INVALID slot is mapped when it returns, and no shadow page refers to its books. A fast zap of everything; with the quirk off (6.12 on) only the slot's leaves and
+    /// what shadows tables in it, under one exclusive hold that yields, and the roots stay valid. Design `shadow-slot` has no other way.
     fn zap_slot(&self, task: &Task<P>, slot: &MemSlot) -> FastZapTimes {
-        if self.slot_zap_all.load(Ordering::Relaxed) {
-            return self.fast_zap_locked(task);
+        if self.slot_zap_all.load(Ordering::Relaxed) && self.zaps_all() {
+            return self.fast_zap_locked(task, slot.books.as_ref());
         }
         let ns = |from: u64, to: u64| P::ticks_to_ns(to.saturating_sub(from));
         task.meter().reset_exclusive_holds();
@@ -126,6 +131,11 @@ impl<P: Platform> Vm<P> {
         let taken = {
             let mut guard = self.mmu().lock.write(task);
             let taken = P::ticks();
+            if let (Some(shadow), Some(books)) = (self.shadow(), &slot.books) {
+                // 5.1 took every page of a gfn; the quirk of 6.12 takes those whose accounting lies in the slot.
+                let pages = if self.zaps_all() { SlotPages::Shadowing } else { SlotPages::All };
+                shadow.zap_slot(&mut guard, books, pages);
+            }
             let mut debt = self.mmu().unmap(&mut guard, slot.as_id, slot.gfns(), true);
             self.mmu().pay(task, &mut debt);
             taken

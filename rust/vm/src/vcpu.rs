@@ -10,6 +10,7 @@
 use std::sync::MutexGuard;
 
 use tdpmmu_platform::{Bug, Event, Fault, NIL, Platform, Site, Task};
+use tdpmmu_shadow::Walker;
 use tdpmmu_spte::Role;
 use tdpmmu_table::TableCache;
 
@@ -22,10 +23,30 @@ use crate::tlb::{Tlb, TlbStats};
 use crate::walker::{self, GuestAccess};
 use crate::{Vm, VmError};
 
-/// What of a vCPU outlives its handles.
-pub(crate) struct VcpuCore<P: Platform> {
+/// What a vCPU translates by (`struct kvm_mmu`): its roots, and what it wants of them.
+#[derive(Debug, Default)]
+pub(crate) struct MmuContext {
     pub(crate) roots: RootCache,
     pub(crate) role: Role,
+    /// Levels of its roots.
+    pub(crate) levels: u8,
+    /// Its roots are shadow pages.
+    pub(crate) shadow: bool,
+    /// They shadow tables of the guest's, whose top one is `frame`.
+    pub(crate) guest: bool,
+    /// The guest's CR3 in pages (an L1's nested CR3 in a context for L2); 0 where the roots are direct.
+    pub(crate) frame: u64,
+    /// `frame` was set.
+    pub(crate) has_frame: bool,
+}
+
+/// What of a vCPU outlives its handles.
+pub(crate) struct VcpuCore<P: Platform> {
+    pub(crate) mmu: MmuContext,
+    /// The context that is not in use, in a VM whose vCPUs may enter an L2: L2's, or L1's while in L2.
+    pub(crate) other: Option<Box<MmuContext>>,
+    /// An L2 runs.
+    pub(crate) in_l2: bool,
     pub(crate) tlb: Tlb,
     pub(crate) cache: TableCache,
     pub(crate) slots: SlotReader<P>,
@@ -91,6 +112,10 @@ pub struct VcpuStats {
     pub retries: u64,
     /// Accesses emulated.
     pub emulated: u64,
+    /// Page faults that the guest's own tables caused, which are the guest's to handle.
+    pub guest_faults: u64,
+    /// Stores to the guest's tables that were emulated, because a shadow page stands for the table.
+    pub tracked_writes: u64,
     /// The TLB's own counts.
     pub tlb: TlbStats,
 }
@@ -108,7 +133,9 @@ pub struct Vcpu<'v, P: Platform> {
     pub(crate) vm: &'v Vm<P>,
     pub(crate) core: MutexGuard<'v, VcpuCore<P>>,
     pub(crate) task: Task<P>,
-    state: &'v VcpuState,
+    pub(crate) state: &'v VcpuState,
+    /// For lockless walks of shadow pages, in a VM that has any.
+    pub(crate) walker: Option<Walker<'v, P, &'v VcpuState>>,
     id: usize,
     in_guest: bool,
     seen: Option<(u64, u64)>,
@@ -124,7 +151,8 @@ impl<'v, P: Platform> Vcpu<'v, P> {
         state: &'v VcpuState,
     ) -> Self {
         task.set_vcpu(id);
-        Self { vm, core, task, state, id, in_guest: false, seen: None, probe: None }
+        let walker = vm.shadow().and_then(|shadow| shadow.reclamation().walker(Some(state)).ok());
+        Self { vm, core, task, state, walker, id, in_guest: false, seen: None, probe: None }
     }
 
     /// The vCPU's number.
@@ -154,12 +182,12 @@ impl<'v, P: Platform> Vcpu<'v, P> {
 
     /// The role word this vCPU wants of its roots.
     pub fn role(&self) -> Role {
-        self.core.role
+        self.core.mmu.role
     }
 
     /// The current root, if one is loaded.
     pub fn current_root(&self) -> Option<u32> {
-        self.core.roots.current().map(|r| r.root)
+        self.core.mmu.roots.current().map(|r| r.root)
     }
 
     /// The current root, loaded if there is none.
@@ -168,7 +196,7 @@ impl<'v, P: Platform> Vcpu<'v, P> {
     /// [`VmError::Pool`] without a page for it.
     #[inline]
     pub fn root(&mut self) -> Result<u32, VmError> {
-        match self.core.roots.current() {
+        match self.core.mmu.roots.current() {
             Some(root) => Ok(root.root),
             None => self.load_root(),
         }
@@ -177,27 +205,46 @@ impl<'v, P: Platform> Vcpu<'v, P> {
     /// kvm_mmu_load: takes a reference on a root of the wanted role and flushes that root's tag.
     #[cold]
     fn load_root(&mut self) -> Result<u32, VmError> {
-        let core = &mut *self.core;
-        let role = core.role;
         P::point(Site::VcpuRoot);
-        let root = self.vm.mmu().load_root(&self.task, &mut core.cache, role)?;
-        core.roots.install(CachedRoot { root, role });
+        let root = if self.core.mmu.shadow {
+            self.load_shadow_root()?
+        } else {
+            let core = &mut *self.core;
+            self.vm.mmu().load_root(&self.task, &mut core.cache, core.mmu.role)?
+        };
+        let core = &mut *self.core;
+        core.mmu.roots.install(CachedRoot { root, role: core.mmu.role, frame: core.mmu.frame });
         // The page may have been a root before, and its translations may still be cached under its number (F6).
         P::point(Site::TlbFlush);
         if !P::bug(Bug::C09) {
-            core.tlb.flush_root(root);
-            self.task.detail(|| Event::TlbFlushRoot { vcpu: self.id as u32, root });
+            self.flush_root(root);
         }
+        let core = &mut *self.core;
         core.loaded_at = P::ticks();
         core.stats.loads += 1;
         Ok(root)
     }
 
+    /// The local flush of what is tagged with `root`.
+    pub(crate) fn flush_root(&mut self, root: u32) {
+        self.core.tlb.flush_root(root);
+        self.task.detail(|| Event::TlbFlushRoot { vcpu: self.id as u32, root });
+    }
+
     /// kvm_mmu_unload: puts every cached root, the current one too.
     pub fn unload(&mut self) {
         self.leave();
-        let roots = self.core.roots.take_all();
-        self.vm.mmu().put_roots(&self.task, roots.as_slice());
+        self.drop_roots(|_, _| true);
+    }
+
+    /// Puts each cached root that `which` names, of either context; it is told whether the root is a shadow page.
+    pub(crate) fn drop_roots(&mut self, which: impl Fn(bool, u32) -> bool) {
+        let core = &mut *self.core;
+        for context in std::iter::once(&mut core.mmu).chain(core.other.as_deref_mut()) {
+            let shadow = context.shadow;
+            let roots = context.roots.take_if(|root| which(shadow, root));
+            self.vm.put_roots(&self.task, shadow, roots.as_slice());
+        }
     }
 
     /// Drops every root and loads one again: what a guest that toggles CR0.WP, or SMM, costs. Ready for guest entry on return. Returns
@@ -210,21 +257,29 @@ impl<'v, P: Platform> Vcpu<'v, P> {
         self.load_root()
     }
 
-    /// Wants roots of another role from now on (kvm_mmu_new_pgd): a cached one is used again, else the next entry loads one.
+    /// Wants roots of another role from now on (kvm_mmu_new_pgd): a cached one is used again, else the next entry loads one. Whether the roots are shadow pages, and of what, is the
+    /// vCPU's paging and not a role's to change.
     pub fn switch_role(&mut self, role: Role) {
         self.leave();
-        self.core.role = role;
-        match self.core.roots.switch(role) {
+        self.core.mmu.role = role;
+        self.switch_roots();
+    }
+
+    /// The wanted role, or the guest's table to be shadowed, has changed. A cached root that fits is used again: it may be out of step with the guest's tables, and is synced.
+    pub(crate) fn switch_roots(&mut self) {
+        let core = &mut *self.core;
+        match core.mmu.roots.switch(core.mmu.role, core.mmu.frame) {
             Switch::Same => {}
             Switch::Hit => {
                 if let Some(root) = self.current_root() {
-                    self.core.tlb.flush_root(root);
-                    self.task.detail(|| Event::TlbFlushRoot { vcpu: self.id as u32, root });
+                    self.sync_roots(&[root]);
+                    self.flush_root(root);
                 }
             }
             Switch::Miss(evicted) => {
                 if let Some(root) = evicted {
-                    self.vm.mmu().put_roots(&self.task, &[root]);
+                    let shadow = self.core.mmu.shadow;
+                    self.vm.put_roots(&self.task, shadow, &[root]);
                 }
             }
         }
@@ -232,7 +287,7 @@ impl<'v, P: Platform> Vcpu<'v, P> {
 
     /// Is this vCPU in system management mode: address space 1?
     pub fn in_smm(&self) -> bool {
-        self.core.role.as_id() == 1
+        self.core.mmu.role.as_id() == 1
     }
 
     /// An SMI arrives: the vCPU drops every root it has cached and wants one of address space 1 from its next entry on. Nothing happens in SMM.
@@ -252,11 +307,13 @@ impl<'v, P: Platform> Vcpu<'v, P> {
         if self.in_smm() == smm {
             return;
         }
+        // An SMI leaves the L2 first.
+        self.leave_l2();
         self.unload();
         let layout = self.vm.mmu().profile().role_layout;
-        let mut fields = layout.unpack(self.core.role);
+        let mut fields = layout.unpack(self.core.mmu.role);
         fields.smm = u8::from(smm);
-        self.core.role = layout.pack(&fields);
+        self.core.mmu.role = layout.pack(&fields);
     }
 
     /// Is this vCPU in the guest?
@@ -338,13 +395,11 @@ impl<'v, P: Platform> Vcpu<'v, P> {
             let (before, at) = self.seen.unwrap_or_else(|| (0, P::ticks()));
             self.seen = Some((before | bits, at));
         }
-        let mmu = self.vm.mmu();
         if bits & request::RELOAD != 0 {
-            let roots = self.core.roots.take_all();
-            mmu.put_roots(&self.task, roots.as_slice());
+            self.drop_roots(|_, _| true);
         } else if bits & request::FREE_OBSOLETE_ROOTS != 0 {
-            let roots = self.core.roots.take_if(|root| mmu.is_obsolete(root));
-            mmu.put_roots(&self.task, roots.as_slice());
+            let vm = self.vm;
+            self.drop_roots(|shadow, root| vm.is_obsolete(shadow, root));
         }
         if bits & request::TLB_FLUSH != 0 && !P::bug(Bug::C02) {
             P::point(Site::TlbFlush);
@@ -380,15 +435,16 @@ impl<'v, P: Platform> Vcpu<'v, P> {
         self.state.halt::<P>(timeout_ns)
     }
 
-    /// The guest makes an access, in guest mode, and it completes: translated, or emulated.
+    /// The guest makes an access, in guest mode, and it completes: translated, or emulated. `access.gfn` is what its CPU translates: a guest-physical page, or a virtual one where its own tables are
+    /// shadowed ([`crate::Paging::Guest`], or an L2's guest-physical page).
     ///
     /// # Errors
-    /// [`VmError::BadAccess`] for one that writes and fetches; as [`Vcpu::fault`].
+    /// [`VmError::BadAccess`] for one that writes and fetches; [`VmError::GuestFault`] where the guest's own tables do not allow it: the guest maps the page and tries again; as [`Vcpu::fault`].
     #[inline]
     pub fn access(&mut self, access: GuestAccess) -> Result<AccessOutcome, VmError> {
         if self.in_guest
             && !self.state.kicked::<P>()
-            && let Some(root) = self.core.roots.current()
+            && let Some(root) = self.core.mmu.roots.current()
             && let Some(hit) = self.core.tlb.lookup(root.root, access.gfn, access.write, access.exec)
         {
             // A vCPU that loses its CPU in the guest still uses what it has translated.
@@ -406,7 +462,7 @@ impl<'v, P: Platform> Vcpu<'v, P> {
     #[cold]
     #[inline(never)]
     fn accessed(&self, root: u32, gfn: u64, write: bool, pfn: u64) {
-        let (vcpu, as_id) = (self.id as u32, self.core.role.as_id());
+        let (vcpu, as_id) = (self.id as u32, self.core.mmu.role.as_id());
         self.task.detail(|| Event::GuestAccess { vcpu, as_id, root, gfn, pfn, write });
         self.vm.side().primary.frames().check_access(pfn);
     }
@@ -430,7 +486,7 @@ impl<'v, P: Platform> Vcpu<'v, P> {
                 mmu.format(),
                 &mut core.tlb,
                 root,
-                mmu.root_level(),
+                core.mmu.levels,
                 access,
             );
             let fault = match walked {
@@ -472,7 +528,7 @@ impl<'v, P: Platform> Vcpu<'v, P> {
                 }
                 FaultOutcome::Retry => {
                     outcome = outcome.max(AccessOutcome::Retry);
-                    let (as_id, gfn) = (self.core.role.as_id(), access.gfn);
+                    let (as_id, gfn) = (self.core.mmu.role.as_id(), access.gfn);
                     self.task.observe(|| Event::FaultRetry { as_id, gfn });
                     self.before_retry();
                 }
@@ -485,7 +541,7 @@ impl<'v, P: Platform> Vcpu<'v, P> {
     #[cold]
     fn log_dirtied(&mut self, gfn: u64) {
         // Off while an L2 runs: the log would be of its own addresses, not L1's (5.10 on).
-        if self.vm.mmu().profile().role_layout.unpack(self.core.role).guest_mode {
+        if self.vm.mmu().profile().role_layout.unpack(self.core.mmu.role).guest_mode {
             return;
         }
         if self.core.hardware_log.push(gfn) {
@@ -500,14 +556,14 @@ impl<'v, P: Platform> Vcpu<'v, P> {
         }
         let Some(root) = self.current_root() else { return false };
         let mmu = self.vm.mmu();
-        let tlb = &mut self.core.tlb;
+        let VcpuCore { tlb, mmu: context, .. } = &mut *self.core;
         walker::walk::<P>(
             &self.task,
             mmu.pool(),
             mmu.format(),
             tlb,
             root,
-            mmu.root_level(),
+            context.levels,
             GuestAccess::read(gfn),
         )
         .is_ok()

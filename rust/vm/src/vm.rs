@@ -5,7 +5,10 @@
 //! When [`Vm::unmap_hva`] returns, no SPTE and no TLB holds a frame of the range, and no fault can bring one back.
 //!
 //! **Mechanism.** [`Vm::fast_zap`] is the whole protocol of 5.18 and later in five lines: exclusive { invalidate the roots; request a reload of every vCPU
-//! and wait until none is in the guest }, unlock, let the design finish. What designs differ in is behind `invalidate`, `in_lock` and `finish`.
+//! and wait until none is in the guest }, unlock, let the design finish. What designs differ in is behind `invalidate`, `in_lock` and `finish`. The shadow MMU's part, where there is one, lies in the exclusive hold: the
+//! generation is toggled before the request, obsolete pages are zapped after it, with lock-break.
+//!
+//! As in KVM a VM has both MMUs, and one mmu_lock: the TDP MMU owns it, with the pool and the RCU domain that both use. Under a shadow design the TDP MMU has no roots; with nested guests both have.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex as StdMutex, TryLockError};
@@ -15,11 +18,13 @@ use tdpmmu_platform::{
     Event, LockClass, Mutex, MutexGuard, NO_TASK, Observer, Phase, Platform, RcuConfig, Recording,
     Role as TaskRole, Site, Task, TaskConfig,
 };
-use tdpmmu_spte::NotifierUnit;
+use tdpmmu_shadow::{ShadowConfig, ShadowDesign, ShadowLeftovers, ShadowMmu, SlotBooks};
+use tdpmmu_spte::{NotifierUnit, Role, RoleFields};
 use tdpmmu_table::TableCache;
 
 use crate::VmError;
-use crate::config::{HostLevel, VmConfig};
+use crate::config::{HostLevel, Paging, VmConfig};
+use crate::design::shadow_design;
 use crate::dirty::{DirtyMode, Protocol};
 use crate::frames::FrameStats;
 use crate::host::PrimaryMmu;
@@ -27,13 +32,12 @@ use crate::hwlog::HardwareLog;
 use crate::mmap_lock::{MmapLock, MmapRead, MmapWrite};
 use crate::request::{self, VcpuState};
 use crate::ring::Rings;
-use crate::root_cache::RootCache;
 use crate::side::HostSide;
 use crate::slots::{Memslots, SlotSet, SlotWriter};
 use crate::stats::FaultCounts;
 use crate::tlb::Tlb;
 use crate::told::Told;
-use crate::vcpu::{Vcpu, VcpuCore, VcpuStats};
+use crate::vcpu::{MmuContext, Vcpu, VcpuCore, VcpuStats};
 
 /// What a fault asks at every step, gathered in one cache line.
 #[derive(Clone, Copy, Debug)]
@@ -45,6 +49,10 @@ pub(crate) struct Rules {
     pub(crate) check_frames: bool,
     pub(crate) max_level: u8,
     pub(crate) hardware_log: bool,
+    /// The lockless fault of shadow pages, which the kernel has had since 3.6, long before that of TDP entries.
+    pub(crate) fast_shadow_fault: bool,
+    /// vCPUs on the TDP MMU share the VM with shadow pages.
+    pub(crate) nested: bool,
 }
 
 /// Where the time of one fast zap went, in nanoseconds; `t0` in ticks.
@@ -97,6 +105,8 @@ pub struct CloseReport {
     pub recording: Option<Box<Recording>>,
     /// Roots, tables and leaves still counted: all zero, or something leaked.
     pub leftovers: Leftovers,
+    /// The same of the shadow MMU, where there was one.
+    pub shadow: Option<ShadowLeftovers>,
     /// Table pages that did not come back to the pool.
     pub tables_leaked: u64,
     /// Tables freed twice.
@@ -111,6 +121,7 @@ impl CloseReport {
     /// Nothing leaked and nothing was violated?
     pub fn is_clean(&self) -> bool {
         self.leftovers == Leftovers::default()
+            && self.shadow.as_ref().is_none_or(|left| *left == ShadowLeftovers::default())
             && self.tables_leaked == 0
             && self.double_frees == 0
             && self.violations.is_empty()
@@ -121,12 +132,14 @@ impl CloseReport {
 /// A virtual machine. See the module text.
 pub struct Vm<P: Platform> {
     mmu: Arc<TdpMmu<P>>,
+    shadow: Option<Arc<ShadowMmu<P>>>,
+    pub(crate) paging: Paging,
+    pub(crate) quota: Option<u32>,
     side: Arc<HostSide<P>>,
     pub(crate) slots_lock: Mutex<P, SlotWriter<P>>,
     vcpus: Vec<StdMutex<VcpuCore<P>>>,
     states: Vec<Arc<VcpuState>>,
     rules: Rules,
-    reload: u64,
     observer: Option<Arc<dyn Observer>>,
     task: TaskConfig,
     mmap_lock: MmapLock<P>,
@@ -154,7 +167,7 @@ impl<P: Platform> Vm<P> {
             value: error.cpu.to_string(),
             rule: design::WorkerCpuError::RULE,
         })?;
-        let design = design::build::<P>(config.design_name(), &config.design_options())
+        let design = design::build::<P>(config.tdp_design_name(), &config.design_options())
             .map_err(|e| VmError::Mmu(e.to_string()))?;
         // SRCU waits for faults, which may wait for mmu_lock for as long as a zap holds it: no stall reports.
         let srcu = RcuConfig {
@@ -177,7 +190,15 @@ impl<P: Platform> Vm<P> {
             let event = Event::VmBegin { vcpus: config.vcpus as u32, writes_back: config.write_back };
             observer.event(P::task_id().unwrap_or(NO_TASK), &event);
         }
-        let side = Arc::new(HostSide::new(primary, Arc::clone(&slots), config.vcpus, rings));
+        // 5.18 drops obsolete roots only; before, a reload dropped all (the profiles between 5.15 and 5.18 differ in both switches). A
+        // design that keeps its roots valid has no obsolete ones: it asks as 5.10 did. The shadow MMU tells obsolete pages in all kernels.
+        let keeps = design::info(config.tdp_design_name()).is_some_and(|info| info.obligations.keeps_roots);
+        let reload = if config.profile.stale_root_check && !keeps {
+            request::FREE_OBSOLETE_ROOTS
+        } else {
+            request::RELOAD
+        };
+        let side = Arc::new(HostSide::new(primary, Arc::clone(&slots), config.vcpus, rings, reload));
         let counts = (0..config.vcpus).map(|_| FaultCounts::default()).collect();
         let protocol = Protocol::new(config.eager_page_split, config.dirty_mode);
         let format = config.format.with_maxphyaddr(config.maxphyaddr);
@@ -189,12 +210,9 @@ impl<P: Platform> Vm<P> {
             check_frames: config.check_frames || detail,
             max_level: config.max_level,
             hardware_log,
+            fast_shadow_fault: true,
+            nested: config.shadow.nested,
         };
-        // 5.18 drops obsolete roots only; before, a reload dropped all (the profiles between 5.15 and 5.18 differ in both switches). A
-        // design that keeps its roots valid has no obsolete ones: it asks as 5.10 did.
-        let keeps = design::info(config.design_name()).is_some_and(|info| info.obligations.keeps_roots);
-        let reload =
-            if rules.stale_root_check && !keeps { request::FREE_OBSOLETE_ROOTS } else { request::RELOAD };
         let mmu = TdpMmu::new(
             MmuConfig {
                 profile: config.profile,
@@ -220,12 +238,34 @@ impl<P: Platform> Vm<P> {
             other => VmError::Mmu(other.to_string()),
         })?;
         mmu.set_nx_huge_pages(config.nx_huge_pages);
-        let role = mmu.root_role(false);
+        let paging = config.paging();
+        let shadow =
+            if config.has_shadow() { Some(build_shadow(&config, format, &mmu, &side)?) } else { None };
+        if config.shadow.nested {
+            side.know_tdp(&mmu);
+        }
+        let context = |l2: bool| {
+            let direct = paging == Paging::Direct && !l2;
+            let shadow = paging != Paging::Tdp || l2;
+            let role = if shadow {
+                role_of_shadow(&mmu, config.root_level, direct, l2, false)
+            } else {
+                mmu.root_role(false)
+            };
+            MmuContext {
+                role,
+                levels: config.root_level,
+                shadow,
+                guest: shadow && !direct,
+                ..MmuContext::default()
+            }
+        };
         let vcpus = (0..config.vcpus)
             .map(|id| {
                 StdMutex::new(VcpuCore {
-                    roots: RootCache::default(),
-                    role,
+                    mmu: context(false),
+                    other: config.shadow.nested.then(|| Box::new(context(true))),
+                    in_l2: false,
                     tlb: Tlb::default(),
                     cache: TableCache::default(),
                     slots: slots.reader(&format!("vcpu-{id}")),
@@ -237,12 +277,14 @@ impl<P: Platform> Vm<P> {
             .collect();
         Ok(Self {
             mmu,
+            shadow,
+            paging,
+            quota: config.shadow.quota,
             states: side.vcpus.clone(),
             side,
             slots_lock: Mutex::new(SlotWriter::new(slots)),
             vcpus,
             rules,
-            reload,
             observer: config.observer,
             task: config.task,
             mmap_lock: MmapLock::new(),
@@ -260,6 +302,40 @@ impl<P: Platform> Vm<P> {
     #[inline(always)]
     pub fn mmu(&self) -> &TdpMmu<P> {
         &self.mmu
+    }
+
+    /// The shadow MMU: of a VM with a shadow design, or with nested guests.
+    #[inline(always)]
+    pub fn shadow(&self) -> Option<&ShadowMmu<P>> {
+        self.shadow.as_deref()
+    }
+
+    /// The role of a valid root of shadow pages: `direct`, or shadowing a guest's table of `levels`; of an L2; in SMM.
+    pub(crate) fn shadow_role(&self, levels: u8, direct: bool, l2: bool, smm: bool) -> Role {
+        role_of_shadow(&self.mmu, levels, direct, l2, smm)
+    }
+
+    /// Is a cached root one that no guest entry may use any more?
+    pub(crate) fn is_obsolete(&self, shadow: bool, root: u32) -> bool {
+        match &self.shadow {
+            Some(mmu) if shadow => mmu.is_obsolete(root),
+            _ => self.mmu.is_obsolete(root),
+        }
+    }
+
+    /// A vCPU gives back references on `roots` of one of the two MMUs.
+    pub(crate) fn put_roots(&self, task: &Task<P>, shadow: bool, roots: &[u32]) {
+        match &self.shadow {
+            Some(mmu) if shadow => {
+                if !roots.is_empty() {
+                    let mut guard = self.mmu.lock.write(task);
+                    for &root in roots {
+                        mmu.put_root(&mut guard, root);
+                    }
+                }
+            }
+            _ => self.mmu.put_roots(task, roots),
+        }
     }
 
     /// Host memory, memslots and notifier state.
@@ -378,7 +454,7 @@ impl<P: Platform> Vm<P> {
     pub fn fast_zap(&self, task: &Task<P>) -> Result<FastZapTimes, VmError> {
         let _slots = self.lock_slots(task);
         self.open()?;
-        Ok(self.fast_zap_locked(task))
+        Ok(self.fast_zap_locked(task, None))
     }
 
     pub(crate) fn lock_slots<'a>(
@@ -401,8 +477,8 @@ impl<P: Platform> Vm<P> {
         Told::taken(self.mmap_lock.read(), task, LockClass::Mmap, true)
     }
 
-    /// kvm_mmu_zap_all_fast; the caller holds slots_lock.
-    pub(crate) fn fast_zap_locked(&self, task: &Task<P>) -> FastZapTimes {
+    /// kvm_mmu_zap_all_fast; the caller holds slots_lock. `dying`: the books of a memslot that goes afterwards.
+    pub(crate) fn fast_zap_locked(&self, task: &Task<P>, dying: Option<&Arc<SlotBooks>>) -> FastZapTimes {
         let ns = |from: u64, to: u64| P::ticks_to_ns(to.saturating_sub(from));
         task.meter().reset_exclusive_holds();
         let t0 = P::ticks();
@@ -410,9 +486,21 @@ impl<P: Platform> Vm<P> {
         let mut guard = self.mmu.lock.write(task);
         let taken = P::ticks();
         self.mmu.fast_zap_invalidate(&mut guard);
+        // One hold from the toggle to the request: nobody sees one of the two MMUs made obsolete and the other not.
+        if let Some(shadow) = &self.shadow {
+            shadow.fast_zap_begin(&mut guard);
+        }
         // In the same hold: a vCPU that takes the lock after us finds no valid root and its request pending (F6).
-        let kicks = self.side.request_all(task, self.reload | request::WAIT | request::NO_WAKEUP);
+        let reload = self.side.reload | request::WAIT | request::NO_WAKEUP;
+        let kicks = if self.paging == Paging::Tdp || self.zaps_all() {
+            self.side.request_all(task, reload)
+        } else {
+            request::Kicks::default()
+        };
         self.mmu.fast_zap_in_lock(&mut guard);
+        if let Some(shadow) = &self.shadow {
+            shadow.fast_zap_rest(&mut guard, dying);
+        }
         drop(guard);
         let released = P::ticks();
         self.mmu.fast_zap_finish(task);
@@ -435,6 +523,11 @@ impl<P: Platform> Vm<P> {
             total_ns,
             phase_ticks: std::array::from_fn(|phase| after[phase] - before[phase]),
         }
+    }
+
+    /// Does the shadow design, if there is one, make every root obsolete?
+    pub(crate) fn zaps_all(&self) -> bool {
+        self.shadow.as_ref().is_none_or(|shadow| shadow.design().info().zaps_all)
     }
 
     /// The end of the VM, as when its process dies: no vCPU runs any more, the last user reference is given back, the memory goes (zap_all), vCPUs put their roots, the MMU is torn down, every table must be back.
@@ -476,18 +569,27 @@ impl<P: Platform> Vm<P> {
         let _mmap_lock = self.lock_mmap(&task);
         self.release_user();
         let zap_begin = P::ticks();
-        self.mmu.zap_all(&mut self.mmu.lock.write(&task));
+        {
+            let mut guard = self.mmu.lock.write(&task);
+            if let Some(shadow) = &self.shadow {
+                shadow.zap_all(&mut guard);
+            }
+            self.mmu.zap_all(&mut guard);
+        }
         let zap_all_ns = P::ticks_to_ns(P::ticks() - zap_begin);
         for core in &mut cores {
-            let roots = core.roots.take_all();
-            self.mmu.put_roots(&task, roots.as_slice());
+            let VcpuCore { mmu, other, .. } = &mut **core;
+            for context in std::iter::once(mmu).chain(other.as_deref_mut()) {
+                let roots = context.roots.take_all();
+                self.put_roots(&task, context.shadow, roots.as_slice());
+            }
             core.cache.drain(self.mmu.pool());
             core.tlb.flush();
         }
         drop(cores);
-        let leftovers = {
+        let (shadow, leftovers) = {
             let _waiting = task.phase(Phase::GracePeriod);
-            self.mmu.uninit(&task)
+            (self.shadow.as_ref().map(|shadow| shadow.uninit(&task)), self.mmu.uninit(&task))
         };
         self.side.slots.stop();
         let pool = self.mmu.pool().stats();
@@ -497,6 +599,7 @@ impl<P: Platform> Vm<P> {
         let cpu_ns = P::thread_cpu_ns().saturating_sub(cpu);
         let meter = task.meter().take();
         let mut violations = self.mmu.violations();
+        violations.extend(self.shadow.iter().flat_map(|shadow| shadow.violations()));
         if self.side.lost_entries() != 0 {
             violations.push(format!("{} dirty pages found no room in a ring", self.side.lost_entries()));
         }
@@ -511,6 +614,7 @@ impl<P: Platform> Vm<P> {
             phase_ticks: std::array::from_fn(|phase| after[phase] - before[phase]),
             recording: meter.recording,
             leftovers,
+            shadow,
             tables_leaked: pool.taken,
             double_frees: pool.double_frees,
             violations,
@@ -519,6 +623,41 @@ impl<P: Platform> Vm<P> {
         *closed = Some(report.clone());
         Ok(report)
     }
+}
+
+/// The role of a root of shadow pages.
+fn role_of_shadow<P: Platform>(mmu: &TdpMmu<P>, levels: u8, direct: bool, l2: bool, smm: bool) -> Role {
+    let layout = mmu.profile().role_layout;
+    let direct_role = mmu.root_role(smm);
+    layout.pack(&RoleFields { level: levels, direct, guest_mode: l2, ..layout.unpack(direct_role) })
+}
+
+fn build_shadow<P: Platform>(
+    config: &VmConfig,
+    format: tdpmmu_spte::Format,
+    mmu: &Arc<TdpMmu<P>>,
+    side: &Arc<HostSide<P>>,
+) -> Result<Arc<ShadowMmu<P>>, VmError> {
+    let host = side.clone();
+    ShadowMmu::new(
+        ShadowConfig {
+            profile: config.profile,
+            format,
+            // Beside the TDP MMU, what every kernel with one has.
+            design: shadow_design(config.design_name()).unwrap_or(ShadowDesign::Gen),
+            reclaim: config.shadow.reclaim,
+            quota: config.shadow.quota.unwrap_or(u32::MAX),
+            tdp_enabled: config.paging() == Paging::Tdp,
+            max_tables: config.max_tables,
+            batch: 10,
+            write_back: config.write_back,
+            observer: config.observer.clone(),
+        },
+        mmu.shared_pool().clone(),
+        mmu.rcu().clone(),
+        host,
+    )
+    .map_err(|error| VmError::Mmu(error.to_string()))
 }
 
 impl<P: Platform> Drop for Vm<P> {
