@@ -237,6 +237,80 @@ def micro() -> Raw:
     return {"schema": "tdpmmu.micro/1", "seed": 7, "limits": {"write_ns": 0.88}, "rows": rows}
 
 
+def shadow_block(pages: int, zap_ns: int, *, kept: bool = False, reclaim: str = "ipi") -> Raw:
+    """What a run says of the shadow MMU: obsolete at once, then zapped in eight steps, or kept."""
+    left = [pages - pages * n // 8 for n in range(9)]
+    series = [[zap_ns * n // 8 + 500, pages if kept else count] for n, count in enumerate(left)]
+    return {
+        "paging": "direct",
+        "reclaim": reclaim,
+        "quota": None,
+        "pages_at_t0": pages,
+        "zapped": 0 if kept else pages,
+        "batches": 0 if kept else pages // 10,
+        "longest_batch": 0 if kept else 13,
+        "restarts": 0,
+        "obsolete_peak": pages,
+        "retained_series": series,
+    }
+
+
+def both_mmus(designs: tuple[str, ...] = ("shadow-walk", "shadow-gen", "shadow-gen-kept", "sync")) -> Raw:
+    """A result of `bench zap` under designs of both MMUs."""
+    raw = scenes(("inline", "async-worker", "sync"))
+    blocked = {"shadow-walk": 9_000_000, "shadow-gen": 60_000, "shadow-gen-kept": 40_000, "sync": 30_000}
+    raw["runs"] = [scene_run(design, 0, blocked=8_000_000) for design in designs]
+    for run in raw["runs"]:
+        if run["design"].startswith("shadow-"):
+            run.update(passes="-", ownership="-", lock_mode="exclusive")
+            run["shadow"] = shadow_block(515, 8_000_000, kept=run["design"] == "shadow-gen-kept")
+        run["update_ns"]["exclusive_hold"] = blocked[run["design"]]
+    return raw
+
+
+def versus(sizes: tuple[int, ...] = (4, 16, 64), vcpus: tuple[int, ...] = (1, 2), reps: int = 3) -> Raw:
+    """A result of `versus`: what grows with the guest, and what does not. Sizes in GiB."""
+    rows = []
+    each = {"tdp": (350, 40_000, 4.2e6), "shadow-direct": (420, 60_000, 8.1e6), "shadow-guest": (640, 80_000, 9e6)}
+    for rep in range(reps):
+        for size in sizes:
+            for cpus in vcpus:
+                for mmu, (fault, visible, per_gib) in each.items():
+                    wobble = 1 + 0.01 * rep
+                    tables = (size << 30) // 512 + 12_288
+                    rows.append(
+                        {
+                            "mmu": mmu,
+                            "design": "sync" if mmu == "tdp" else "shadow-gen",
+                            "memory_bytes": size << 30,
+                            "page": "4K",
+                            "vcpus": cpus,
+                            "rep": rep,
+                            "sptes": size << 18,
+                            "tables_bytes": tables,
+                            "metadata_bytes": tables // 64,
+                            "rmap_bytes": 0 if mmu == "tdp" else size << 21,
+                            "guest_table_bytes": tables if mmu == "shadow-guest" else 0,
+                            "fault_ns": fault * cpus * wobble,
+                            "zap_visible_ns": int(visible * cpus * wobble),
+                            "zap_hold_ns": int(9_000 * wobble),
+                            "zap_longest_hold_ns": int((9_000 if mmu == "tdp" else 25_000) * wobble),
+                            "zap_total_ns": int(per_gib * size * wobble),
+                            "zap_cpu_ns": int(per_gib * size * wobble * 1.1),
+                            "refault_ns": int(2e6 * wobble),
+                        }
+                    )
+    return {
+        "schema": "tdpmmu.versus/1",
+        "seed": 7,
+        "host": {"cpus": 2},
+        "build": {"profile": "release"},
+        "config": {"kernel_profile": "6.12", "memory_bytes": [size << 30 for size in sizes], "reps": reps},
+        "limits": {"swap_ns": 5.8, "stable": True},
+        "rows": rows,
+    }
+
+
 def replay(mismatches: int = 0) -> Raw:
     zaps = [
         {

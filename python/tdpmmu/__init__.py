@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         Torture,
         Violation,
     )
+    from tdpmmu.guest import Guest, GuestMapping, GuestProcess
     from tdpmmu.machine import (
         MAPPING_DTYPE,
         RING_DTYPE,
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
         VMStats,
         ZapReport,
     )
+    from tdpmmu.mmus import Versus, VersusCell, VersusRow, versus
     from tdpmmu.proof import (
         allocation_failures,
         demo,
@@ -79,6 +81,7 @@ if TYPE_CHECKING:
         load,
         load_file,
     )
+    from tdpmmu.shadow import ShadowRun
     from tdpmmu.vm import VM
     from tdpmmu.workload import RunReport
 
@@ -105,6 +108,9 @@ __all__ = [
     "FaultOutcome",
     "FaultResult",
     "ForkedError",
+    "Guest",
+    "GuestMapping",
+    "GuestProcess",
     "InternalError",
     "InvalidArgument",
     "LeafMapping",
@@ -120,6 +126,7 @@ __all__ = [
     "RecordHelp",
     "Replay",
     "RunReport",
+    "ShadowRun",
     "StallError",
     "Story",
     "TdpMmuError",
@@ -129,6 +136,9 @@ __all__ = [
     "Unsupported",
     "VMConfig",
     "VMStats",
+    "Versus",
+    "VersusCell",
+    "VersusRow",
     "Violation",
     "ZapReport",
     "__version__",
@@ -157,6 +167,7 @@ __all__ = [
     "table_bytes",
     "table_pages",
     "torture",
+    "versus",
 ]
 
 # Loaded at first use: the command line must answer `--help` before numpy could be imported.
@@ -175,6 +186,9 @@ _LAZY = {
     "ZapReport": "machine",
     "RunReport": "workload",
     "VM": "vm",
+    "Guest": "guest",
+    "GuestMapping": "guest",
+    "GuestProcess": "guest",
     "BenchResult": "results",
     "BenchRun": "results",
     "MicroResult": "results",
@@ -184,6 +198,11 @@ _LAZY = {
     "ConformReport": "recorded",
     "Replay": "recorded",
     "Timeline": "recorded",
+    "ShadowRun": "shadow",
+    "Versus": "mmus",
+    "VersusCell": "mmus",
+    "VersusRow": "mmus",
+    "versus": "mmus",
     "load": "results",
     "load_file": "results",
     "Comparison": "comparison",
@@ -255,7 +274,13 @@ def info() -> dict[str, Any]:
         for experiment in ("zap", "drop")
         for name, summary in _names.scene_summaries(experiment)
     ]
-    return {**known, "designs": list(_names.catalogue()["design_info"]), "scenes": scenes}
+    catalogue = _names.catalogue()
+    return {
+        **known,
+        "designs": list(catalogue["design_info"]),
+        "reclaim": list(catalogue["reclaim_info"]),
+        "scenes": scenes,
+    }
 
 
 def policies() -> dict[str, Any]:

@@ -65,14 +65,17 @@ def design_of(profile_text: str) -> str:
 
 
 def designs(values: str | Iterable[str], name: str = "design") -> list[str]:
-    """Return zap designs from names, comma lists and `all` (every sound design), without repeats."""
+    """Return zap designs from names and comma lists, without repeats.
+
+    `all` is every sound one of the TDP MMU, `shadow` every one of the shadow MMU.
+    """
+    groups = {"all": catalogue()["sound_designs"], "shadow": shadow_designs()}
     chosen: list[str] = []
     for text in [values] if isinstance(values, str) else values:
         if not isinstance(text, str):
             raise TypeError(f"{name}={text!r}: expected text, not {type(text).__name__}")
         for part in text.split(","):
-            sound = catalogue()["sound_designs"]
-            for found in sound if part.strip() == "all" else [design(part.strip(), name)]:
+            for found in groups.get(part.strip()) or [design(part.strip(), name)]:
                 if found not in chosen:
                     chosen.append(found)
     if not chosen:
@@ -82,8 +85,27 @@ def designs(values: str | Iterable[str], name: str = "design") -> list[str]:
 
 def flawed() -> tuple[str, ...]:
     """Return the designs that are wrong on purpose: `all` leaves them out, and whoever shows one says so."""
-    known = catalogue()
-    return tuple(str(name) for name in known["designs"] if name not in known["sound_designs"])
+    return tuple(str(info["name"]) for info in catalogue()["design_info"] if info["flawed"])
+
+
+def shadow_designs() -> tuple[str, ...]:
+    """Return the designs of the shadow MMU, oldest first: `shadow` stands for them, `all` leaves them out."""
+    return tuple(str(name) for name in catalogue()["shadow_designs"])
+
+
+def design_groups() -> list[tuple[str, list[Any]]]:
+    """Return the designs of each MMU under a heading, oldest first."""
+    infos = catalogue()["design_info"]
+    heads = {
+        "tdp": "Designs of the TDP MMU (flawed ones are wrong on purpose, and never in all):",
+        "shadow": "Designs of the shadow MMU (shadow is all of them):",
+    }
+    return [(said, [info for info in infos if info["mmu"] == mmu]) for mmu, said in heads.items()]
+
+
+def reclaims() -> tuple[str, ...]:
+    """Return the ways to keep zapped shadow pages from lockless walkers."""
+    return tuple(str(info["name"]) for info in catalogue()["reclaim_info"])
 
 
 def marked(name: str) -> str:

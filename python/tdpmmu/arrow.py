@@ -24,6 +24,7 @@ Raw = Mapping[str, Any]
 _PAIRS = {
     "curves": ("value", "count"),
     "rcu.backlog_series": ("t_ns", "pages"),
+    "shadow.retained_series": ("t_ns", "pages"),
     "fit.points": ("sptes", "ns"),
 }
 

@@ -16,6 +16,7 @@ from typing import Any, SupportsIndex
 from tdpmmu import _names, _native, units
 from tdpmmu.errors import InvalidArgument
 from tdpmmu.results import BenchResult, MicroResult
+from tdpmmu.shadow import PAGINGS
 
 __all__ = ["dirty", "drop", "fault", "populate", "rcu", "walk", "zap"]
 
@@ -24,6 +25,10 @@ Size = str | SupportsIndex
 MAX_VCPUS = 1024
 MAX_WORKERS = 1024
 AD_MIX = ("clean", "accessed", "dirty")
+#: Whose pages a single operation of the shadow MMU uses.
+SHADOW_DESIGN = "shadow-gen"
+#: Fewest shadow pages of a VM (KVM_MIN_ALLOC_MMU_PAGES).
+LEAST_QUOTA = 64
 #: `bench dirty`: how written pages are found.
 PROTOCOLS = ("get", "clear-64", "clear", "init-set", "ring", "d-bits")
 
@@ -60,6 +65,9 @@ def config(
     protocol: str | Iterable[str] | None = None,
     eager: str | Iterable[str] | None = None,
     density: int | Iterable[int] | None = None,
+    paging: str | None = None,
+    quota: int | None = None,
+    reclaim: str | Iterable[str] | None = None,
     timeline: bool = False,
     perfetto: str | os.PathLike[str] | None = None,
     hlog: str | os.PathLike[str] | None = None,
@@ -76,7 +84,8 @@ def config(
         page: size of the mappings, one of 4K, 2M, 1G.
         vcpus: running vCPU threads.
         levels: 4 or 5.
-        design: zap designs; `all` is every sound one, a flawed one must be named.
+        design: zap designs; `all` is every sound one of the TDP MMU, `shadow` every one of the shadow MMU; a
+            flawed one must be named.
         scene: what happens to the guest; None is the experiment's usual one, `all` is each of them.
         passes: zap passes, such as `4K,2M,1G,root`.
         ownership: who owns a root's first reference, `vcpu` or `mmu`.
@@ -103,6 +112,11 @@ def config(
         eager: split huge pages when logging starts, `on`, `off` or both (`bench dirty`); None is what
             makes sense.
         density: one page in so many is written, a count, or several (`bench dirty`); None is 1, 8 and 512.
+        paging: of designs of the shadow MMU: `direct` (hardware translates guest addresses) or `guest` (the
+            guest's own tables are shadowed); None is direct.
+        quota: most shadow pages that a VM may have, a count; None is no limit.
+        reclaim: how freed shadow pages are kept from lockless walkers, by name, several or `all`: a run each;
+            None is `ipi`. `bench walk`: what each of them costs; None walks the TDP MMU.
         timeline: keep each thread's phases in the result, for `plot --kind timeline`.
         perfetto: write a Perfetto trace to this file.
         hlog: write HdrHistogram logs to this file.
@@ -182,11 +196,41 @@ def config(
         out["densities"] = [between(each, 1, memory_bytes // 4096, "density") for each in several]
         if not out["densities"]:
             raise InvalidArgument("density: expected at least one")
+    out.update(_shadow(out["designs"], experiment, paging=paging, quota=quota, reclaim=reclaim))
     if timeline:
         out["timeline"] = True
     for name, path in (("perfetto", perfetto), ("hlog", hlog)):
         if path is not None:
             out[name] = os.fspath(path)
+    return out
+
+
+def _shadow(
+    designs: list[str],
+    experiment: str,
+    *,
+    paging: str | None,
+    quota: int | None,
+    reclaim: str | Iterable[str] | None,
+) -> dict[str, Any]:
+    """Return the part of a configuration that only the shadow MMU has, after checking it."""
+    out: dict[str, Any] = {}
+    if paging is not None:
+        out["paging"] = _names.one_of(paging, PAGINGS, "paging")
+    if quota is not None:
+        out["quota"] = between(quota, LEAST_QUOTA, (1 << 32) - 1, "quota")
+    if reclaim is not None:
+        kinds = _names.each_of(reclaim, (*_names.reclaims(), "all"), "reclaim")
+        out["reclaim"] = list(_names.reclaims()) if "all" in kinds else kinds
+    if out and not set(designs) & set(_names.shadow_designs()):
+        if experiment in ("zap", "drop") or designs != ["all"]:
+            name, value = next(iter(out.items()))
+            raise InvalidArgument(
+                f"{name}={value!r}: of the shadow MMU only; give one of its designs "
+                f"({', '.join(_names.shadow_designs())}), or shadow for all of them"
+            )
+        # A single operation has no zap to compare: the design of most kernels will do.
+        out["designs"] = [SHADOW_DESIGN]
     return out
 
 
@@ -282,7 +326,10 @@ def fault(*, progress: Progress | None = None, timeout: float | None = None, **o
 
 
 def walk(*, progress: Progress | None = None, timeout: float | None = None, **options: Any) -> MicroResult:
-    """Measure a lockless walk, in ns. Options and errors: see `zap`."""
+    """Measure a lockless walk, in ns; with `reclaim` what keeps shadow pages for walkers, and its price.
+
+    Options and errors: see `config` and `zap`.
+    """
     return MicroResult.from_raw(_run("walk", options, progress, timeout))
 
 
@@ -321,6 +368,12 @@ def measure(
 
     patience = check_timeout(timeout)
     scenes = request.get("scenes") or ()
-    if kind != "drop" or not {_names.PROCESS_EXIT, "all"}.intersection(scenes):
+    only_shadow = set(request["designs"]) <= set(_names.shadow_designs())
+    if only_shadow and _names.PROCESS_EXIT in scenes:
+        raise InvalidArgument(
+            f"scene={_names.PROCESS_EXIT!r} with design {', '.join(request['designs'])}: the shadow "
+            "MMU hands no work on that could be pending; name a design of the TDP MMU"
+        )
+    if only_shadow or kind != "drop" or not {_names.PROCESS_EXIT, "all"}.intersection(scenes):
         return dict(json.loads(_native.bench(kind, json.dumps(request), progress=progress, timeout=patience)))
     return process_exit.play(request, progress=progress, timeout=patience)

@@ -94,6 +94,8 @@ FIELDS: tuple[Judged, ...] = (
     Judged("queue_ns.max", "ns"),
     Judged("rcu.grace_period_ns.max", "ns"),
     Judged("rcu.backlog_pages_peak", "count"),
+    Judged("shadow.longest_batch", "count"),
+    Judged("shadow.obsolete_peak", "count"),
     Judged("refault.wall_ns", "ns"),
     *_parts("others", "lock_wait_ns", "kicked_ns"),
     Judged("others.accesses_late", "count"),
@@ -121,11 +123,14 @@ KEY = (
     "page",
     "vcpus",
     "kernel_profile",
+    "shadow.paging",
+    "shadow.reclaim",
     "name",
 )
 #: Of the request: what does not decide what is measured, and what the key has already.
 _FREE = {"reps", "seed", "check", "max_memory_bytes", "designs", "scenes", "perfetto", "hlog", "timeline"}
 _FREE |= {"memory_bytes", "page", "passes", "ownership", "preempt", "vcpus", "kernel_profile"}
+_FREE |= {"paging", "reclaim"}
 _HOST = ("cpu", "cpus", "kernel", "hypervisor", "memory_bytes", "thp", "clock", "rcu_flavour")
 
 
@@ -336,7 +341,9 @@ class _Side:
 
     @staticmethod
     def _key(raw: Raw, experiment: str) -> Key:
-        return (experiment, *(raw.get(name) for name in KEY[1:]))
+        shadow = raw.get("shadow") or {}
+        flat = {**raw, **{f"shadow.{name}": value for name, value in shadow.items()}}
+        return (experiment, *(flat.get(name) for name in KEY[1:]))
 
     def values(self, key: Key, judged: Judged) -> list[float]:
         """Return the field in every repetition that has it, in ns or per limit."""

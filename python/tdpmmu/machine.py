@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from tdpmmu import _names, units
-from tdpmmu.bench import MAX_WORKERS, between, cpu_numbers
+from tdpmmu.bench import LEAST_QUOTA, MAX_WORKERS, between, cpu_numbers
 from tdpmmu.errors import InvalidArgument
+from tdpmmu.shadow import PAGINGS
 
 __all__ = [
     "MAPPING_DTYPE",
@@ -51,6 +52,7 @@ class FaultOutcome(enum.IntEnum):
     SLOW_FAULT = 3
     RETRY = 4  # as SLOW_FAULT, after a race was lost
     EMULATE = 5
+    GUEST_FAULT = 6  # the guest's own tables do not allow it: its page fault, not the host's
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +232,11 @@ class VMConfig:
         nx_huge_pages: the NX mitigation is on from the start.
         memslot_generation: what address space 0 begins with, even; for tests of the wrap of MMIO generations.
         format: entries as AMD has them (`npt`) or Intel (`ept`).
+        paging: of a design of the shadow MMU: `direct` (hardware translates guest addresses: tdp_mmu=N) or
+            `guest` (the guest's own tables are shadowed; what faults and look-ups take is a virtual page
+            number of the vCPU's process then); None: a design of the TDP MMU.
+        reclaim: how its zapped pages are kept from lockless walkers; None: a design of the TDP MMU.
+        quota: most shadow pages, a count; None is no limit.
     """
 
     levels: int
@@ -254,6 +261,9 @@ class VMConfig:
     nx_huge_pages: bool = False
     memslot_generation: int = 0
     format: str = "npt"
+    paging: str | None = None
+    reclaim: str | None = None
+    quota: int | None = None
 
     @classmethod
     def make(
@@ -281,11 +291,16 @@ class VMConfig:
         nx_huge_pages: bool = False,
         memslot_generation: int = 0,
         format: str = "npt",
+        paging: str | None = None,
+        reclaim: str | None = None,
+        quota: int | None = None,
     ) -> VMConfig:
         """Check the arguments of `VM` and return them as a configuration. Sizes in bytes, times in ns.
 
         `design` None is the one that the profile's kernel has.
         `workers`, `worker_cpus` and `worker_queue` (`per-vm` or `system`) are for designs that have workers.
+        `paging`, `reclaim` and `quota` are for designs of the shadow MMU, which has neither passes nor a
+        first reference that somebody could own.
         The rest is in the class's text.
 
         Raises:
@@ -312,10 +327,24 @@ class VMConfig:
             raise InvalidArgument(
                 f"max_table_bytes={max_table_bytes!r}: one path needs {4096 * levels} bytes"
             )
+        chosen = _names.design_of(profile) if design is None else _names.design(design)
+        shadow = chosen in _names.shadow_designs()
+        _one_mmu(
+            chosen,
+            shadow,
+            paging=paging,
+            reclaim=reclaim,
+            quota=quota,
+            passes=passes,
+            ownership=ownership,
+            workers=None if workers == 1 else workers,
+            worker_cpus=worker_cpus or None,
+            worker_queue=worker_queue,
+        )
         return cls(
             levels=levels,
             vcpus=between(vcpus, 1, 1024, "vcpus"),
-            design=_names.design_of(profile) if design is None else _names.design(design),
+            design=chosen,
             kernel_profile=_names.profile(profile),
             passes=None if passes is None else _names.passes(passes),
             ownership=None if ownership is None else _names.one_of(ownership, _names.OWNERSHIP, "ownership"),
@@ -337,9 +366,25 @@ class VMConfig:
             nx_huge_pages=bool(nx_huge_pages),
             memslot_generation=between(memslot_generation, 0, (1 << 60) - 1, "memslot_generation"),
             format=_names.one_of(format, ENTRY_FORMATS, "format"),
+            paging=_names.one_of(paging or PAGINGS[0], PAGINGS, "paging") if shadow else None,
+            reclaim=_names.one_of(reclaim or "ipi", _names.reclaims(), "reclaim") if shadow else None,
+            quota=None if quota is None else between(quota, LEAST_QUOTA, (1 << 32) - 1, "quota"),
         )
 
     @property
     def max_gfn(self) -> int:
         """The end of the guest-physical space, exclusive, in 4 KiB pages: 2^36 or 2^40."""
         return units.max_gfn(self.levels)
+
+
+def _one_mmu(design: str, shadow: bool, **options: object) -> None:
+    """Refuse what the MMU of a design does not have."""
+    own = ("paging", "reclaim", "quota")
+    for name, value in options.items():
+        if value is None or (name in own) == shadow:
+            continue
+        if shadow:
+            why = "the shadow MMU zaps page by page, in its caller, and nobody owns a root's first reference"
+        else:
+            why = f"of the shadow MMU only ({', '.join(_names.shadow_designs())})"
+        raise InvalidArgument(f"{name}={value!r} with design {design}: {why}")

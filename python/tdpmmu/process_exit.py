@@ -96,6 +96,8 @@ def _settings(runs: list[dict[str, Any]], nothing: dict[str, Any]) -> list[dict[
     """Return each combination of design and settings once, in the order run; all else as in `nothing`."""
     found: dict[str, dict[str, Any]] = {}
     for run in runs:
+        if run.get("shadow"):
+            continue  # nothing is handed on that could be pending
         about = {**nothing, **{name: run[name] for name in _SAID if name in run}}
         about.update(scene=_names.PROCESS_EXIT, page=run["page"], extrapolated=False, populated_by="bulk")
         found.setdefault(json.dumps(about), about)

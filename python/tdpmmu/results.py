@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from tdpmmu import shape
 from tdpmmu.errors import InvalidArgument
+from tdpmmu.shadow import ShadowRun
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from tdpmmu.comparison import Comparison
     from tdpmmu.found import AllocationFailures, Exploration, Museum, Story, Torture
+    from tdpmmu.mmus import Versus
     from tdpmmu.recorded import ConformReport, Replay
 
 __all__ = [
@@ -37,7 +39,7 @@ __all__ = [
 Raw = Mapping[str, Any]
 
 #: What a run or a result carries for pictures, not for tables: left out of flat rows.
-SERIES = ("curves", "timeline", "backlog_series")
+SERIES = ("curves", "timeline", "backlog_series", "retained_series")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,7 @@ class BenchRun:
         others: what those lost who did not ask for the zap, in ns.
         fit: `zap-64t`: the line through sizes that were built, and what it says of 64 TiB (extrapolated).
         process_exit: how a process ended that left work pending, by the way it ended; times in ns.
+        shadow: of a design of the shadow MMU: its pages, its batches, what it retained; else None.
         curves: sparse histograms by field, as [value, count] pairs.
         raw: the whole JSON object.
     """
@@ -121,6 +124,7 @@ class BenchRun:
     others: Raw | None
     fit: Raw | None
     process_exit: Raw | None
+    shadow: ShadowRun | None
     curves: Mapping[str, Any] = field(repr=False)
     raw: Raw = field(repr=False)
 
@@ -165,6 +169,7 @@ class BenchRun:
             others=raw.get("others"),
             fit=raw.get("fit"),
             process_exit=raw.get("process_exit"),
+            shadow=ShadowRun.from_raw(raw.get("shadow")),
             curves=raw.get("curves") or {},
             raw=raw,
         )
@@ -335,7 +340,7 @@ def flatten(raw: Raw, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 Document: TypeAlias = (
-    "BenchResult | MicroResult | Replay | ConformReport | Comparison"
+    "BenchResult | MicroResult | Versus | Replay | ConformReport | Comparison"
     " | Exploration | Museum | Torture | AllocationFailures | Story"
 )
 #: Schemas of `tdpmmu.found`, in the order of its classes below.
@@ -412,6 +417,10 @@ def _by_schema(schema: str, raw: Raw, source: str) -> Document:
 
         kinds = (found.Exploration, found.Museum, found.Torture, found.AllocationFailures, found.Story)
         return kinds[[schema.startswith(one) for one in _FOUND].index(True)].from_raw(raw)
+    if schema.startswith("tdpmmu.versus/"):
+        from tdpmmu.mmus import Versus
+
+        return Versus.from_raw(raw)
     if schema.startswith("tdpmmu.compare/"):
         from tdpmmu.comparison import Comparison
 

@@ -71,8 +71,21 @@ _RUN: Shape = {
         "at": [{"memory_bytes": NUMBER, "sptes": NUMBER, "ns": NUMBER, "ci95": [NUMBER]}],
     },
     "process_exit": {"*": NUMBERS},
+    "shadow": {
+        **dict.fromkeys(("paging", "reclaim"), TEXT),
+        **dict.fromkeys(("pages_at_t0", "zapped", "batches", "longest_batch", "restarts"), NUMBER),
+        "obsolete_peak": NUMBER,
+        "retained_series": [[NUMBER]],
+    },
     "curves": {"*": [[NUMBER]]},
     "violation_list": [TEXT],
+}
+_VERSUS: Shape = {
+    **dict.fromkeys(("mmu", "design", "page"), TEXT),
+    **dict.fromkeys(("memory_bytes", "vcpus", "rep"), NUMBER),
+    **dict.fromkeys(("sptes", "tables_bytes", "metadata_bytes", "rmap_bytes", "guest_table_bytes"), NUMBER),
+    **dict.fromkeys(("fault_ns", "zap_visible_ns", "zap_hold_ns", "zap_longest_hold_ns"), NUMBER),
+    **dict.fromkeys(("zap_total_ns", "zap_cpu_ns", "refault_ns"), NUMBER),
 }
 _OPERATION: Shape = {
     **dict.fromkeys(("ns", "ratio", "goal", "count", "density", "total_ns"), NUMBER),
@@ -125,6 +138,7 @@ _SHAPES: dict[str, Shape] = {
     "tdpmmu.conform/": {"cases": [_CASE]},
     "tdpmmu.bench.": {**_ABOUT, "experiment": TEXT, "runs": [_RUN]},
     "tdpmmu.micro/": {**_ABOUT, "rows": [_OPERATION]},
+    "tdpmmu.versus/": {**_ABOUT, "rows": [_VERSUS]},
 }
 
 

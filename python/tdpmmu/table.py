@@ -152,6 +152,16 @@ _ZAP = [
     Column("blocked\nvCPU max", lambda r: _get(r.block_update_ns, "max"), format_ns),
     Column("visible to\nlast vCPU", lambda r: r.visible_last_ns, format_ns, 3),
 ]
+# The shadow MMU zaps in holds of its own, and what it takes out of use stays in memory for a while.
+_SHADOW = [
+    Column("first excl.\nhold", lambda r: _get(r.update_ns, "exclusive_hold"), format_ns),
+    Column("obsolete\npages", lambda r: r.shadow and r.shadow.obsolete_peak, _count),
+    Column("longest\nbatch", lambda r: r.shadow and r.shadow.longest_batch, _count, 6),
+    Column("batches", lambda r: r.shadow and r.shadow.batches, _count, _WIDE),
+    Column("restarts", lambda r: (r.shadow and r.shadow.restarts) or None, _count, _WIDE),
+    Column("shadow\npages", lambda r: r.shadow and r.shadow.pages_at_t0, _count, _WIDE),
+    Column("pages\nzapped", lambda r: r.shadow and r.shadow.zapped, _count, _WIDE),
+]
 _UPDATES = [
     Column("updates", lambda r: _get(r.updates, "count"), _count, 4),
     Column("update\np50", lambda r: _get(r.updates, "update_ns", "p50"), format_ns, 2),
@@ -193,13 +203,20 @@ def _longest_hold(run: BenchRun) -> Any:
     return _get(run.update_ns, "exclusive_hold") if longest is None else longest
 
 
-def _columns(run: BenchRun, drop: bool) -> list[Column]:
+def _columns(run: BenchRun, drop: bool, shadow: bool) -> list[Column]:
     """Return what the scene of a run is about, most telling first."""
     if run.scene == "process-exit":
         return _EXIT
     head = _DROP if drop else [*(_UPDATES if run.updates is not None else [_UPDATE]), *_ZAP]
     # What only this scene has comes first.
-    return [*(column for column in _SPECIAL if column.take(run) is not None), *head, *_COST]
+    special = [column for column in _SPECIAL if column.take(run) is not None]
+    if shadow and not drop:
+        # The first hold stands once, and stays.
+        own = {column.heading for column in _SHADOW}
+        rest = [c._replace(rank=min(c.rank, 1)) for c in head[1:] if c.heading not in own and c.rank < _WIDE]
+        wide = [c for c in head[1:] if c.heading not in own and c.rank >= _WIDE]
+        head = [head[0], _SHADOW[0], *rest, *_SHADOW[1:], *wide]
+    return [*special, *head, *_COST]
 
 
 def render_bench(result: BenchResult, wide: bool = False) -> str:
@@ -222,19 +239,27 @@ def render_bench(result: BenchResult, wide: bool = False) -> str:
 def _part(runs: list[BenchRun], drop: bool, named: bool, wide: bool) -> str:
     groups: dict[tuple[str, ...], list[BenchRun]] = {}
     for run in runs:
-        groups.setdefault((run.design, run.passes, run.ownership, run.preempt), []).append(run)
+        shadow = (run.shadow.paging, run.shadow.reclaim) if run.shadow else ("-", "-")
+        groups.setdefault((run.design, run.passes, run.ownership, run.preempt, *shadow), []).append(run)
     # Who is who: whatever two rows of a design differ in, and the passes, which explain most of the rest.
     keys = list(groups)
     designs = {key[0] for key in keys}
-    names = ["design", "passes", "owner", "preempt"]
+    names = ["design", "passes", "owner", "preempt", "paging", "reclaim"]
     shown = [
-        at for at in range(4) if wide or at < 2 or len({(key[0], key[at]) for key in keys}) > len(designs)
+        at
+        for at, name in enumerate(names)
+        if at == 0
+        or (any(key[at] != "-" for key in keys) and (wide or name == "passes"))
+        or len({(key[0], key[at]) for key in keys}) > len(designs)
     ]
     table = {names[at]: [key[at] for key in keys] for at in shown}
     table["design"] = [_marked(same[0]) for same in groups.values()]
 
     faults = {column: [_sum(column, same) for same in groups.values()] for column in _FAULTS}
-    columns = [*_columns(runs[0], drop), *(c for c in _FAULTS if wide or any(faults[c]))]
+    columns = [
+        *_columns(runs[0], drop, any(run.shadow for run in runs)),
+        *(c for c in _FAULTS if wide or any(faults[c])),
+    ]
     ranks = {}
     for column in columns:
         cells = [

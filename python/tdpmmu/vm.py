@@ -18,7 +18,8 @@ import numpy.typing as npt
 from tdpmmu import _names, _native, units
 from tdpmmu._checked import zap_report
 from tdpmmu.bench import between, check_timeout
-from tdpmmu.errors import InvalidArgument, OutOfTableMemory
+from tdpmmu.errors import InvalidArgument, OutOfTableMemory, Unsupported
+from tdpmmu.guest import Guest
 from tdpmmu.machine import (
     MAPPING_DTYPE,
     CloseReport,
@@ -97,6 +98,20 @@ class VM(SlotOperations, UpkeepOperations):
         raise TypeError(
             "VM handles cannot be pickled or copied; pass a VMConfig and make the VM where it is used"
         )
+
+    @property
+    def guest(self) -> Guest:
+        """The guest's own page tables and processes; only where `paging` is `guest`. No units.
+
+        Raises:
+            Unsupported: the VM's guest has no tables that matter here.
+        """
+        if self._config.paging != "guest":
+            raise Unsupported(
+                f"guest: this VM has design {self._config.design!r} and paging {self._config.paging!r}; the "
+                'guest\'s own tables are shadowed under a shadow design with paging="guest"'
+            )
+        return Guest(self._native, self._config)
 
     def populate(
         self,

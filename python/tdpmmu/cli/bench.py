@@ -24,14 +24,25 @@ _MOST_CPUS = 8192  # Linux's largest CONFIG_NR_CPUS
 
 def catalogue_help(*experiments: str) -> str:
     """Return the designs, and the scenes of experiments, a line each, for the end of a help text."""
-    rows = [("Designs (flawed ones are wrong on purpose, and never in all):", "")]
-    for info in _names.catalogue()["design_info"]:
-        rows.append((f"  {_names.marked(info['name'])}", info["mainline"]))
+    rows = []
+    for heading, infos in _names.design_groups():
+        rows.append((heading, ""))
+        rows += [(f"  {_names.marked(info['name'])}", info["mainline"]) for info in infos]
     for experiment in experiments:
         rows.append((f"Scenes of bench {experiment}, its usual one first:", ""))
         for name, summary in _names.scene_summaries(experiment):
             rows.append((f"  {name}", summary))
-    width = max(len(name) for name, summary in rows if summary) + 2
+    return _two_columns(rows)
+
+
+def reclaim_help() -> str:
+    """Return the ways to keep zapped shadow pages for lockless walkers, a line each."""
+    infos = _names.catalogue()["reclaim_info"]
+    return _two_columns([(f"  {info['name']}", info["summary"]) for info in infos])
+
+
+def _two_columns(rows: list[tuple[str, str]]) -> str:
+    width = max((len(name) for name, summary in rows if summary), default=0) + 2
     lines = []
     for name, summary in rows:
         first, *rest = textwrap.wrap(summary, 78 - width) or [""]
@@ -86,7 +97,8 @@ def zap_options(body: Command) -> Command:
             default=("all",),
             show_default=True,
             metavar="NAME",
-            help="Zap design; repeat, or give a comma list; all is every sound one. See below.",
+            help="Zap design; repeat, or give a comma list; all is every sound one of the TDP MMU, shadow "
+            "every one of the shadow MMU. See below.",
         ),
         click.option(
             "--scene",
@@ -137,6 +149,19 @@ def zap_options(body: Command) -> Command:
             "--sharing", metavar="HOW", help="vCPUs' working sets: local, pipeline or global [local]."
         ),
         click.option("--churns", type=int, metavar="N", help="Cycles of slot-churn [100]."),
+        click.option(
+            "--paging", metavar="HOW", help="Shadow designs: direct, or guest (its own tables) [direct]."
+        ),
+        click.option(
+            "--quota", type=int, metavar="N", help="Shadow designs: most shadow pages of the VM [no limit]."
+        ),
+        click.option(
+            "--reclaim",
+            multiple=True,
+            metavar="KIND",
+            help="Shadow designs: how pages are kept for lockless walkers; repeat, or a comma list, or "
+            "all [ipi].",
+        ),
         click.option("--timeline", is_flag=True, help="Keep each thread's phases, for plot --kind timeline."),
         click.option(
             "--perfetto",
@@ -167,7 +192,7 @@ def measure(kind: str, out: Output, options: dict[str, Any]) -> int:
         import secrets
 
         options["seed"] = secrets.randbits(31)
-    for name in ("scene", "passes", "protocol", "eager"):
+    for name in ("scene", "passes", "protocol", "eager", "reclaim"):
         if name in options:
             options[name] = options[name] or None
     if "density" in options:
@@ -207,10 +232,12 @@ def measure(kind: str, out: Output, options: dict[str, Any]) -> int:
 
 def renderer(kind: str, wide: bool) -> Callable[[Any], str]:
     """Return what makes an experiment's result a table."""
-    from tdpmmu import dirty, table
+    from tdpmmu import dirty, reclaim_table, table
 
     if kind in ("zap", "drop"):
         return functools.partial(table.render_bench, wide=wide)
+    if kind == "walk":
+        return reclaim_table.render
     return functools.partial(dirty.render, wide=wide) if kind == "dirty" else table.render_micro
 
 
@@ -315,8 +342,22 @@ def _micro(name: str, text: str) -> None:
 
 _micro("populate", "Mapping a guest, in bulk and through faults: ns per SPTE.")
 _micro("fault", "One page fault through the complete path: ns.")
-_micro("walk", "A lockless walk, dependent: ns.")
 _micro("rcu", "An RCU read section, grace periods, deferred freeing: ns.")
+
+
+@bench.command("walk", epilog=reclaim_help())
+@machine_options
+@click.option(
+    "--reclaim",
+    multiple=True,
+    metavar="KIND",
+    help="Instead: what keeps zapped shadow pages for lockless walkers, and its price; repeat, or give a "
+    "comma list, or all. See below.",
+)
+@common(suffixes=(*SUFFIXES, *PICTURES))
+def bench_walk(out: Output, **options: Any) -> int:
+    """A lockless walk, dependent: ns. Or what each way to keep pages for walkers costs whom."""
+    return measure("walk", out, options)
 
 
 @bench.command("dirty")

@@ -16,6 +16,7 @@ from tdpmmu.cli.files import compare, plot, replay
 from tdpmmu.cli.output import Output, say
 from tdpmmu.cli.proof import bugs, explain, explore, simulate, torture
 from tdpmmu.cli.record import record_help
+from tdpmmu.cli.versus import versus
 
 __all__ = ["cli", "run"]
 
@@ -62,6 +63,7 @@ def cli(debug: bool) -> None:
 
 for command in (
     bench,
+    versus,
     explore,
     bugs,
     torture,
@@ -113,13 +115,18 @@ class _Info:
         return pa.Table.from_pylist(rows)
 
     def render(self) -> str:
-        rows = [row for row in self.to_rows() if row["name"] not in ("designs", "scenes", "experiments")]
+        listed = ("designs", "scenes", "experiments", "reclaim")
+        rows = [row for row in self.to_rows() if row["name"] not in listed]
         width = max((len(row["name"]) for row in rows), default=0)
         out = [f"{row['name']:<{width}}  {row['value']}" for row in rows]
-        out += ["", "Designs, oldest first (--design; all is every one that is not flawed):"]
-        for info in self.raw["designs"]:
-            out.append(f"  {_names.marked(info['name'])}, {info['mainline']}")
-            out.append(f"      {info['summary']}")
+        for heading, infos in _names.design_groups():
+            out += ["", heading]
+            for info in infos:
+                out.append(f"  {_names.marked(info['name'])}, {info['mainline']}")
+                out.append(f"      {info['summary']}")
+        out += ["", "Ways to keep zapped shadow pages for lockless walkers (bench walk --reclaim):"]
+        for info in self.raw["reclaim"]:
+            out += [f"  {info['name']}", f"      {info['summary']}"]
         for experiment in ("zap", "drop"):
             out += ["", f"Scenes of bench {experiment}, its usual one first (--scene):"]
             for name, summary in _names.scene_summaries(experiment):

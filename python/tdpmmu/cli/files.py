@@ -17,7 +17,7 @@ from tdpmmu.comparison import FACTOR, THRESHOLD
 if TYPE_CHECKING:
     from tdpmmu.recorded import Replay
 
-__all__ = ["compare", "plot", "replay"]
+__all__ = ["compare", "own_places", "picture_format", "plot", "replay", "wrote"]
 
 
 @click.command()
@@ -67,9 +67,9 @@ def replay(
     """
     from tdpmmu import recorded_table
 
-    _own_places(out, plot=picture, perfetto=perfetto)
+    own_places(out, plot=picture, perfetto=perfetto)
     if picture is not None:
-        _picture_format(picture, "--plot")
+        picture_format(picture, "--plot")
     draft = None if perfetto is None else perfetto.with_name(f".{perfetto.name}.{os.getpid()}")
     with contextlib.ExitStack() as stack:
         if draft is not None:
@@ -79,12 +79,12 @@ def replay(
             raise BadInput(f"{file}: no kvmmmu events, so there is nothing that --check could verify")
         if draft is not None and perfetto is not None:
             place_file(draft, perfetto, out.force)
-            _wrote(out, perfetto)
+            wrote(out, perfetto)
     if picture is not None:
         from tdpmmu import plot as drawing
 
         write_file(picture, drawing.draw(result, picture.suffix.lower()[1:]), out.force)
-        _wrote(out, picture)
+        wrote(out, picture)
     out.emit(result, recorded_table.render_replay)
     if result.ok:
         return 0
@@ -127,7 +127,7 @@ def _replay(
             raise BadInput(f"{file}: {error.strerror or error}") from error
 
 
-def _own_places(out: Output, **places: Path | None) -> None:
+def own_places(out: Output, **places: Path | None) -> None:
     """Refuse files that exist, and one name for two outputs."""
     named = [path for path in (out.path, *places.values()) if path is not None]
     if len({path.resolve() for path in named}) < len(named):
@@ -137,7 +137,8 @@ def _own_places(out: Output, **places: Path | None) -> None:
             check_free(path, out.force)
 
 
-def _picture_format(path: Path, option: str) -> str:
+def picture_format(path: Path, option: str) -> str:
+    """Return the format that a picture's suffix names."""
     from tdpmmu import plot as drawing
 
     suffix = path.suffix.lower().lstrip(".")
@@ -147,7 +148,8 @@ def _picture_format(path: Path, option: str) -> str:
     return suffix
 
 
-def _wrote(out: Output, path: Path) -> None:
+def wrote(out: Output, path: Path) -> None:
+    """Say that a file was written."""
     if not out.quiet:
         say(f"wrote {path}")
 
@@ -199,7 +201,7 @@ def plot(
     del debug
     from tdpmmu import plot as drawing
 
-    suffix = _picture_format(output, "-o")
+    suffix = picture_format(output, "-o")
     check_free(output, force)
     designs = None if design is None else [part.strip() for part in design.split(",")]
     picture = drawing.draw(load_input(result), suffix, kind=kind, field=field, scene=scene, designs=designs)

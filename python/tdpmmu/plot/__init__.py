@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from tdpmmu import _names
 from tdpmmu.errors import InvalidArgument, Unsupported
+from tdpmmu.mmus import Versus
 from tdpmmu.plot.select import Selection
 from tdpmmu.recorded import Replay
 from tdpmmu.results import BenchResult, MicroResult
@@ -24,7 +25,7 @@ __all__ = ["FORMATS", "KINDS", "RECORDED_KINDS", "draw"]
 
 FORMATS = ("svg", "png", "pdf")
 #: What can be drawn of a bench result; a file each.
-KINDS = ("bars", "percentiles", "timeline", "scaling", "attribution", "backlog")
+KINDS = ("bars", "percentiles", "timeline", "scaling", "attribution", "backlog", "retained")
 #: And of a replayed recording.
 RECORDED_KINDS = ("recording", "pages", "causes", "storms")
 
@@ -41,11 +42,12 @@ def draw(
     """Return the chart of a result as a file's bytes. Times are in ns in the result, scaled on the axes.
 
     Args:
-        result: a `BenchResult`; a `MicroResult`, which has bars only; or a `Replay`.
+        result: a `BenchResult`; a `MicroResult` or a `Versus`, which have one picture each; or a `Replay`.
         format: `svg`, `png` or `pdf`.
         kind: one of `KINDS`: `bars` (what a KVM engineer compares), `percentiles` (whole distributions),
             `timeline` (a track a thread), `scaling` (zap-64t: built, fitted, extrapolated), `attribution`
-            (where the time went and who paid), `backlog` (pages that wait for a grace period). Of a `Replay`
+            (where the time went and who paid), `backlog` (pages that wait for a grace period), `retained`
+            (obsolete shadow pages over time). Of a `Replay`
             one of `RECORDED_KINDS`: `pages` (what was mapped when, and the tables), `causes` (who zapped, how
             long), `storms` (each zap at its time), `recording` (the three). None is `bars`, or `recording`.
         field: which distribution `percentiles` draws, such as `access_ns`.
@@ -58,10 +60,17 @@ def draw(
     """
     if format not in FORMATS:
         raise InvalidArgument(f"format={format!r}: expected one of {', '.join(FORMATS)}")
-    if not isinstance(result, (BenchResult, MicroResult, Replay)):
+    if not isinstance(result, (BenchResult, MicroResult, Versus, Replay)):
         raise InvalidArgument(
             f"result: a {type(result).__name__} has no chart; expected a bench result or a replay"
         )
+    if isinstance(result, Versus):
+        for name, given in (("kind", kind), ("field", field), ("scene", scene), ("designs", designs)):
+            if given is not None:
+                raise InvalidArgument(f"{name}={given!r}: the two MMUs have one picture")
+        if not result.rows:
+            raise InvalidArgument("result: nothing to draw, it has no rows")
+        return _drawn(format, lambda figure: _mmus(figure, result))
     kinds = RECORDED_KINDS if isinstance(result, Replay) else KINDS
     kind = kinds[0] if kind is None else _names.one_of(kind, kinds, "kind")
     if isinstance(result, Replay):
@@ -93,6 +102,12 @@ def _recording(figure: Figure, result: Replay, kind: str) -> None:
     from tdpmmu.plot import recording
 
     recording.draw(figure, result, kind)
+
+
+def _mmus(figure: Figure, result: Versus) -> None:
+    from tdpmmu.plot import mmus
+
+    mmus.draw(figure, result)
 
 
 def _drawn(format: str, fill: Callable[[Figure], None]) -> bytes:

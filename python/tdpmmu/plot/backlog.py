@@ -12,7 +12,7 @@ from tdpmmu.units import format_count, format_ns, format_size
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["draw"]
+__all__ = ["draw", "mib", "pages_of"]
 
 
 def _series(run: BenchRun) -> list[list[float]]:
@@ -50,7 +50,7 @@ def draw(figure: Figure, chosen: Selection) -> None:
     axes.set_xlabel("time since the request began")
     axes.yaxis.set_major_formatter(lambda value, _: format_count(round(value)))
     axes.set_ylabel("table pages waiting for a grace period")
-    right = axes.secondary_yaxis("right", functions=(_mib, _pages))
+    right = axes.secondary_yaxis("right", functions=(mib, pages_of))
     right.set_ylabel("MiB")
     right.spines["right"].set_visible(False)
     style.bare(axes)
@@ -65,9 +65,11 @@ def draw(figure: Figure, chosen: Selection) -> None:
     style.below(figure, 2)
 
 
-def _mib(pages: Any) -> Any:
+def mib(pages: Any) -> Any:
+    """Return MiB of so many pages of 4 KiB."""
     return pages * 4096 / 2**20
 
 
-def _pages(mib: Any) -> Any:
-    return mib * 2**20 / 4096
+def pages_of(size: Any) -> Any:
+    """Return how many pages of 4 KiB so many MiB are."""
+    return size * 2**20 / 4096

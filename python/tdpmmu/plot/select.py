@@ -76,11 +76,17 @@ class Selection:
             design: {r.passes for r in runs if r.design == design} for design in {r.design for r in runs}
         }
         preempt = len({run.preempt for run in runs}) > 1
+        reclaim = len({run.shadow.reclaim for run in runs if run.shadow}) > 1
+        paging = len({run.shadow.paging for run in runs if run.shadow}) > 1
         for run in runs:
             name = name_of(run)
             if len(passes[run.design]) > 1:
                 name += f", {run.passes}"
             if preempt:
                 name += f", {run.preempt}"
+            if run.shadow and paging:
+                name += f", {run.shadow.paging}"
+            if run.shadow and reclaim:
+                name += f", {run.shadow.reclaim}"
             out.setdefault(name, []).append(run)
         return out

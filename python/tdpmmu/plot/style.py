@@ -56,6 +56,11 @@ _DESIGNS = (
     "second-list-worker",
     "system-workqueue",
     "no-second-phase",
+    "shadow-gen",
+    "shadow-walk",
+    "shadow-gen-kept",
+    "shadow-walk-break",
+    "shadow-slot",
 )
 
 
@@ -79,7 +84,7 @@ def title(figure: Figure, finding: str, measured: str) -> None:
     """Put what was found above what was measured, over the whole picture, and keep the room for it free."""
     # The field's own spelling stays: vCPU.
     start = finding[:1] if finding.startswith("vCPU") else finding[:1].upper()
-    lines = textwrap.wrap(start + finding[1:], _WIDTH)
+    lines = textwrap.wrap(start + finding[1:], _WIDTH, break_on_hyphens=False)
     width, height = figure.get_size_inches()
     room = 0.26 * len(lines) + 0.34
     figure.set_size_inches(width, height + room - 0.45)

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use tdpmmu_lab::LabError;
 use tdpmmu_lab::conform::{self, ConformError, ConformOptions};
 use tdpmmu_lab::what_if::{WhatIfOptions, what_if};
+use tdpmmu_shadow::{ReclaimKind, SHADOW_DESIGNS};
 use tdpmmu_spte::{KernelProfile, Passes};
 use tdpmmu_trace::{Input, ReplayError, ReplayOptions, TraceError};
 
@@ -55,8 +56,22 @@ pub fn catalogue() -> String {
             "passes": info.passes.map(|passes| passes.to_string()),
             "ownership": info.ownership.to_string(),
             "flawed": info.flawed,
+            "mmu": "tdp",
         })
     };
+    // The shadow MMU has neither passes nor a first reference that somebody could own.
+    let shadow = |info: &tdpmmu_shadow::ShadowDesignInfo| {
+        json!({
+            "name": info.name,
+            "mainline": info.mainline,
+            "summary": info.summary,
+            "passes": null,
+            "ownership": null,
+            "flawed": false,
+            "mmu": "shadow",
+        })
+    };
+    let reclaim = |kind: &ReclaimKind| json!({ "name": kind.name(), "summary": kind.summary() });
     let scene = |scene: &tdpmmu_lab::scene::Scene| {
         json!({
             "name": scene.name,
@@ -67,8 +82,10 @@ pub fn catalogue() -> String {
     };
     json!({
         "scene_info": tdpmmu_lab::scene::SCENES.iter().map(scene).collect::<Vec<_>>(),
-        "design_info": tdpmmu_mmu::DESIGNS.iter().map(design).collect::<Vec<_>>(),
-        "designs": tdpmmu_mmu::DESIGNS.iter().map(|design| design.name).collect::<Vec<_>>(),
+        "design_info": tdpmmu_mmu::DESIGNS.iter().map(design).chain(SHADOW_DESIGNS.iter().map(shadow)).collect::<Vec<_>>(),
+        "designs": tdpmmu_mmu::DESIGNS.iter().map(|d| d.name).chain(shadow_names()).collect::<Vec<_>>(),
+        "shadow_designs": shadow_names().collect::<Vec<_>>(),
+        "reclaim_info": ReclaimKind::ALL.iter().map(reclaim).collect::<Vec<_>>(),
         "sound_designs": tdpmmu_mmu::DESIGNS.iter().filter(|d| !d.flawed).map(|d| d.name).collect::<Vec<_>>(),
         "profiles": KernelProfile::NAMES,
         "profile_designs": KernelProfile::ALL.iter().map(|profile| profile.design).collect::<Vec<_>>(),
@@ -76,6 +93,10 @@ pub fn catalogue() -> String {
         "experiments": ["zap", "drop", "populate", "fault", "walk", "rcu"],
     })
     .to_string()
+}
+
+fn shadow_names() -> impl Iterator<Item = &'static str> {
+    SHADOW_DESIGNS.iter().map(|info| info.name)
 }
 
 /// The profile as it prints itself: its name, then the switches that differ.

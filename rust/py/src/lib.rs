@@ -17,9 +17,11 @@
 mod engine;
 mod error;
 mod gate;
+mod guest;
 mod job;
 mod machine;
 mod ops;
+mod shadowed;
 mod vm;
 
 use std::sync::atomic::{AtomicI64, Ordering};

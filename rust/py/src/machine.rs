@@ -14,12 +14,15 @@ use tdpmmu_mmu::QueueKind;
 use tdpmmu_platform::{Preempt, Real, Role, Task, TaskConfig};
 use tdpmmu_spte::{FormatKind, KernelProfile, Ownership, Passes, Spte};
 use tdpmmu_vm::{
-    AccessOutcome, BulkOptions, DirtyMode, FastZapTimes, GuestAccess, Progress, Vcpu, Vm, VmConfig, VmError,
+    AccessOutcome, BulkOptions, DirtyMode, FastZapTimes, GuestAccess, Paging, Progress, Vcpu, Vm, VmConfig,
+    VmError,
 };
 
 use crate::error::Fault;
 use crate::gate::{Gate, Pass};
+use crate::guest::GuestTables;
 use crate::job::Control;
+use crate::shadowed;
 
 /// What the face sends: every value there, most of them checked already.
 #[derive(Deserialize)]
@@ -48,6 +51,12 @@ struct Request {
     nx_huge_pages: bool,
     memslot_generation: u64,
     format: String,
+    /// Of a shadow design: `direct` or `guest`.
+    paging: Option<String>,
+    /// Of a shadow design: how zapped pages are kept from lockless walkers.
+    reclaim: Option<String>,
+    /// Of a shadow design: most shadow pages.
+    quota: Option<u32>,
 }
 
 /// A leaf as it crosses to numpy: gfn, SPTE, frame, level.
@@ -70,6 +79,8 @@ pub struct Populate {
 pub struct Machine {
     pub(crate) vm: Vm<Real>,
     gate: Gate,
+    /// Of a guest that translates by tables of its own.
+    pub(crate) guest: Option<GuestTables>,
     /// Of the host's pages, where a slot does not say.
     pub(crate) level: u8,
 }
@@ -87,13 +98,17 @@ pub(crate) fn wrong(error: VmError) -> Fault {
         | VmError::NotLogging { .. }
         | VmError::OtherLog { .. }
         | VmError::Config { .. }
+        | VmError::GuestFault { .. }
+        | VmError::NoCr3 { .. }
         | VmError::NoVcpu { .. } => Fault::Invalid(error.to_string()),
-        VmError::Pool(_) | VmError::HostFull { .. } | VmError::Host { .. } => {
+        VmError::Pool(_) | VmError::HostFull { .. } | VmError::Host { .. } | VmError::Quota { .. } => {
             Fault::Memory { message: error.to_string(), needed_bytes: 0, available_bytes: 0 }
         }
         VmError::Busy { .. } => Fault::Busy(error.to_string()),
         VmError::RingFull { .. } => Fault::RingFull(error.to_string()),
-        VmError::Unsupported { .. } => Fault::Unsupported(error.to_string()),
+        VmError::Unsupported { .. } | VmError::NeedsTdp { .. } | VmError::NeedsShadow { .. } => {
+            Fault::Unsupported(error.to_string())
+        }
         VmError::Closed => Fault::Closed(error.to_string()),
         VmError::Cancelled => Fault::Cancelled,
         other => Fault::Internal(other.to_string()),
@@ -146,6 +161,12 @@ impl Machine {
         };
         // Address space only: pages are taken from the host as they are used. 64 GiB of tables is 32 TiB of 4K.
         let max_tables = request.max_table_bytes.map_or(1 << 24, |bytes| bytes / 4096);
+        let shadow = shadowed::spec(
+            &request.design,
+            request.paging.as_deref(),
+            request.reclaim.as_deref(),
+            request.quota,
+        )?;
         let config = VmConfig {
             root_level: request.levels,
             maxphyaddr: if request.levels == 5 { 52 } else { 48 },
@@ -165,14 +186,19 @@ impl Machine {
             dirty_ring: request.dirty_ring,
             nx_huge_pages: request.nx_huge_pages,
             memslot_generation: request.memslot_generation,
+            shadow,
             task: TaskConfig { preempt, tick_ns: request.tick_ns, ..TaskConfig::default() },
             ..VmConfig::new(profile)
         };
         let vm = Vm::new(config).map_err(wrong)?;
-        let machine = Machine { vm, gate: Gate::new("VM"), level };
-        if let Some(bytes) = request.memory_bytes {
+        let mut machine = Machine { vm, gate: Gate::new("VM"), guest: None, level };
+        let pages = request.memory_bytes.unwrap_or(0) / 4096;
+        if pages > 0 {
             let task = machine.task("memory");
-            machine.vm.add_memory(&task, 0, bytes / 4096, level).map_err(wrong)?;
+            machine.vm.add_memory(&task, 0, pages, level).map_err(wrong)?;
+        }
+        if machine.vm.paging() == Paging::Guest {
+            machine.guest = Some(GuestTables::new(&machine.vm, pages, level)?);
         }
         Ok(machine)
     }
@@ -223,6 +249,8 @@ impl Machine {
         let spans = match gfns {
             Some(gfns) if gfns.is_empty() => Vec::new(),
             Some(gfns) => vec![gfns],
+            // All that the guest's first process maps, which is no more than its memory.
+            None if self.guest.is_some() => self.guest.iter().map(|guest| 0..guest.pages).collect(),
             None => self.vm.slots().space(0).iter().map(|slot| slot.gfns()).collect(),
         };
         let pages: u64 = spans.iter().map(|s| s.end - s.start).sum();
@@ -295,14 +323,10 @@ impl Machine {
         let _inside = self.enter("fault")?;
         let mut vcpu = self.vm.vcpu(vcpu).map_err(wrong)?;
         let outcome = access_once(&mut vcpu, access)?;
-        let leaf = match vcpu.current_root() {
-            Some(root) if outcome != AccessOutcome::Emulate => {
-                self.vm.mmu().lookup(vcpu.task(), root, access.gfn)
-            }
-            _ => None,
-        };
+        let mapped = outcome != AccessOutcome::Emulate as u8 && outcome != GUEST_FAULT;
+        let leaf = if mapped { vcpu.lookup(access.gfn) } else { None };
         let (level, pfn) = leaf.map_or((0, 0), |(spte, level)| (level, frame(spte, level, access.gfn)));
-        Ok((outcome as u8, level, pfn))
+        Ok((outcome, level, pfn))
     }
 
     /// The outcome of each access, in order.
@@ -321,7 +345,7 @@ impl Machine {
                 return Err(Fault::Cancelled);
             }
             for &gfn in chunk {
-                outcomes.push(access_once(&mut vcpu, GuestAccess { gfn, write, exec })? as u8);
+                outcomes.push(access_once(&mut vcpu, GuestAccess { gfn, write, exec })?);
             }
             if gfns.len() > 1 << 16 {
                 control.report("fault_batch", outcomes.len() as f64 / gfns.len() as f64);
@@ -333,6 +357,9 @@ impl Machine {
     /// The leaf of each gfn under the valid root of an address space; level 0 where there is none.
     pub fn lookup_batch(&self, as_id: u8, gfns: &[u64]) -> Result<Vec<Row>, Fault> {
         let _inside = self.enter("lookup_batch")?;
+        if self.vm.paging() != Paging::Tdp {
+            return self.shadow_lookup(as_id, gfns);
+        }
         let task = self.task("lookup");
         let mmu = self.vm.mmu();
         let mut rows = Vec::with_capacity(gfns.len());
@@ -352,6 +379,9 @@ impl Machine {
     /// Every present leaf of `gfns` under the valid root of an address space, ascending.
     pub fn mappings(&self, as_id: u8, gfns: Range<u64>) -> Result<Vec<Row>, Fault> {
         let _inside = self.enter("mappings")?;
+        if self.vm.paging() != Paging::Tdp {
+            return self.shadow_mappings(as_id, gfns);
+        }
         let task = self.task("mappings");
         let mut rows = Vec::new();
         let _rcu = task.rcu_read();
@@ -390,8 +420,12 @@ impl Machine {
         })
     }
 
-    /// Page-table pages that are linked, and the roots on the list.
+    /// Page-table pages that are linked, and the roots on the list, of both MMUs.
     fn tables(&self, task: &Task<Real>) -> i64 {
+        self.tdp_tables(task) + self.shadow_sums().1
+    }
+
+    fn tdp_tables(&self, task: &Task<Real>) -> i64 {
         let _rcu = task.rcu_read();
         self.vm.mmu().linked_tables() + self.vm.mmu().listed_roots().count() as i64
     }
@@ -403,7 +437,7 @@ impl Machine {
     ) -> Result<String, Fault> {
         let mmu = self.vm.mmu();
         let task = self.task("zap");
-        let leaves = || mmu.leaf_pages().iter().sum::<i64>();
+        let leaves = || mmu.leaf_pages().iter().sum::<i64>() + self.shadow_sums().0;
         let (sptes, tables, begin) = (leaves(), self.tables(&task), Instant::now());
         let mut report = work(&task)?;
         report["wall_ns"] = json!(begin.elapsed().as_nanos() as u64);
@@ -424,14 +458,17 @@ impl Machine {
             (roots.len(), roots.iter().filter(|&&root| mmu.is_obsolete(root)).count())
         };
         let (pool, frames) = (mmu.pool().stats(), self.vm.side().primary.frames().stats());
+        let (shadow, held, obsolete) = self.shadow_stats().unwrap_or((Value::Null, 0, 0));
         Ok(json!({
+            "shadow": shadow,
             "pages_4k": kvm.pages_4k, "pages_2m": kvm.pages_2m, "pages_1g": kvm.pages_1g,
             "pf_taken": kvm.pf_taken, "pf_fixed": kvm.pf_fixed, "pf_emulate": kvm.pf_emulate,
             "pf_spurious": kvm.pf_spurious, "pf_fast": kvm.pf_fast,
             "pf_mmio_spte_created": kvm.pf_mmio_spte_created, "nx_lpage_splits": kvm.nx_lpage_splits,
             "remote_tlb_flush": kvm.remote_tlb_flush,
             "remote_tlb_flush_requests": kvm.remote_tlb_flush_requests,
-            "table_pages": mmu.linked_tables() + roots as i64, "roots": roots, "roots_invalid": invalid,
+            "table_pages": mmu.linked_tables() + roots as i64 + self.shadow_sums().1,
+            "roots": roots + held, "roots_invalid": invalid + obsolete,
             "pool_pages": pool.taken, "pool_peak_pages": pool.peak, "pool_allocs": pool.allocs,
             "pool_frees": pool.frees, "pool_cap_hits": pool.cap_hits, "flushes": mmu.flushes(),
             "frames_issued": frames.issued, "frames_released": frames.released,
@@ -446,10 +483,10 @@ impl Machine {
         let mmu = self.vm.mmu();
         let task = self.task("verify");
         let mut found = mmu.violations();
-        let (leaves, tables) = (mmu.leaf_pages(), self.tables(&task));
+        let (leaves, tables) = (mmu.leaf_pages(), self.tdp_tables(&task));
         let counted = mmu.count_all(&task);
         // A count that moved while the tree was read says nothing.
-        if leaves == mmu.leaf_pages() && tables == self.tables(&task) {
+        if leaves == mmu.leaf_pages() && tables == self.tdp_tables(&task) {
             // Kernels before 5.15 keep no count.
             let sizes = if mmu.profile().page_stats { ["4K", "2M", "1G"].as_slice() } else { &[] };
             for (at, (&kept, name)) in leaves.iter().zip(sizes).enumerate() {
@@ -466,6 +503,7 @@ impl Machine {
                 ));
             }
         }
+        found.extend(self.shadow_violations());
         let frames = self.vm.side().primary.frames();
         found.extend(frames.violations().iter().map(|violation| format!("frame owner: {violation:?}")));
         let pool = mmu.pool().stats();
@@ -498,16 +536,21 @@ impl Machine {
     }
 }
 
+/// `FaultOutcome.GUEST_FAULT` of the face: the outcome after those of [`AccessOutcome`] but `Stopped`.
+const GUEST_FAULT: u8 = 6;
+
 /// One access, as the guest: enters, accesses, and stays in the guest for the next.
-fn access_once(vcpu: &mut Vcpu<'_, Real>, access: GuestAccess) -> Result<AccessOutcome, Fault> {
-    match vcpu.access(access).map_err(wrong)? {
-        AccessOutcome::Stopped => Err(Fault::Closed("the VM is closing".into())),
-        outcome => Ok(outcome),
+fn access_once(vcpu: &mut Vcpu<'_, Real>, access: GuestAccess) -> Result<u8, Fault> {
+    match vcpu.access(access) {
+        Ok(AccessOutcome::Stopped) => Err(Fault::Closed("the VM is closing".into())),
+        Ok(outcome) => Ok(outcome as u8),
+        Err(VmError::GuestFault { .. }) => Ok(GUEST_FAULT),
+        Err(error) => Err(wrong(error)),
     }
 }
 
 /// The frame of `gfn` itself under a leaf that may cover many.
-fn frame(spte: Spte, level: u8, gfn: u64) -> u64 {
+pub(crate) fn frame(spte: Spte, level: u8, gfn: u64) -> u64 {
     spte.pfn() + (gfn & (tdpmmu_spte::geometry::span(level) - 1))
 }
 

@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use serde_json::json;
-use tdpmmu_vm::{Region, RingEntry, SlotFlags, SlotUpdate, VmError};
+use tdpmmu_vm::{Paging, Region, RingEntry, SlotFlags, SlotUpdate, VmError};
 
 use crate::error::Fault;
 use crate::machine::{Machine, Slot, times_json, wrong};
@@ -291,6 +291,10 @@ impl Machine {
 
     pub fn recover_nx(&self, ratio: u32) -> Result<u64, Fault> {
         let _inside = self.enter("recover_nx")?;
+        if self.vm.paging() != Paging::Tdp {
+            // The kernel's recovery of shadow pages is not modelled: a zap of what the mitigation has split.
+            return Err(wrong(VmError::NeedsTdp { what: "NX huge page recovery" }));
+        }
         self.vm.recover_nx(&self.task("recover_nx"), ratio).map_err(wrong)
     }
 

@@ -386,6 +386,51 @@ impl Vm {
         self.zap(py, timeout, move |machine| machine.drop_root(vcpu))
     }
 
+    /// CR3 of the process that every vCPU runs at first.
+    fn guest_boot(&self, py: Python<'_>) -> PyResult<u64> {
+        self.now(py, Machine::guest_boot)
+    }
+
+    /// CR3 of a new process.
+    fn guest_process(&self, py: Python<'_>) -> PyResult<u64> {
+        self.now(py, Machine::guest_process)
+    }
+
+    /// Stores of a vCPU map a virtual page of a process to a gfn by a page of `level`.
+    #[allow(clippy::too_many_arguments)]
+    fn guest_map(
+        &self,
+        py: Python<'_>,
+        vcpu: usize,
+        cr3: u64,
+        gva: u64,
+        gfn: u64,
+        level: u8,
+        writable: bool,
+    ) -> PyResult<()> {
+        self.now(py, |machine| machine.guest_map(vcpu, cr3, (gva, gfn, level), writable))
+    }
+
+    /// A store of a vCPU takes a page out of a process; whether there was one.
+    fn guest_unmap(&self, py: Python<'_>, vcpu: usize, cr3: u64, gva: u64) -> PyResult<bool> {
+        self.now(py, |machine| machine.guest_unmap(vcpu, cr3, gva))
+    }
+
+    /// A vCPU loads CR3.
+    fn guest_switch(&self, py: Python<'_>, vcpu: usize, cr3: u64) -> PyResult<()> {
+        self.now(py, |machine| machine.guest_switch(vcpu, cr3))
+    }
+
+    /// A vCPU forgets one translation; `None`: all of its process.
+    fn guest_invalidate(&self, py: Python<'_>, vcpu: usize, gva: Option<u64>) -> PyResult<()> {
+        self.now(py, |machine| machine.guest_invalidate(vcpu, gva))
+    }
+
+    /// What a process's tables say of a virtual page: gfn, level, writable.
+    fn guest_translate(&self, py: Python<'_>, cr3: u64, gva: u64) -> PyResult<Option<(u64, u8, bool)>> {
+        self.now(py, |machine| machine.guest_translate(cr3, gva))
+    }
+
     /// Counts, as JSON text.
     fn stats(&self, py: Python<'_>) -> PyResult<String> {
         self.now(py, Machine::stats)
