@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 
-use tdpmmu_platform::{Exclusive, Guard, Phase, Platform};
+use tdpmmu_platform::{Bug, Exclusive, Guard, Phase, Platform};
 
 use crate::unmap::heads_per_check;
 use crate::zap::DeadPages;
@@ -27,7 +27,9 @@ impl<P: Platform> ShadowMmu<P> {
     pub fn zap_slot(&self, guard: &mut Guard<'_, P, Exclusive>, slot: &Arc<SlotBooks>, pages: SlotPages) {
         self.on_cpu(guard.task(), || {
             let mut owed = self.unmap_books(guard, slot.as_id, slot.gfns(), true, true);
-            self.zap_pages_of_slot(guard, slot, pages, &mut owed);
+            if !P::bug(Bug::B37) {
+                self.zap_pages_of_slot(guard, slot, pages, &mut owed);
+            }
             if owed {
                 self.flush(guard.task());
             }

@@ -9,7 +9,7 @@
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering::Relaxed;
 
-use tdpmmu_platform::{Event, Exclusive, Guard, Phase, Platform, Site};
+use tdpmmu_platform::{Bug, Event, Exclusive, Guard, Phase, Platform, Site};
 use tdpmmu_spte::{ENTRIES, Spte};
 use tdpmmu_table::{DeadChain, TableFlag, TablePool};
 
@@ -112,6 +112,9 @@ impl<P: Platform> ShadowMmu<P> {
             if listed {
                 t.zapped_held.add(1);
             }
+            if P::bug(Bug::B36) {
+                self.list_add(page);
+            }
         } else {
             if !listed {
                 t.zapped_held.sub(1);
@@ -121,10 +124,14 @@ impl<P: Platform> ShadowMmu<P> {
             t.zapped.add(1);
             dead.push(&self.pool, page);
             // The page counts whether or not others went with it (bug-history 35).
-            zapped.pages += 1;
+            if zapped.unstable || !P::bug(Bug::B35) {
+                zapped.pages += 1;
+            }
         }
         if !was_invalid {
-            P::locked(Site::ShadowZap);
+            if !P::bug(Bug::B44c) {
+                P::locked(Site::ShadowZap);
+            }
             meta.swap_role(self.role(page).with_invalid(self.profile().role_layout).raw());
             meta.set(TableFlag::Invalid);
         }

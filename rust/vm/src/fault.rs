@@ -413,6 +413,11 @@ impl<P: Platform> Vm<P> {
         {
             return counts.settled(FaultOutcome::Retry, prefetch);
         }
+        if P::bug(Bug::B25)
+            && let (Some(mut guard), Some(shadow)) = (guard.taken_for_exclusive(), self.shadow())
+        {
+            shadow.make_pages_available(&mut guard);
+        }
         let (frame, goal) = if rules.nested { self.nested_limits(&guard, fault) } else { (frame, goal) };
         let fault = MapFault {
             gfn: access.gfn,

@@ -125,7 +125,13 @@ impl VcpuState {
 
     /// Sets request bits without a kick.
     pub fn request<P: Platform>(&self, bits: u64) {
-        P::fetch_or(&self.requests, bits & !(WAIT | NO_WAKEUP), Site::VcpuRequest);
+        let bits = bits & !(WAIT | NO_WAKEUP);
+        if P::bug(Bug::B44c) {
+            // Whatever is locked would be the freer's barrier.
+            P::store(&self.requests, P::load(&self.requests, Site::VcpuRequest) | bits, Site::VcpuRequest);
+            return;
+        }
+        P::fetch_or(&self.requests, bits, Site::VcpuRequest);
     }
 
     /// Is anything requested?
@@ -304,7 +310,9 @@ pub fn make_all_cpus_request<P: Platform, V: AsRef<VcpuState>>(
     if bits & TLB_FLUSH != 0 {
         pause::<P>(Fault::FlushMerge, Site::TlbFlush);
     }
-    P::fence(Site::VcpuRequest);
+    if !P::bug(Bug::B44c) {
+        P::fence(Site::VcpuRequest);
+    }
     if P::bug(Bug::C01) {
         return kicks;
     }
