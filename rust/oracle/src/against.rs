@@ -10,6 +10,7 @@
 
 use tdpmmu_mmu::TdpMmu;
 use tdpmmu_platform::{NO_TASK, Platform, Task};
+use tdpmmu_shadow::ShadowMmu;
 use tdpmmu_spte::Spte;
 use tdpmmu_spte::geometry::span;
 use tdpmmu_vm::Vm;
@@ -37,6 +38,9 @@ impl Judge {
                 self.found(rule, Some(key.root), key.gfn, what, NO_TASK, None);
             }
         }
+        if let Some(shadow) = vm.shadow() {
+            self.check_shadow_of(vm, shadow, task, &tree);
+        }
         let slots = vm.slots();
         for write in self.pending_writes() {
             let slot = slots.find(write.as_id, write.gfn);
@@ -47,6 +51,32 @@ impl Judge {
                 format!("a write to gfn {:#x} of address space {} is in no log", write.gfn, write.as_id);
             let owed = "a mark in the log, or a report that ended after the write";
             self.found(Rule::WriteLost, None, write.gfn, what, write.task, Some(owed));
+        }
+    }
+
+    /// The shadow MMU; its leaves against memslots and host; and that L1's TDP tables do not let it write to what is shadowed for its L2.
+    fn check_shadow_of<P: Platform>(&self, vm: &Vm<P>, shadow: &ShadowMmu<P>, task: &Task<P>, tdp: &Tree) {
+        let view = {
+            let guard = vm.mmu().lock.write(task);
+            self.check_shadow(shadow, &guard)
+        };
+        for (at, page, leaf, gfn) in view.leaves() {
+            let key = Key { as_id: page.as_id, root: at.0, gfn, level: page.role.level() };
+            if let Some((rule, what)) = wrong_leaf(vm, vm.mmu(), &key, leaf) {
+                self.found(rule, Some(at.0), gfn, what, NO_TASK, None);
+            }
+        }
+        for (as_id, gfn) in view.tracked() {
+            let format = vm.mmu().format();
+            let writes = |leaf: Spte| format.is_writable(leaf) || format.is_mmu_writable(leaf);
+            let leaf = tdp.entries.iter().find(|(key, spte)| {
+                key.as_id == as_id && key.covers(gfn) && spte.is_leaf(key.level) && writes(**spte)
+            });
+            if let Some((key, spte)) = leaf {
+                let what =
+                    format!("{:#x} at level {} may write a table that is shadowed", spte.raw(), key.level);
+                self.found(Rule::TrackedWritable, Some(key.root), gfn, what, NO_TASK, None);
+            }
         }
     }
 
@@ -76,8 +106,8 @@ fn wrong_leaf<P: Platform>(vm: &Vm<P>, mmu: &TdpMmu<P>, key: &Key, leaf: Spte) -
         Some(_) => return Some((Rule::SlotDiffers, format!("{text} reaches beyond its slot"))),
         None => return Some((Rule::SlotDiffers, format!("{text} where no slot is"))),
     };
-    // Huge leaves of the time before logging may stay, until somebody writes.
-    if key.level > slot.max_level(key.gfn) && !slot.flags.log_dirty {
+    // Huge leaves of the time before logging may stay, until somebody writes; those of the time before a table below was shadowed are write-protected, and stay.
+    if key.level > slot.max_level(key.gfn) && !slot.flags.log_dirty && vm.shadow().is_none() {
         return Some((Rule::SlotDiffers, format!("{text} is larger than its slot allows")));
     }
     let step = (span(key.level) / 8).max(1);

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tdpmmu_mmu::TdpMmu;
 use tdpmmu_platform::{Event, Exclusive, Guard, NO_TASK, Observer, Platform, RcuDomain, Task};
+use tdpmmu_shadow::ShadowMmu;
 use tdpmmu_spte::Spte;
 
 use crate::caches::Caches;
@@ -26,6 +27,7 @@ use crate::rcu::Sections;
 use crate::rule::Rule;
 use crate::rules::{Check, Rules};
 use crate::shadow::ShadowBook;
+use crate::shadow_tree::ShadowView;
 use crate::tree::Tree;
 use crate::verdict::{Verdict, Violation};
 
@@ -222,6 +224,27 @@ impl Judge {
                 }
             }
         });
+    }
+
+    /// Compares the shadow MMU with itself, with its memslots and with what was told, at any time, under the exclusive lock.
+    pub fn check_shadow<P: Platform>(
+        &self,
+        mmu: &ShadowMmu<P>,
+        guard: &Guard<'_, P, Exclusive>,
+    ) -> ShadowView {
+        let view = ShadowView::read(mmu, guard);
+        let told = mmu.violations();
+        self.judge(|state| {
+            let State { shadow, verdict, .. } = state;
+            verdict.reported_by(NO_TASK);
+            // What is told per SPTE is not heard there.
+            let book = (self.rules.check != Check::Cheap).then_some(&*shadow);
+            view.judge(&self.rules, book, verdict);
+            for what in told {
+                verdict.broken(Rule::Engine, None, None, what);
+            }
+        });
+        view
     }
 
     fn check_engine<P: Platform>(&self, mmu: &TdpMmu<P>) {

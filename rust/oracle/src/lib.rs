@@ -22,6 +22,7 @@
 //! | `progress.rs` | [`Progress`]: faults that begin again for nothing | O-PROG |
 //! | `shadow.rs` | [`ShadowBook`]: the life of shadow pages, walks without a lock, progress of a zap | O-LIST, O-RCU, O-PROG, O-TLB |
 //! | `history.rs` | [`History`]: answers gfn by gfn | O-LIN |
+//! | `shadow_tree.rs` | [`ShadowView`]: a full read of the shadow MMU: hash, lists, parents, reverse maps, unsync marks, lpage_info | O-LIST, O-STAT, O-INV, O-RCU |
 //! | `against.rs` | the tree against memslots and host | O-MODEL |
 //!
 //! `judge.rs` joins them, `tree.rs` reads what is there, `chain.rs` is how reports are put back in order, `rule.rs` names what can be broken, `rules.rs` says in what kernels, designs and platforms
@@ -56,6 +57,7 @@ mod rule;
 mod rules;
 mod sequential;
 mod shadow;
+mod shadow_tree;
 mod tree;
 mod verdict;
 
@@ -76,5 +78,6 @@ pub use rule::{Rule, RuleSet};
 pub use rules::{Check, Order, Rules};
 pub use sequential::{Node, Sequential};
 pub use shadow::ShadowBook;
+pub use shadow_tree::{ShadowView, SlotView};
 pub use tree::{SeenTable, Tree};
 pub use verdict::{Verdict, Violation};

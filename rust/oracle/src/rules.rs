@@ -3,8 +3,8 @@
 use tdpmmu_mmu::design::effective_passes;
 use tdpmmu_mmu::{Obligations, design};
 use tdpmmu_platform::Platform;
-use tdpmmu_spte::geometry::ENTRIES;
 use tdpmmu_shadow::ShadowDesign;
+use tdpmmu_spte::geometry::ENTRIES;
 use tdpmmu_spte::{Format, KernelProfile, Passes, RoleLayout, RootSet, WriteBack};
 
 use crate::rule::{Rule, RuleSet};

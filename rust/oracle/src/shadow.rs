@@ -10,6 +10,7 @@
 //! ```text
 //! FREE --ShadowAlloc--> LIVE --ShadowZap--> ZAPPED --ShadowFree--> HANDED --TableFree--> FREE
 //! ```
+//! A root that vCPUs hold is zapped once when its time comes, and once more by its last put.
 //! Everything but `TableFree` is told under the exclusive lock, so the order of arrival is the order of things on every platform; that it *was* held is part of the judgement (bug-history 25). A page's epoch is
 //! the number of toggles before its birth: the MMU's own generation may have one bit. What walks without the lock is told in detail only, in true order.
 //!
@@ -61,6 +62,9 @@ struct Page {
     epoch: u64,
     birth: u64,
     zapped: Option<(u64, u32)>,
+    /// References of vCPUs as a root, and whether there were any when it was zapped.
+    refs: u32,
+    held: bool,
     links: BTreeSet<(u32, u16)>,
 }
 
@@ -154,6 +158,17 @@ impl ShadowBook {
                 self.locked(task, table, gfn, verdict);
                 self.zapped(task, table, verdict);
             }
+            Event::ShadowRoot { root, count } => {
+                self.locked(task, root, 0, verdict);
+                match self.pages.get_mut(&root) {
+                    Some(page) if page.refs.abs_diff(count) == 1 => page.refs = count,
+                    other => {
+                        let was = other.map(|page| (page.state, page.refs));
+                        let what = format!("shadow root {root} has {count} references, it had {was:?}");
+                        verdict.broken(Rule::RefsDiffer, Some(root), None, what);
+                    }
+                }
+            }
             Event::ShadowFree { table } => self.handed(table, verdict),
             Event::TableFree { table } => self.freed(table, verdict),
             Event::ShadowToggle { .. } => self.epoch += 1,
@@ -204,7 +219,9 @@ impl ShadowBook {
 
     /// Shadow pages change under the exclusive lock only.
     fn locked(&self, task: u32, table: u32, gfn: u64, verdict: &mut Verdict) {
-        let Some(work) = self.tasks.get(&task).filter(|work| work.heard && work.exclusive == 0) else { return };
+        let Some(work) = self.tasks.get(&task).filter(|work| work.heard && work.exclusive == 0) else {
+            return;
+        };
         let (rule, how) = match work.shared {
             0 => (Rule::ChangedUnlocked, "without mmu_lock"),
             _ => (Rule::WrongLockMode, "with mmu_lock held shared"),
@@ -228,6 +245,8 @@ impl ShadowBook {
             epoch: self.epoch,
             birth: self.clock,
             zapped: None,
+            refs: 0,
+            held: false,
             links: BTreeSet::new(),
         };
         if let Some(was) = self.pages.insert(table, page) {
@@ -277,7 +296,8 @@ impl ShadowBook {
     fn unlink(&mut self, parent: u32, index: u16, child: u32, verdict: &mut Verdict) {
         let page = self.pages.get_mut(&child);
         if !page.is_some_and(|page| page.links.remove(&(parent, index))) {
-            let what = format!("shadow page {child} was unlinked from entry {index} of {parent}, where it was not");
+            let what =
+                format!("shadow page {child} was unlinked from entry {index} of {parent}, where it was not");
             verdict.broken(Rule::UnlinkedTwice, Some(child), None, what);
         }
     }
@@ -306,16 +326,25 @@ impl ShadowBook {
             );
             verdict.broken(Rule::BrokenHistory, Some(at.0), Some(leaf.gfn), what);
         }
-        if new.is_present() { self.leaves.insert(at, leaf) } else { self.leaves.remove(&at) };
+        if new.is_present() {
+            self.leaves.insert(at, leaf)
+        } else {
+            self.leaves.remove(&at)
+        };
     }
 
     fn zapped(&mut self, task: u32, table: u32, verdict: &mut Verdict) {
         let at = self.clock;
         match self.pages.get_mut(&table) {
-            Some(page) if page.state == State::Live => {
+            Some(page)
+                if page.state == State::Live
+                    || page.state == State::Zapped && page.held && page.refs == 0 =>
+            {
+                page.held = page.state == State::Live && page.refs != 0;
                 (page.state, page.zapped) = (State::Zapped, Some((at, task)));
                 if let Some((parent, index)) = page.links.first() {
-                    let what = format!("shadow page {table} was zapped and is linked at entry {index} of {parent}");
+                    let what =
+                        format!("shadow page {table} was zapped and is linked at entry {index} of {parent}");
                     verdict.broken(Rule::FreedWhileLinked, Some(table), Some(page.gfn), what);
                 }
                 if let Some((_, leaf)) = self.leaves.range((table, 0)..=(table, u16::MAX)).next() {
@@ -361,11 +390,13 @@ impl ShadowBook {
     fn handed(&mut self, table: u32, verdict: &mut Verdict) {
         let (flushed, ended) = (self.flushed, self.ended);
         match self.pages.get_mut(&table) {
-            Some(page) if page.state == State::Zapped => {
+            Some(page) if page.state == State::Zapped && page.refs == 0 => {
                 page.state = State::Handed;
                 let zapped = page.zapped.unwrap_or((0, NO_TASK));
                 if flushed < zapped.0 && !ended {
-                    let what = format!("shadow page {table} was given to be freed, and nothing was flushed since its zap");
+                    let what = format!(
+                        "shadow page {table} was given to be freed, and nothing was flushed since its zap"
+                    );
                     let owed = format!("a flush of everything after the zap of page {table}");
                     verdict.unmet(Rule::FreedUnflushed, Some(table), Some(page.gfn), what, zapped.1, owed);
                 }
@@ -392,7 +423,8 @@ impl ShadowBook {
             work.reads.filter(|&(since, walks)| walks && since < zapped).map(|_| task)
         });
         if let Some(reader) = reader.min() {
-            let what = format!("shadow page {table} was freed while task {reader} walks, since before its zap");
+            let what =
+                format!("shadow page {table} was freed while task {reader} walks, since before its zap");
             let owed = format!("after the zap of page {table}, every walk that is under way ends");
             verdict.unmet(Rule::FreedUnderReader, Some(table), Some(page.gfn), what, by, owed);
         }
@@ -464,7 +496,8 @@ impl ShadowBook {
     /// The end: no page is left.
     pub fn finish(&self, verdict: &mut Verdict) {
         for (table, page) in &self.pages {
-            let what = format!("shadow page {table} (level {}) never came back: {:?}", page.level, page.state);
+            let what =
+                format!("shadow page {table} (level {}) never came back: {:?}", page.level, page.state);
             verdict.broken(Rule::TableLeaked, Some(*table), Some(page.gfn), what);
         }
     }

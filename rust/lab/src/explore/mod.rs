@@ -8,6 +8,7 @@
 //! | file | idea |
 //! | --- | --- |
 //! | `protocols.rs` | who meets: the programs by name |
+//! | `shadow.rs` | those of the shadow MMU |
 //! | `search.rs` | schedules in parallel, the first failure, its replay |
 //! | `plan.rs` | which strategy the n-th schedule has |
 //! | `bound.rs` | what the number of schedules buys |
@@ -20,12 +21,15 @@ mod plan;
 mod protocols;
 mod search;
 mod seed;
+mod shadow;
 
 pub use bound::{Bound, Depth};
 pub(crate) use command::asked_for;
 pub use command::{command, protocols_json};
 pub use plan::{Mix, Models};
-pub use protocols::{Protocol, flawed_designs, natural_profile, protocol, protocols, sound_designs};
+pub use protocols::{
+    Protocol, flawed_designs, is_shadow, natural_profile, protocol, protocols, sound_designs,
+};
 pub(crate) use search::oracle_of;
 pub use search::{Failure, Found, Search, replay, search};
 pub use seed::{Seed, SeedError};

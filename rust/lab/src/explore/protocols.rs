@@ -1,10 +1,15 @@
 //! The protocols by name: for each, the smallest machine and the fewest acts in which its parties can meet in every order.
 //!
 //! A protocol says who meets, never what goes wrong. It is a program for each zap design and kernel; what a kernel does not have (a change_pte callback, an eager split) is left out of it.
+//! Those of the shadow MMU are in `shadow.rs` beside this file.
+//!
 //! gfns are chosen for the indices they have: 0 and 1 share a leaf table, 0x200 has a leaf table of its own below the same 1 GiB, 0x40000 differs at level 3.
 
-use tdpmmu_mmu::design;
+use std::sync::LazyLock;
+
+use tdpmmu_shadow::ShadowDesign;
 use tdpmmu_spte::KernelProfile;
+use tdpmmu_vm::{all_design_names, design_info};
 
 use crate::program::{Act, MachineSpec, Program, ProgramError, SlotSpec, ThreadSpec, Who};
 
@@ -15,10 +20,22 @@ pub struct Protocol {
     pub name: &'static str,
     /// Who meets, in one sentence.
     pub about: &'static str,
-    build: fn(MachineSpec, &KernelProfile) -> Program,
+    /// It is about an L2 on shadow pages beside an L1 on the TDP MMU: no shadow design has that.
+    pub(super) nested: bool,
+    pub(super) build: fn(MachineSpec, &KernelProfile) -> Program,
+}
+
+/// Is it a design of the shadow MMU?
+pub fn is_shadow(design: &str) -> bool {
+    ShadowDesign::named(design).is_some()
 }
 
 impl Protocol {
+    /// Is there a program of this protocol under that design?
+    pub fn fits(&self, design: &str) -> bool {
+        !(self.nested && is_shadow(design))
+    }
+
     /// The program of this protocol under a design, in a kernel.
     ///
     /// # Errors
@@ -26,6 +43,11 @@ impl Protocol {
     pub fn program(&self, design: &str, profile: &str) -> Result<Program, ProgramError> {
         let machine = MachineSpec::of(design, profile);
         let kernel = machine.kernel()?;
+        if !self.fits(design) {
+            let rule =
+                format!("{} is about an L2 beside an L1 on the TDP MMU: a design of that one", self.name);
+            return Err(ProgramError::Machine { field: "design", value: design.to_owned(), rule });
+        }
         // By its name, so that a printed run and its program are one.
         let machine = MachineSpec { design: machine.design_name()?, ..machine };
         let mut program = (self.build)(machine, &kernel);
@@ -52,14 +74,14 @@ pub fn natural_profile(design: &str) -> &'static str {
 
 /// Designs that are meant to be right.
 pub fn sound_designs() -> Vec<&'static str> {
-    let sound = |name: &&str| design::info(name).is_some_and(|info| !info.flawed);
-    design::names().into_iter().filter(sound).collect()
+    let sound = |name: &&str| design_info(name).is_some_and(|info| !info.flawed);
+    all_design_names().into_iter().filter(sound).collect()
 }
 
 /// Designs that are known to be wrong.
 pub fn flawed_designs() -> Vec<&'static str> {
-    let flawed = |name: &&str| design::info(name).is_some_and(|info| info.flawed);
-    design::names().into_iter().filter(flawed).collect()
+    let flawed = |name: &&str| design_info(name).is_some_and(|info| info.flawed);
+    all_design_names().into_iter().filter(flawed).collect()
 }
 
 /// The protocol of that name.
@@ -67,95 +89,113 @@ pub fn protocol(name: &str) -> Option<&'static Protocol> {
     protocols().iter().find(|protocol| protocol.name == name)
 }
 
+static ALL: LazyLock<Vec<Protocol>> =
+    LazyLock::new(|| PROTOCOLS.iter().chain(super::shadow::PROTOCOLS).copied().collect());
+
 /// Every protocol.
 pub fn protocols() -> &'static [Protocol] {
-    PROTOCOLS
+    &ALL
 }
 
 const PROTOCOLS: &[Protocol] = &[
     Protocol {
         name: "root-lifecycle",
         about: "roots are made, shared, lost and made anew by two vCPUs, while a fast zap takes all of them",
+        nested: false,
         build: root_lifecycle,
     },
     Protocol {
         name: "fault-zap",
         about: "faults of two vCPUs against a memslot that is deleted",
+        nested: false,
         build: fault_zap,
     },
     Protocol {
         name: "yield-put",
         about: "a walk that yields inside a root against the vCPUs that put it",
+        nested: false,
         build: yield_put,
     },
     Protocol {
         name: "freeze-install",
         about: "a fault that replaces a table by a huge page against faults below it",
+        nested: false,
         build: freeze_install,
     },
     Protocol {
         name: "fastzap-defunct",
         about: "a fast zap against roots that have just lost their last vCPU",
+        nested: false,
         build: fastzap_defunct,
     },
     Protocol {
         name: "notifier-invalid",
         about: "the host takes pages away while a fast zap is at the invalid root that maps them",
+        nested: false,
         build: notifier_invalid,
     },
     Protocol {
         name: "split-invalidate",
         about: "dirty logging splits huge pages, and allocates, across an invalidation of the root",
+        nested: false,
         build: split_invalidate,
     },
     Protocol {
         name: "zapall-worker",
         about: "the end of the VM against a zap that has given mmu_lock up in the middle",
+        nested: false,
         build: zapall_worker,
     },
     Protocol {
         name: "dirtylog-zap",
         about: "a dirty log is collected while vCPUs write and the host takes pages away",
+        nested: false,
         build: dirtylog_zap,
     },
     Protocol {
         name: "lockless-free",
         about: "walks without mmu_lock, and fast page faults, against tables that are freed",
+        nested: false,
         build: lockless_free,
     },
     Protocol {
         name: "teardown-worker",
         about: "the VM loses its last file descriptor while roots are on their way to a worker",
+        nested: false,
         build: teardown_worker,
     },
     Protocol {
         name: "slots-faults",
         about: "memslots come, move and change their backing while vCPUs prefault and fault, in both address spaces",
+        nested: false,
         build: slots_faults,
     },
     Protocol {
         name: "nx-recovery",
         about: "the NX recovery thread and an nx_huge_pages toggle against fetches and writes",
+        nested: false,
         build: nx_recovery,
     },
     Protocol {
         name: "ring-reset",
         about: "dirty rings are harvested and reset while vCPUs fill them and the host takes pages away",
+        nested: false,
         build: ring_reset,
     },
     Protocol {
         name: "aging-zap",
         about: "aging, and a page that moves, against faults and a zap of a range",
+        nested: false,
         build: aging_zap,
     },
 ];
 
-fn with(machine: MachineSpec, threads: Vec<ThreadSpec>) -> Program {
+pub(super) fn with(machine: MachineSpec, threads: Vec<ThreadSpec>) -> Program {
     Program { machine, ..Program::new("", threads) }
 }
 
-const V0: Who = Who::Vcpu(0);
-const V1: Who = Who::Vcpu(1);
+pub(super) const V0: Who = Who::Vcpu(0);
+pub(super) const V1: Who = Who::Vcpu(1);
 
 fn root_lifecycle(machine: MachineSpec, _: &KernelProfile) -> Program {
     let mut program = with(
@@ -410,7 +450,8 @@ fn nx_recovery(machine: MachineSpec, _: &KernelProfile) -> Program {
 
 fn ring_reset(machine: MachineSpec, _: &KernelProfile) -> Program {
     let slots = vec![SlotSpec::flat(0, 0, 128).logged()];
-    let machine = MachineSpec { ring: Some(1024), dirty_mode: "d-bits".into(), slots, ..machine };
+    let dirty_mode = if is_shadow(&machine.design) { "write-protect" } else { "d-bits" }.into();
+    let machine = MachineSpec { ring: Some(1024), dirty_mode, slots, ..machine };
     let mut program = with(
         machine,
         vec![
@@ -460,7 +501,7 @@ mod tests {
     #[test]
     fn each_protocol_has_a_program_for_each_design_in_its_kernel() {
         for protocol in protocols() {
-            for design in design::names() {
+            for design in all_design_names().into_iter().filter(|design| protocol.fits(design)) {
                 if let Err(error) = protocol.program(design, natural_profile(design)) {
                     panic!("{} under {design}: {error}", protocol.name);
                 }

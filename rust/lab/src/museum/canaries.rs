@@ -144,7 +144,7 @@ pub(super) const CANARIES: &[Entry] = &[
     ),
 ];
 
-/// The one exhibit of 44 that this engine can have: the same pair of barriers, between guest entry and requests.
+/// 44 at another place: the same pair of barriers, between guest entry and requests.
 pub(super) const ENTRIES: &[Entry] = &[Entry {
     bug: Bug::B44a,
     title: "guest entry without its barrier",
@@ -152,7 +152,7 @@ pub(super) const ENTRIES: &[Entry] = &[Entry {
     kernels: "none: a hazard of the design of lockless walks (2012)",
     reference: "the lockless shadow walk of 2012: mode, full barrier, read of the tables; and on the other side unlink, full barrier, read of the mode",
     cause: "A vCPU writes its mode and then looks for requests; who makes a request writes it and then reads the mode. Without a full barrier between the two the mode may still be in the store buffer when the requests are read, \
-            and neither side sees the other. (The lockless walk of the shadow MMU has the same pair, and is not here.)",
+            and neither side sees the other.",
     interleaving: "A vCPU stores its mode, which stays in its buffer, and finds no request; a flush is requested and the vCPU found outside; the flush returns, the vCPU is in the guest with its old translations.",
     catcher: Catcher::Tso,
     program: guest_beside_unmap,

@@ -19,6 +19,7 @@
 //! | `dirty.rs` | 14 to 17: Dirty, W, and lost races |
 //! | `designs.rs` | 18 to 23, 30, 39, 40: who tears a root down, in which steps, and who waits |
 //! | `faults.rs` | 24 to 42: what faults, aging, huge pages and the NX mitigation do to single entries |
+//! | `shadow.rs` | 25, 33 to 37, 44: the shadow MMU's reclaim, lists, books and walkers |
 //! | `canaries.rs` | no history: each shows that an oracle is awake; and the barrier of 44 |
 //!
 //! What has no exhibit is named in [`ABSENT`], with the reason.
@@ -35,6 +36,7 @@ mod faults;
 mod mutation;
 mod page;
 mod roots;
+mod shadow;
 
 pub use card::{Card, cards};
 pub use command::{command, list_json, show};
@@ -51,6 +53,7 @@ pub fn entries() -> Vec<&'static Entry> {
         dirty::ENTRIES,
         designs::ENTRIES,
         faults::ENTRIES,
+        shadow::ENTRIES,
         canaries::ENTRIES,
     ]
     .into_iter()

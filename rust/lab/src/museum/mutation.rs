@@ -67,6 +67,20 @@ pub fn mutation(bug: Bug) -> Option<Mutation> {
         Bug::B41 => ("rust/mmu/src/collapse.rs", "limits are asked for gfns outside of the slot"),
         Bug::B42 => ("rust/mmu/src/nx.rs", "any table below forbids a huge page"),
         Bug::B44a => ("rust/vm/src/request.rs", "no barrier between the mode and the look at the requests"),
+        Bug::B25 => ("rust/vm/src/fault.rs", "room is made in the quota with mmu_lock held shared"),
+        Bug::B33 => ("rust/vm/src/shadow_fault.rs", "room is made in the quota after the stale check"),
+        Bug::B35 => ("rust/shadow/src/zap.rs", "a zapped page counts only if others went along with it"),
+        Bug::B36 => ("rust/shadow/src/zap.rs", "a zapped root goes back on the active list"),
+        Bug::B37 => {
+            ("rust/shadow/src/slot_zap.rs", "leaves go by reverse maps, and pages of the slot's tables stay")
+        }
+        Bug::B44b => {
+            ("rust/shadow/src/reclaim/section.rs", "no barrier between the mode and the read of the tables")
+        }
+        Bug::B44c => (
+            "rust/shadow/src/reclaim/free.rs",
+            "no barrier between the unlink and the look at the modes, nor a locked instruction (four lines)",
+        ),
         _ => return None,
     };
     Some(Mutation { file, does })

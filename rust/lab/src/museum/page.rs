@@ -10,15 +10,7 @@ pub const ABSENT: &[(u32, &str)] = &[
         12,
         "the fix of 11 read the header of a root that has none (PAE and nested roots); every root of this engine has one",
     ),
-    (25, "the shadow MMU's reclaim: there is no shadow MMU here yet"),
     (32, "private memory and its attributes are not built"),
-    (33, "the shadow MMU's reclaim again"),
-    (35, "batches of the shadow MMU's zap"),
-    (36, "the shadow MMU's list of active pages"),
-    (
-        37,
-        "a zap of the slot's rmaps, which only the shadow MMU has; what broke assigned GPUs was never found",
-    ),
     (38, "how many CPUs a worker takes is a matter of time: `bench zap` and `simulate` measure it"),
     (43, "the recovery is called here, it has no thread that could be woken too early"),
 ];

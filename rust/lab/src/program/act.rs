@@ -58,6 +58,50 @@ pub enum Act {
         pages: u64,
     },
 
+    /// The guest maps a page in a process, by its own stores to its tables (L1 does, if an L2 runs: that has exited then); nothing is flushed.
+    GuestMap {
+        /// Which process, from 0.
+        process: usize,
+        /// The page.
+        gva: u64,
+        /// The frame.
+        gfn: u64,
+        /// Writable.
+        #[serde(default = "yes")]
+        write: bool,
+    },
+    /// The guest takes a page out of a process; nothing is flushed.
+    GuestUnmap {
+        /// Which process, from 0.
+        process: usize,
+        /// The page.
+        gva: u64,
+    },
+    /// INVLPG.
+    Invlpg {
+        /// The page.
+        gva: u64,
+    },
+    /// The guest flushes its TLB on this vCPU.
+    FlushGuestTlb,
+    /// MOV to CR3.
+    SetCr3 {
+        /// Which process from now on.
+        process: usize,
+    },
+    /// L1 runs an L2 on the nested tables of that process: from here on accesses are L2's.
+    EnterL2 {
+        /// Which process.
+        process: usize,
+    },
+    /// L2 exits to L1.
+    LeaveL2,
+    /// A walk of shadow pages without mmu_lock, under the reclamation in use.
+    WalkShadow {
+        /// The page.
+        gva: u64,
+    },
+
     /// KVM_SET_USER_MEMORY_REGION: a new slot.
     CreateSlot(SlotSpec),
     /// The slot goes: INVALID, fast zap, gone.
@@ -287,6 +331,14 @@ impl Act {
                 | Act::EnterSmm
                 | Act::ExitSmm
                 | Act::PreFault { .. }
+                | Act::GuestMap { .. }
+                | Act::GuestUnmap { .. }
+                | Act::Invlpg { .. }
+                | Act::FlushGuestTlb
+                | Act::SetCr3 { .. }
+                | Act::EnterL2 { .. }
+                | Act::LeaveL2
+                | Act::WalkShadow { .. }
         )
     }
 
@@ -300,7 +352,9 @@ impl Act {
                 ("pages", v) if *v == 1 => {}
                 (_, serde_json::Value::Bool(false)) => {}
                 (name, serde_json::Value::Bool(true)) => text += &format!(" {name}"),
-                (name, serde_json::Value::Number(n)) if name == "gfn" || name.starts_with("hva") => {
+                (name, serde_json::Value::Number(n))
+                    if name == "gfn" || name == "gva" || name.starts_with("hva") =>
+                {
                     text += &format!(" {name}={:#x}", n.as_u64().unwrap_or_default());
                 }
                 (name, value) => text += &format!(" {name}={value}"),

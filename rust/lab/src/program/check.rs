@@ -1,7 +1,7 @@
 //! The rules of a program, tested before anything runs.
 
-use tdpmmu_mmu::design;
 use tdpmmu_spte::geometry::max_gfn;
+use tdpmmu_vm::{all_design_names, design_info};
 
 use super::{Act, Program, SlotSpec, Who};
 
@@ -98,8 +98,8 @@ impl Program {
             Err(ProgramError::Machine { field, value, rule: rule.to_owned() })
         };
         let name = machine.design_name()?;
-        if design::info(&name).is_none() {
-            let rule = format!("no zap design has that name; known: {}", design::names().join(", "));
+        if design_info(&name).is_none() {
+            let rule = format!("no zap design has that name; known: {}", all_design_names().join(", "));
             return bad("design", name, &rule);
         }
         if machine.vcpus > MOST_VCPUS {
@@ -115,6 +115,26 @@ impl Program {
         if let Some(slot) = machine.slots.iter().find(|slot| self.slot_rule(slot).is_some()) {
             let rule = self.slot_rule(slot).unwrap_or_default();
             return bad("slots", format!("slot {} of address space {}", slot.id, slot.as_id), &rule);
+        }
+        for (n, process) in machine.processes.iter().enumerate() {
+            let one = format!("process {n}");
+            if process.over.is_some_and(|below| below >= n || machine.processes[below].over.is_some()) {
+                return bad(
+                    "processes",
+                    one,
+                    "it stands over a process of a lower number, which stands over none",
+                );
+            }
+            if process.over.is_some() && !machine.nested {
+                return bad("processes", one, "a process over another is an L2 of a nested machine");
+            }
+            if process.linear > 4096 {
+                return bad("processes", one, "at most 4096 pages are mapped before anything runs");
+            }
+        }
+        if machine.processes.is_empty() == machine.has_virtual_gfns() {
+            let rule = "processes are for machines whose guests' own tables are shadowed (paging guest, or nested), which need one";
+            return bad("processes", machine.processes.len().to_string(), rule);
         }
         if let Some(index) = self.hot.iter().find(|&&index| index >= 512) {
             return Err(ProgramError::Machine {
@@ -192,6 +212,18 @@ impl Program {
             Act::Access { gfn, .. } | Act::Speculate { gfn } | Act::LookUp { gfn } => gfns(gfn, 1),
             Act::WriteProtect { gfn, .. } | Act::MoveSlot { gfn, .. } => gfns(gfn, 1),
             Act::PreFault { gfn, pages } | Act::ZapRange { gfn, pages } => gfns(gfn, pages),
+            Act::GuestMap { process, gva, gfn, .. } => {
+                self.process_rule(process).or_else(|| gfns(gva, 1)).or_else(|| gfns(gfn, 1))
+            }
+            Act::GuestUnmap { process, gva } => self.process_rule(process).or_else(|| gfns(gva, 1)),
+            Act::Invlpg { gva } | Act::WalkShadow { gva } => gfns(gva, 1),
+            Act::SetCr3 { .. } if machine.paging != "guest" => Some(
+                "CR3 is of interest only where the guest's own tables are shadowed (machine.paging)".into(),
+            ),
+            Act::EnterL2 { .. } | Act::LeaveL2 if !machine.nested => {
+                Some("an L2 needs a nested machine (machine.nested)".into())
+            }
+            Act::SetCr3 { process } | Act::EnterL2 { process } => self.process_rule(process),
             Act::SetHostLevel { level, .. } if !(2..=3).contains(&level) => {
                 Some("the host maps huge pages of 2M (level 2) or 1G (3)".into())
             }
@@ -223,6 +255,11 @@ impl Program {
             }
             _ => None,
         }
+    }
+
+    fn process_rule(&self, process: usize) -> Option<String> {
+        let count = self.machine.processes.len();
+        (process >= count).then(|| format!("the machine has {count} processes (machine.processes)"))
     }
 
     fn slot_rule(&self, slot: &SlotSpec) -> Option<String> {

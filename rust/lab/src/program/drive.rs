@@ -9,7 +9,7 @@ use tdpmmu_platform::{JoinHandle, Observer, Platform, Real, Role as TaskRole};
 use tdpmmu_vm::{CloseReport, Vm, VmError};
 
 use super::perform::region;
-use super::{Act, Done, Flags, Hands, Program, ProgramError, Who, perform};
+use super::{Act, Done, Flags, Guests, Hands, Program, ProgramError, Who, perform};
 use crate::LabError;
 
 /// One act of a run, and what it came to.
@@ -41,6 +41,7 @@ type Hear = dyn Fn(&Act, Option<&Result<Done, VmError>>);
 pub(super) struct Stage<P: Platform> {
     pub(super) vm: Vm<P>,
     pub(super) flags: Flags,
+    guests: Option<Guests<P>>,
     host: u64,
     performed: Arc<Mutex<Vec<Performed>>>,
 }
@@ -61,17 +62,23 @@ impl<P: Platform> Stage<P> {
             }
         };
         let vm = Vm::<P>::new(machine.config(pages, observer)?).map_err(refused("vm"))?;
-        let host = vm.side().primary.region(pages, 0, machine.host_level, true).map_err(refused("slots"))?;
-        let stage = Arc::new(Self { vm, flags: Flags::default(), host, performed: Arc::default() });
-        let task = stage.vm.task("setup", TaskRole::Caller);
-        stage.vm.side().invalidation.start_at::<P>(machine.start_seq);
-        for slot in &machine.slots {
-            stage.vm.set_memslot(&task, &region(slot, host)).map_err(refused("slots"))?;
+        let tables = machine.tables(pages);
+        let behind = pages + tables.as_ref().map_or(0, |slot| slot.pages);
+        let host = vm.side().primary.region(behind, 0, machine.host_level, true).map_err(refused("slots"))?;
+        let task = vm.task("setup", TaskRole::Caller);
+        vm.side().invalidation.start_at::<P>(machine.start_seq);
+        for slot in machine.slots.iter().chain(&tables) {
+            vm.set_memslot(&task, &region(slot, host)).map_err(refused("slots"))?;
         }
         if machine.smm {
-            stage.vm.share_memory_with_smm(&task).map_err(refused("smm"))?;
+            vm.share_memory_with_smm(&task).map_err(refused("smm"))?;
         }
         drop(task);
+        let guests = match tables {
+            Some(_) => Some(Guests::build(&vm, &machine.processes).map_err(refused("processes"))?),
+            None => None,
+        };
+        let stage = Arc::new(Self { vm, flags: Flags::default(), guests, host, performed: Arc::default() });
         for (at, (who, act)) in program.setup.iter().enumerate() {
             stage.hands(*who, "setup").and_then(|mut hands| perform(&stage.vm, &mut hands, act)).map_err(
                 |error| ProgramError::Setup { act: at, what: act.title(), error: error.to_string() },
@@ -81,7 +88,7 @@ impl<P: Platform> Stage<P> {
     }
 
     fn hands(&self, who: Who, name: &str) -> Result<Hands<'_, P>, VmError> {
-        Hands::new(&self.vm, who, name, self.host, &self.flags)
+        Ok(Hands::new(&self.vm, who, name, self.host, &self.flags)?.with_guests(self.guests.as_ref()))
     }
 
     fn performed(&self) -> MutexGuard<'_, Vec<Performed>> {
@@ -193,7 +200,8 @@ impl Program {
             value: String::new(),
             rule: error.to_string(),
         })?;
-        Ok(Rules::of(&config.profile, config.format, config.design_name()).passes(passes))
+        let rules = Rules::of(&config.profile, config.format, config.design_name()).passes(passes);
+        Ok(rules.virtual_gfns(self.machine.has_virtual_gfns()))
     }
 }
 

@@ -68,9 +68,11 @@ impl Want {
     fn fits(&self, act: &super::Act) -> bool {
         use super::Act;
         match self {
-            Want::Level { .. } => matches!(act, Act::LookUp { .. }),
+            Want::Level { .. } => matches!(act, Act::LookUp { .. } | Act::WalkShadow { .. }),
             Want::NoFault => matches!(act, Act::Access { .. }),
-            Want::AtMost { .. } => !matches!(act, Act::LookUp { .. } | Act::Access { .. }),
+            Want::AtMost { .. } => {
+                !matches!(act, Act::LookUp { .. } | Act::WalkShadow { .. } | Act::Access { .. })
+            }
             Want::Success => true,
         }
     }

@@ -4,11 +4,13 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use tdpmmu_platform::{Observer, RcuConfig, TaskConfig};
+use tdpmmu_shadow::ReclaimKind;
 use tdpmmu_spte::geometry::{page_bytes, span};
 use tdpmmu_spte::{FormatKind, KernelProfile, Ownership, Passes};
-use tdpmmu_vm::{DirtyMode, MAX_HOST_PAGES, VmConfig};
+use tdpmmu_vm::{DirtyMode, MAX_HOST_PAGES, Paging, VmConfig};
 
 use super::ProgramError;
+use super::guests::{table_pages, tables_slot};
 
 /// A memslot.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -40,6 +42,28 @@ impl SlotSpec {
     pub fn logged(mut self) -> Self {
         self.log = true;
         self
+    }
+}
+
+/// A tree of the guest's own page tables, which is there before any vCPU runs.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ProcessSpec {
+    /// Pages mapped from 0 on, each to the frame of its number.
+    pub linear: u64,
+    /// Its top table is one level higher than that process's (by number, a lower one), and links it at its first entry: for an L2.
+    pub over: Option<usize>,
+}
+
+impl ProcessSpec {
+    /// The first `pages` pages mapped to themselves.
+    pub const fn linear(pages: u64) -> Self {
+        Self { linear: pages, over: None }
+    }
+
+    /// One level above process `below`.
+    pub const fn over(below: usize) -> Self {
+        Self { linear: 0, over: Some(below) }
     }
 }
 
@@ -91,6 +115,16 @@ pub struct MachineSpec {
     pub generation: u64,
     /// Each check of a walk asks to yield, whoever waits.
     pub force_yield: Option<u32>,
+    /// Under a shadow design: `direct` or `guest` (the guest's own tables are shadowed); empty: direct.
+    pub paging: String,
+    /// Under a design of the TDP MMU: vCPUs may enter an L2, on shadow pages of the tables that L1 keeps for it.
+    pub nested: bool,
+    /// Most shadow pages.
+    pub quota: Option<u32>,
+    /// How shadow pages and lockless walkers keep out of each other's way: `counter`, `ipi`, `membarrier`, `rcu`, `epoch`; empty: ipi.
+    pub reclaim: String,
+    /// The guest's own page tables; vCPUs that run on shadow pages of these begin in the first.
+    pub processes: Vec<ProcessSpec>,
     /// Freed tables are poisoned and used again last: a use after free shows. Off: a page becomes a table again at once.
     pub quarantine: bool,
 }
@@ -120,6 +154,11 @@ impl Default for MachineSpec {
             start_seq: 0,
             generation: 0,
             force_yield: None,
+            paging: String::new(),
+            nested: false,
+            quota: None,
+            reclaim: String::new(),
+            processes: Vec::new(),
             quarantine: true,
         }
     }
@@ -191,6 +230,7 @@ impl MachineSpec {
         config.hugepages = false;
         config.quarantine = self.quarantine;
         // Each region begins a GiB of its own, and collapsed memory is copied.
+        let host_pages = host_pages + if self.processes.is_empty() { 0 } else { table_pages() };
         let collapse = if self.max_level > self.host_level { host_pages } else { 0 };
         let room = host_pages + collapse + 2 * span(3) + SPARE_PAGES;
         config.host_pages = room.min(MAX_HOST_PAGES);
@@ -203,6 +243,16 @@ impl MachineSpec {
         config.eager_page_split = self.eager_split;
         config.nx_huge_pages = self.nx;
         config.memslot_generation = self.generation;
+        config.shadow.nested = self.nested;
+        config.shadow.quota = self.quota;
+        if !self.paging.is_empty() {
+            config.shadow.paging =
+                Paging::parse(&self.paging).ok_or_else(|| bad("paging", &self.paging, "direct or guest"))?;
+        }
+        if !self.reclaim.is_empty() {
+            config.shadow.reclaim = ReclaimKind::parse(&self.reclaim)
+                .map_err(|e| bad("reclaim", &self.reclaim, e.to_string()))?;
+        }
         config.check_frames = true;
         config.task = TaskConfig {
             measure: false,
@@ -224,6 +274,16 @@ impl MachineSpec {
     pub fn host_pages<'a>(&'a self, later: impl Iterator<Item = &'a SlotSpec>) -> u64 {
         let ends = self.slots.iter().chain(later).map(|slot| slot.hva_page.saturating_add(slot.pages));
         ends.max().unwrap_or(1).max(1)
+    }
+
+    /// The memslot of the guest's own tables, if there are any, behind `host_pages` pages.
+    pub(super) fn tables(&self, host_pages: u64) -> Option<SlotSpec> {
+        (!self.processes.is_empty()).then(|| tables_slot(host_pages))
+    }
+
+    /// Is what the hardware translates, and TLBs hold, another address than the guest-physical one, at least at times?
+    pub fn has_virtual_gfns(&self) -> bool {
+        self.paging == "guest" || self.nested
     }
 
     /// Bytes of guest memory at the start.

@@ -10,6 +10,7 @@
 //! | --- | --- |
 //! | `act.rs` | what a thread can do |
 //! | `machine.rs` | the VM and its memory |
+//! | `guests.rs` | the guest's own page tables |
 //! | `check.rs` | the rules of a program |
 //! | `perform.rs` | one act on a VM of any platform |
 //! | `expect.rs` | what an act of this one program must come to |
@@ -22,6 +23,7 @@ mod act;
 mod check;
 mod drive;
 mod expect;
+mod guests;
 mod machine;
 mod once;
 mod perform;
@@ -32,7 +34,8 @@ pub use act::Act;
 pub use check::ProgramError;
 pub use drive::{Ended, Performed, run_on, run_real};
 pub use expect::{Expect, Want};
-pub use machine::{MachineSpec, SlotSpec};
+pub use guests::{Guests, Process, TABLES_AT, TABLES_SLOT};
+pub use machine::{MachineSpec, ProcessSpec, SlotSpec};
 pub use once::{Finding, JudgeSet, Line, Outcome, Told, run_once, run_with};
 pub use perform::{Done, Flags, Hands, perform};
 

@@ -9,9 +9,9 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use tdpmmu_platform::{Platform, RcuDomain, Role as TaskRole, Site, Task};
 use tdpmmu_spte::Role;
 use tdpmmu_vm::slots::Region;
-use tdpmmu_vm::{AccessOutcome, GuestAccess, SlotFlags, SlotUpdate, Vcpu, Vm, VmError};
+use tdpmmu_vm::{AccessOutcome, GuestAccess, Paging, SlotFlags, SlotUpdate, Vcpu, Vm, VmError};
 
-use super::{Act, SlotSpec, Who};
+use super::{Act, Guests, Process, SlotSpec, Who};
 
 /// A sleeper on real threads looks up so often whether the run was given up.
 const NAP_NS: u64 = 20_000_000;
@@ -114,6 +114,7 @@ pub struct Hands<'v, P: Platform> {
     body: Body<'v, P>,
     host: u64,
     flags: &'v Flags,
+    guests: Option<&'v Guests<P>>,
 }
 
 impl<'v, P: Platform> Hands<'v, P> {
@@ -126,7 +127,13 @@ impl<'v, P: Platform> Hands<'v, P> {
             Who::Vcpu(id) => Body::Vcpu(Box::new(vm.vcpu(id)?)),
             Who::Caller | Who::Other(_) => Body::Task(Box::new(vm.task(name, TaskRole::Caller))),
         };
-        Ok(Self { body, host, flags })
+        Ok(Self { body, host, flags, guests: None })
+    }
+
+    /// With the guest's own tables at hand.
+    #[must_use]
+    pub fn with_guests(self, guests: Option<&'v Guests<P>>) -> Self {
+        Self { guests, ..self }
     }
 
     /// "current".
@@ -166,6 +173,15 @@ pub fn role<P: Platform>(vm: &Vm<P>, variant: u8) -> Role {
     layout.pack(&fields)
 }
 
+/// The same for a vCPU on shadow pages, whose role is `now`. (An L2 is entered there, not switched to.)
+fn shadow_role<P: Platform>(vm: &Vm<P>, now: Role, variant: u8) -> Role {
+    let layout = vm.mmu().profile().role_layout;
+    let mut fields = layout.unpack(now);
+    fields.cr0_wp = variant & 1 == 0;
+    fields.efer_nx = variant & 2 == 0;
+    layout.pack(&fields)
+}
+
 /// The region that a slot of a program stands for.
 pub(super) fn region(slot: &SlotSpec, host: u64) -> Region {
     Region {
@@ -195,7 +211,10 @@ pub fn perform<P: Platform>(vm: &Vm<P>, hands: &mut Hands<'_, P>, act: &Act) -> 
             let rule = "only the thread of a vCPU does that";
             return Err(VmError::Config { what: "act", value: act.title(), rule });
         };
-        return guest(vm, vcpu, act);
+        return match tables(vcpu, hands.guests, act) {
+            Some(done) => done,
+            None => guest(vm, vcpu, act),
+        };
     }
     hands.leave();
     match *act {
@@ -216,17 +235,71 @@ pub fn perform<P: Platform>(vm: &Vm<P>, hands: &mut Hands<'_, P>, act: &Act) -> 
     kernel(vm, hands, act)
 }
 
+/// What the guest does with its own tables; `None`: another act.
+fn tables<P: Platform>(
+    vcpu: &mut Vcpu<'_, P>,
+    guests: Option<&Guests<P>>,
+    act: &Act,
+) -> Option<Result<Done, VmError>> {
+    let done = match *act {
+        Act::Invlpg { gva } => {
+            vcpu.invlpg(gva);
+            Ok(Done::Nothing)
+        }
+        Act::FlushGuestTlb => {
+            vcpu.flush_guest_tlb();
+            Ok(Done::Nothing)
+        }
+        Act::LeaveL2 => {
+            vcpu.leave_l2();
+            Ok(Done::Nothing)
+        }
+        Act::WalkShadow { gva } => {
+            Ok(Done::Found(vcpu.walk_shadow(gva).map(|(spte, level)| (spte.0, level))))
+        }
+        Act::GuestMap { process, .. }
+        | Act::GuestUnmap { process, .. }
+        | Act::SetCr3 { process }
+        | Act::EnterL2 { process } => {
+            let Some(guests) = guests else {
+                let rule = "the machine has no processes";
+                return Some(Err(VmError::Config { what: "process", value: process.to_string(), rule }));
+            };
+            guests.process(process).and_then(|of| in_process(vcpu, guests, of, act))
+        }
+        _ => return None,
+    };
+    Some(done)
+}
+
+fn in_process<P: Platform>(
+    vcpu: &mut Vcpu<'_, P>,
+    guests: &Guests<P>,
+    process: Process,
+    act: &Act,
+) -> Result<Done, VmError> {
+    match *act {
+        Act::GuestMap { gva, gfn, write, .. } => {
+            vcpu.leave_l2();
+            guests.os().map(vcpu, process.cr3, gva, gfn, 1, write)?;
+            Ok(Done::Nothing)
+        }
+        Act::GuestUnmap { gva, .. } => {
+            vcpu.leave_l2();
+            Ok(Done::Was(guests.os().unmap(vcpu, process.cr3, gva)?))
+        }
+        Act::SetCr3 { .. } => vcpu.set_cr3(process.cr3).map(|()| Done::Nothing),
+        _ => vcpu.enter_l2(process.cr3, process.levels).map(|()| Done::Nothing),
+    }
+}
+
 /// What the guest, or the run loop of a vCPU, does.
 fn guest<P: Platform>(vm: &Vm<P>, vcpu: &mut Vcpu<'_, P>, act: &Act) -> Result<Done, VmError> {
     let entered = |entered: bool| if entered { Ok(Done::Nothing) } else { Err(VmError::Cancelled) };
     Ok(match *act {
         Act::Access { gfn, write, exec } => Done::Access(vcpu.access(GuestAccess { gfn, write, exec })?),
         Act::Speculate { gfn } => Done::Was(vcpu.speculate(gfn)),
-        Act::LookUp { gfn } => {
-            let Some(root) = vcpu.current_root() else { return Ok(Done::Found(None)) };
-            let walk = vm.mmu().walk_lockless(vcpu.task(), root, gfn);
-            Done::Found(walk.leaf().map(|(spte, level)| (spte.0, level)))
-        }
+        Act::LookUp { gfn } => Done::Found(vcpu.lookup(gfn).map(|(spte, level)| (spte.0, level))),
         Act::Enter => return entered(vcpu.enter()?),
         Act::Poll => return entered(vcpu.poll()?),
         Act::Leave => {
@@ -240,7 +313,11 @@ fn guest<P: Platform>(vm: &Vm<P>, vcpu: &mut Vcpu<'_, P>, act: &Act) -> Result<D
             Done::Nothing
         }
         Act::SwitchRole { variant } => {
-            vcpu.switch_role(role(vm, variant));
+            let role = match vm.paging() {
+                Paging::Tdp if !vcpu.in_l2() => role(vm, variant),
+                _ => shadow_role(vm, vcpu.role(), variant),
+            };
+            vcpu.switch_role(role);
             Done::Nothing
         }
         Act::EnterSmm => {

@@ -80,7 +80,13 @@ fn zap_of_one() -> [Event; 9] {
 
 /// Pages without parents, made one by one.
 fn many(count: u32) -> impl Iterator<Item = Event> {
-    (0..count).map(|n| Event::ShadowAlloc { table: 100 + n, as_id: 0, gfn: u64::from(n) << 9, role: 1, level: 1 })
+    (0..count).map(|n| Event::ShadowAlloc {
+        table: 100 + n,
+        as_id: 0,
+        gfn: u64::from(n) << 9,
+        role: 1,
+        level: 1,
+    })
 }
 
 fn zaps(from: u32, to: u32) -> impl Iterator<Item = Event> {
@@ -136,7 +142,8 @@ pub const TOLD: &[Canary] = &[
     ("D of a shadow leaf is stored over", Rule::DirtyLost, || {
         let dirty = super::super::format().dirty;
         let clean = leaf(9) & !dirty;
-        let mark = Event::SpteMarked { root: TOP, table: BELOW, gfn: 5, level: 1, old: clean, new: clean | dirty };
+        let mark =
+            Event::SpteMarked { root: TOP, table: BELOW, gfn: 5, level: 1, old: clean, new: clean | dirty };
         let made = [EXCLUSIVE, made(TOP, 2), made(BELOW, 1), LINK, change(empty(), clean)];
         heard(&on(2, made.into_iter().chain([mark, change(clean, empty())])))
     }),
