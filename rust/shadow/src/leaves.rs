@@ -9,9 +9,11 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use tdpmmu_platform::{Event, Exclusive, Guard, Platform, Site, Task};
 use tdpmmu_spte::{ENTRIES, Spte};
+use tdpmmu_table::Entries;
+use tdpmmu_table::prefetch::{Intent, LINE, prefetch};
 
 use crate::ptelist::Place;
-use crate::{BookSet, ShadowMmu};
+use crate::{BookSet, ShadowMmu, SlotBooks};
 
 #[derive(Clone, Copy, Default)]
 struct Run {
@@ -20,14 +22,14 @@ struct Run {
 }
 
 impl Run {
-    /// Adds a frame; returns a finished run when the new one does not continue it.
+    /// Adds frames; returns a finished run when the new ones do not continue it.
     #[inline]
-    fn add(&mut self, pfn: u64) -> Option<Run> {
+    fn add(&mut self, pfn: u64, count: u64) -> Option<Run> {
         if self.count != 0 && self.pfn + self.count == pfn {
-            self.count += 1;
+            self.count += count;
             return None;
         }
-        let done = std::mem::replace(self, Run { pfn, count: 1 });
+        let done = std::mem::replace(self, Run { pfn, count });
         (done.count != 0).then_some(done)
     }
 }
@@ -43,17 +45,23 @@ pub(crate) struct Lost {
 impl Lost {
     #[inline]
     fn note<P: Platform>(&mut self, mmu: &ShadowMmu<P>, task: &Task<P>, old: Spte) {
+        self.note_run(mmu, task, old, 1);
+    }
+
+    /// `count` leaves like `old` are gone, whose frames follow on.
+    #[inline]
+    fn note_run<P: Platform>(&mut self, mmu: &ShadowMmu<P>, task: &Task<P>, old: Spte, count: u64) {
         if !mmu.writes_back {
             return;
         }
         let format = mmu.format();
         if format.leaf_needs_dirty(old)
-            && let Some(run) = self.dirty.add(old.pfn())
+            && let Some(run) = self.dirty.add(old.pfn(), count)
         {
             tell_host(mmu, task, run, true);
         }
         if format.leaf_needs_accessed(old)
-            && let Some(run) = self.accessed.add(old.pfn())
+            && let Some(run) = self.accessed.add(old.pfn(), count)
         {
             tell_host(mmu, task, run, false);
         }
@@ -161,8 +169,15 @@ impl<P: Platform> ShadowMmu<P> {
         let base = self.pool.meta(page).gfn();
         let slot = if role.direct() { books.find(role.as_id(), base) } else { None };
         let entries = self.pool.entries(page);
+        let ahead = slot.and_then(|slot| self.next_direct_table(slot, page));
         for (n, block) in entries.as_chunks::<BLOCK>().0.iter().enumerate() {
             let first = (n * BLOCK) as u16;
+            if let Some((next, heads)) = ahead {
+                for line in (0..BLOCK).step_by(LINE) {
+                    prefetch(next, n * BLOCK + line, Intent::Write);
+                    prefetch(heads, n * BLOCK + line, Intent::Write);
+                }
+            }
             // The heads of 64 neighbours, where the slot has them all.
             let heads = slot
                 .and_then(|slot| slot.rmap_run(base + u64::from(first), 1, BLOCK as u64))
@@ -177,6 +192,17 @@ impl<P: Platform> ShadowMmu<P> {
         task.count(ENTRIES as u64, writes);
     }
 
+    /// The entries of the page that a walk from the oldest comes to next, and the heads of what it maps, if it is of the same kind: while one table is emptied the next is on its way. Each is a page of memory, at whose end the hardware prefetcher stops.
+    fn next_direct_table<'s>(&'s self, slot: &'s SlotBooks, page: u32) -> Option<(&'s Entries, &'s Entries)> {
+        let next = self.newer(page)?;
+        let meta = self.pool.meta(next);
+        if meta.level() != 1 || !self.role(next).direct() || self.role(next).as_id() != slot.as_id {
+            return None;
+        }
+        let heads = slot.rmap_run(meta.gfn(), 1, ENTRIES as u64)?.first_chunk::<ENTRIES>()?;
+        Some((self.pool.entries(next), heads))
+    }
+
     /// 64 entries of a direct page; returns how many leaves there were.
     fn drop_direct_block(
         &self,
@@ -188,26 +214,47 @@ impl<P: Platform> ShadowMmu<P> {
         block: &[AtomicU64; BLOCK],
         heads: &[AtomicU64; BLOCK],
     ) -> u64 {
+        let format = self.format();
+        let empty = format.empty().raw();
         let mut olds = [Spte(0); BLOCK];
-        let mut present = 0u64;
-        for (i, (old, cell)) in olds.iter_mut().zip(block).enumerate() {
+        // What differs from a present leaf that nobody can add a bit to.
+        let mut unsettled = 0;
+        for (old, cell) in olds.iter_mut().zip(block) {
             *old = Spte(P::load(cell, Site::ShadowZap));
-            if old.is_present() {
-                present |= 1 << i;
-                *old = self.take_out(cell, *old);
-            } else if !self.format().is_empty(*old) {
-                P::store(cell, self.format().empty().raw(), Site::ShadowZap);
+            unsettled |= (old.raw() ^ format.settled_value()) & format.settled_mask();
+        }
+        let mut present = u64::MAX;
+        if unsettled == 0 && format.ad_bits {
+            for cell in block {
+                P::store(cell, empty, Site::ShadowZap);
+            }
+        } else {
+            for (i, (old, cell)) in olds.iter_mut().zip(block).enumerate() {
+                if old.is_present() {
+                    *old = self.take_out(cell, *old);
+                    continue;
+                }
+                present &= !(1 << i);
+                if !format.is_empty(*old) {
+                    P::store(cell, empty, Site::ShadowZap);
+                }
             }
         }
-        let mut left = present;
-        while left != 0 {
-            let i = left.trailing_zeros() as usize;
-            left &= left - 1;
-            let index = first + i as u16;
-            if heads[i].load(Relaxed) == Place::new(page, index).word() {
-                heads[i].store(0, Relaxed);
-            } else {
-                self.rmap_remove(books, page, index);
+        // The heads: each holds the one leaf, as a rule.
+        let alone = Place::new(page, first).word();
+        let mut others = 0;
+        for (i, head) in heads.iter().enumerate() {
+            others |= head.load(Relaxed) ^ (alone + 2 * i as u64);
+        }
+        if others == 0 && present == u64::MAX {
+            heads.iter().for_each(|head| head.store(0, Relaxed));
+        } else {
+            for (i, head) in heads.iter().enumerate().filter(|(i, _)| present >> i & 1 != 0) {
+                if head.load(Relaxed) == alone + 2 * i as u64 {
+                    head.store(0, Relaxed);
+                } else {
+                    self.rmap_remove(books, page, first + i as u16);
+                }
             }
         }
         self.book_block(lock.task(), lost, page, first, present, &olds);
@@ -253,6 +300,14 @@ impl<P: Platform> ShadowMmu<P> {
     ) {
         if !self.writes_back && !self.is_observed() {
             return;
+        }
+        if !self.is_observed() && present == u64::MAX {
+            let follows =
+                |(i, old): (usize, &Spte)| old.raw() == olds[0].raw() + ((i as u64) << Spte::PFN_SHIFT);
+            if olds.iter().enumerate().all(follows) {
+                lost.note_run(self, task, olds[0], BLOCK as u64);
+                return;
+            }
         }
         for (i, old) in olds.iter().enumerate().filter(|(i, _)| present >> i & 1 != 0) {
             lost.note(self, task, *old);

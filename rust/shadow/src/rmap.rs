@@ -5,6 +5,8 @@
 //! **Mechanism.** A head a frame and level in the memslot's books ([`crate::SlotBooks`]), an entry or a list ([`crate::ptelist`]). A guest that maps one page a thousand times has its reverse map recycled: all
 //! leaves go and come back as they are used, since every operation on the gfn walks them all.
 
+use std::sync::atomic::AtomicU64;
+
 use tdpmmu_platform::{Exclusive, Guard, Platform, Site};
 use tdpmmu_spte::Spte;
 
@@ -45,7 +47,10 @@ impl<P: Platform> ShadowMmu<P> {
             return;
         };
         if self.lists.add(head, Place::new(page, index)) > RECYCLE {
-            self.drop_rmap(lock, head);
+            let mut lost = Lost::default();
+            let dropped = self.drop_rmap(lock, &mut lost, head);
+            lost.settle(self, lock.task());
+            lock.task().count(dropped, 0);
             self.flush(lock.task());
         }
     }
@@ -66,28 +71,21 @@ impl<P: Platform> ShadowMmu<P> {
         }
     }
 
-    /// Every leaf of one reverse map goes. True if there was one: a flush is owed.
-    pub(crate) fn drop_rmap(
-        &self,
-        lock: &Guard<'_, P, Exclusive>,
-        head: &std::sync::atomic::AtomicU64,
-    ) -> bool {
-        let mut lost = Lost::default();
-        let mut any = false;
+    /// Every leaf of one reverse map goes; returns how many there were. A flush is owed for them.
+    pub(crate) fn drop_rmap(&self, lock: &Guard<'_, P, Exclusive>, lost: &mut Lost, head: &AtomicU64) -> u64 {
+        let mut dropped = 0;
         while let Some(at) = self.lists.pop(head) {
             let cell = &self.pool.entries(at.table())[usize::from(at.index())];
             let old = Spte(P::load(cell, Site::ShadowZap));
-            lock.task().count(1, 0);
             if old.is_leaf(self.pool.meta(at.table()).level()) {
-                self.clear_leaf(lock, &mut lost, at.table(), at.index(), old);
-                any = true;
+                self.clear_leaf(lock, lost, at.table(), at.index(), old);
+                dropped += 1;
             } else {
                 let what = format!("a reverse map names {}[{}], which is {old:?}", at.table(), at.index());
                 self.violation("shadow-rmap", &what);
             }
         }
-        lost.settle(self, lock.task());
-        any
+        dropped
     }
 
     /// Empties entry `index` of `page`, whatever it holds (mmu_page_zap_pte). Dirty and Accessed reach the host; a nested guest's page goes with its last parent.

@@ -11,6 +11,7 @@ use tdpmmu_platform::{Exclusive, Guard, Phase, Platform};
 use tdpmmu_spte::geometry::span;
 use tdpmmu_spte::{LEVEL_1G, LEVEL_4K};
 
+use crate::leaves::Lost;
 use crate::{BookSet, ShadowMmu, SlotBooks};
 
 /// Heads looked at between two reschedule checks. KVM checks at each; where a check is a clock read that is most of the cost of a head. On a platform whose schedule decides at checks it is at each.
@@ -88,9 +89,14 @@ impl<P: Platform> ShadowMmu<P> {
         let mut walk = RmapWalk::new(as_id, gfns, LEVEL_4K);
         let mut owed = guard.debt();
         while let Some((_, _, _, heads)) = walk.next(&books, heads_per_check::<P>()) {
+            let mut lost = Lost::default();
+            let mut dropped = 0;
             for head in heads.iter().filter(|head| head.load(Relaxed) != 0) {
-                owed |= self.drop_rmap(guard, head) && owes;
+                dropped += self.drop_rmap(guard, &mut lost, head);
             }
+            lost.settle(self, task);
+            task.count(dropped, 0);
+            owed |= dropped != 0 && owes;
             guard.set_debt(owed);
             if may_yield && guard.should_yield() {
                 if std::mem::take(&mut owed) {
