@@ -15,7 +15,7 @@ use crate::host::HostInfo;
 use crate::limits::{self, LimitOptions, Limits};
 use crate::result::{BenchResult, H, Run};
 use crate::scene::{self, Kind};
-use crate::{Control, LabError, micro, run, units};
+use crate::{Control, LabError, micro, run, units, versus};
 
 /// Largest guest of the untimed repetition with oracles: they follow every entry.
 const CHECKED_BYTES: u64 = 256 << 20;
@@ -29,6 +29,9 @@ const FLAGSHIP_BYTES: u64 = 64 << 40;
 /// # Errors
 /// [`LabError`], by the exit code it deserves.
 pub fn run(kind: &str, config_json: &str, build: &Value, control: &Control) -> Result<String, LabError> {
+    if kind == "versus" {
+        return versus::command(config_json, build, control);
+    }
     let config = BenchConfig::parse(config_json)?;
     let scenes = match kind {
         "zap" => Some(Kind::Zap),
@@ -41,7 +44,7 @@ pub fn run(kind: &str, config_json: &str, build: &Value, control: &Control) -> R
             micro::run(kind, &config.plan(None)?, build, control)
         }
         (None, other) => Err(LabError::Usage(format!(
-            "experiment={other:?}: expected one of zap, drop, populate, fault, walk, rcu, dirty"
+            "experiment={other:?}: expected one of zap, drop, populate, fault, walk, rcu, dirty, versus"
         ))),
     }
 }
@@ -216,7 +219,7 @@ pub(crate) fn summary(histogram: Option<&tdpmmu_platform::Histogram>) -> H {
 /// `tdpmmu info`.
 pub fn info(build: &Value) -> String {
     let mut info = crate::host::info(build);
-    info["experiments"] = json!(["zap", "drop", "populate", "fault", "walk", "rcu", "dirty"]);
+    info["experiments"] = json!(["zap", "drop", "populate", "fault", "walk", "rcu", "dirty", "versus"]);
     info["scenes"] = scene::SCENES
         .iter()
         .map(|s| json!({"name": s.name, "experiment": s.kind.name(), "summary": s.summary, "look_at": s.look_at}))

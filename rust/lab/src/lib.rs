@@ -25,6 +25,7 @@
 //! | `faults/` | what goes wrong on purpose |
 //! | `torture/` | random operations on real threads, under every judge that can listen |
 //! | `simulate/` | hosts that nobody has here, in virtual time |
+//! | `versus/` | the TDP MMU against the shadow MMU, for the same guest |
 //! | `proof.rs` | one door to explore, museum, torture, explain, simulate |
 //! | `limits/` | the host's physical limits |
 //! | `fit.rs` | a line through measurements, and its errors |
@@ -61,6 +62,7 @@ pub mod simulate;
 pub mod timeline;
 pub mod torture;
 mod units;
+pub mod versus;
 pub mod what_if;
 
 pub use control::Control;

@@ -1,14 +1,13 @@
 //! What a guest costs before it is built, and the refusal.
 
 use serde::{Deserialize, Serialize};
+use tdpmmu_shadow::overhead_bytes_per_page;
 use tdpmmu_spte::geometry::{page_bytes, span, tables_below_root};
 use tdpmmu_table::{TABLE_BYTES, TablePool};
 
 use crate::host::available_bytes;
 use crate::{LabError, units};
 
-/// Books of a shadow page beside its table: hash, list, parents, generation.
-const PAGE_BOOKS: u64 = 256;
 /// A list of leaves that map one frame.
 const LIST: u64 = 128;
 
@@ -50,7 +49,7 @@ impl Estimate {
 
     /// The same under the shadow MMU, in a guest of `gfns` pages mapped at `level`: books of its pages, reverse maps; `guest`: the guest's own tables, and a gfn an entry.
     pub fn shadowed(mut self, gfns: u64, level: u8, guest: bool) -> Self {
-        let page_books = PAGE_BOOKS + if guest { TABLE_BYTES as u64 } else { 0 };
+        let page_books = overhead_bytes_per_page(guest);
         let guests_own = if guest { self.table_bytes } else { 0 };
         let heads = gfns / span(level) * size_of::<u64>() as u64;
         // Where a frame is mapped more than once, its reverse map is a list.
@@ -118,9 +117,10 @@ mod tests {
             direct.bytes - bare.bytes
         );
         let guest = bare.shadowed(gfns, 1, true);
+        let books = overhead_bytes_per_page(true) - overhead_bytes_per_page(false);
         assert_eq!(
             guest.bytes - direct.bytes,
-            2 * bare.table_bytes,
+            bare.table_bytes + bare.tables * books,
             "the guest's tables, and a gfn an entry"
         );
         let fits = direct.bytes;

@@ -133,7 +133,10 @@ pub struct ShadowBooks {
     /// (ticks, pages).
     pub retained: Vec<(u64, u64)>,
     pub waiting_peak: u64,
-    pub book_bytes: u64,
+    pub page_bytes: u64,
+    pub gfn_bytes: u64,
+    pub list_bytes: u64,
+    pub slot_bytes: u64,
 }
 
 /// What valid roots hold.

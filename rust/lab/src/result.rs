@@ -247,8 +247,14 @@ pub struct ShadowResult {
     pub retained_series: Vec<(u64, u64)>,
     /// Most pages at a time that waited for lockless walkers.
     pub waiting_peak: u64,
-    /// Bytes beside the tables at their most: books of pages, gfns of entries, reverse maps and parent lists.
-    pub book_bytes: u64,
+    /// Beside the tables, at its most: headers and books of pages.
+    pub page_bytes: u64,
+    /// ... a gfn per entry, and marks, of pages that shadow the guest's tables.
+    pub gfn_bytes: u64,
+    /// ... lists of reverse maps and of parents.
+    pub list_bytes: u64,
+    /// ... what lies with memslots: heads of reverse maps, and lpage_info.
+    pub slot_bytes: u64,
 }
 
 /// `published`: what somebody else measured, beside what this result has of it.

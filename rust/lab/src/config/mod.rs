@@ -13,7 +13,6 @@ use crate::LabError;
 pub use self::dirty::{DirtyPlan, Protocol};
 pub use self::plan::{AdMix, Case, Plan, PopulateBy};
 pub use self::shadow::ShadowCase;
-pub(crate) use self::shadow::design_info;
 
 /// The request of `bench …`, as JSON. Unknown fields are refused. Units are in the names.
 #[derive(Clone, Debug, Serialize, Deserialize)]

@@ -8,8 +8,9 @@ use tdpmmu_mmu::{DESIGNS, DesignInfo, OtherOwnership, QueueKind};
 use tdpmmu_platform::{Platform, Preempt, Real};
 use tdpmmu_spte::geometry::{max_gfn, page_bytes, parse_page_size};
 use tdpmmu_spte::{KernelProfile, Ownership, Passes, closest};
+use tdpmmu_vm::{all_design_names, design_info};
 
-use super::shadow::{all_design_names, design_info, is_shadow, shadow_designs};
+use super::shadow::{is_shadow, shadow_designs};
 use super::{BenchConfig, DirtyPlan, ShadowCase};
 use crate::LabError;
 use crate::memory::Estimate;
@@ -109,6 +110,9 @@ impl Case {
 pub(crate) const PREEMPT: &[(&str, Preempt)] =
     &[("none", Preempt::None), ("voluntary", Preempt::Voluntary), ("full", Preempt::Full)];
 
+/// The design of a shadow MMU whose zaps are not what is measured.
+const WALKED: &str = "shadow-gen";
+
 pub(super) fn usage<T>(message: impl Into<String>) -> Result<T, LabError> {
     Err(LabError::Usage(message.into()))
 }
@@ -207,7 +211,7 @@ impl BenchConfig {
             shadow: Vec::new(),
             cases: Vec::new(),
         };
-        let infos = self.design_infos(&plan.profile)?;
+        let infos = self.design_infos(&plan.profile, kind.is_none())?;
         let with = self.shadow_cases(&infos.iter().map(|i| i.0).collect::<Vec<_>>())?;
         match kind {
             None => plan.shadow = self.single(&infos, with)?,
@@ -324,6 +328,7 @@ impl BenchConfig {
     fn design_infos(
         &self,
         profile: &KernelProfile,
+        single: bool,
     ) -> Result<Vec<(&'static DesignInfo, Ownership)>, LabError> {
         let ownership = match self.ownership.as_deref() {
             None => None,
@@ -332,7 +337,10 @@ impl BenchConfig {
             }
         };
         let mut infos: Vec<&'static DesignInfo> = Vec::new();
-        for name in &self.designs {
+        // `bench walk --reclaim` names no design: there is a shadow MMU, whichever its design.
+        let any = [String::from(WALKED)];
+        let unnamed = single && self.designs == ["all"] && !self.reclaim.is_empty();
+        for name in if unnamed { &any[..] } else { &self.designs } {
             if name == "all" {
                 // `all`: every design that is sound, under this profile too.
                 let sound =

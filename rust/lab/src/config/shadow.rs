@@ -3,11 +3,9 @@
 //! The TDP MMU has none of these, and the shadow MMU has neither passes nor a first reference that somebody could own: what is asked of an MMU that no design of the
 //! request has is a usage error; with designs of both, each takes what is its own.
 
-use std::sync::OnceLock;
-
-use tdpmmu_mmu::{DesignInfo, Obligations, OtherOwnership};
-use tdpmmu_shadow::{SHADOW_DESIGNS, ShadowDesign};
-use tdpmmu_spte::Ownership;
+use tdpmmu_mmu::DesignInfo;
+use tdpmmu_shadow::{ReclaimKind, SHADOW_DESIGNS, ShadowDesign};
+use tdpmmu_vm::{Paging, design_info};
 
 use super::BenchConfig;
 use super::plan::{one_of, usage};
@@ -15,22 +13,18 @@ use crate::LabError;
 
 /// Fewest shadow pages of a VM (KVM_MIN_ALLOC_MMU_PAGES).
 const FEWEST_PAGES: u32 = 64;
-/// How KVM reclaims since 3.5.
-const USUAL: &str = "ipi";
-/// How the guest is paged, by name.
-const PAGING: [&str; 2] = ["direct", "guest"];
-/// How pages are reclaimed, by name.
-const KINDS: [&str; 5] = ["counter", "ipi", "membarrier", "rcu", "epoch"];
+/// How the guest can be paged under the shadow MMU.
+const PAGING: [Paging; 2] = [Paging::Direct, Paging::Guest];
 
-/// A design of the shadow MMU, and what it runs with. Names as on the command line.
+/// A design of the shadow MMU, and what it runs with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ShadowCase {
     /// The design.
     pub design: ShadowDesign,
-    /// `direct` or `guest`.
-    pub paging: &'static str,
+    /// How the guest is paged.
+    pub paging: Paging,
     /// How freed pages are kept from lockless walkers.
-    pub reclaim: &'static str,
+    pub reclaim: ReclaimKind,
     /// Most shadow pages; `None`: no limit.
     pub quota: Option<u32>,
 }
@@ -38,7 +32,7 @@ pub struct ShadowCase {
 impl ShadowCase {
     /// Are the guest's own page tables shadowed?
     pub fn shadows_guest(&self) -> bool {
-        self.paging == "guest"
+        self.paging == Paging::Guest
     }
 }
 
@@ -49,18 +43,18 @@ pub(crate) fn is_shadow(info: &DesignInfo) -> bool {
 
 impl BenchConfig {
     /// The kinds of reclamation asked for, each once; none: the usual one.
-    pub(super) fn reclaim_kinds(&self) -> Result<Vec<&'static str>, LabError> {
+    pub(super) fn reclaim_kinds(&self) -> Result<Vec<ReclaimKind>, LabError> {
         let mut kinds = Vec::new();
         for name in &self.reclaim {
             let chosen = if name == "all" {
-                KINDS.to_vec()
+                ReclaimKind::ALL.to_vec()
             } else {
-                vec![one_of("reclaim", name, &KINDS.map(|kind| (kind, kind)))?]
+                vec![one_of("reclaim", name, &ReclaimKind::ALL.map(|kind| (kind.name(), kind)))?]
             };
             kinds.extend(chosen);
         }
         if kinds.is_empty() {
-            kinds.push(USUAL);
+            kinds.push(ReclaimKind::default());
         }
         let mut once = Vec::new();
         for kind in kinds {
@@ -76,7 +70,7 @@ impl BenchConfig {
         &self,
         infos: &[&'static DesignInfo],
     ) -> Result<Vec<Vec<Option<ShadowCase>>>, LabError> {
-        let paging = one_of("paging", &self.paging, &PAGING.map(|paging| (paging, paging)))?;
+        let paging = one_of("paging", &self.paging, &PAGING.map(|paging| (paging.name(), paging)))?;
         let kinds = self.reclaim_kinds()?;
         if let Some(quota) = self.quota
             && quota < FEWEST_PAGES
@@ -126,36 +120,4 @@ impl BenchConfig {
 /// The designs of the shadow MMU.
 pub(super) fn shadow_designs() -> impl Iterator<Item = &'static DesignInfo> {
     SHADOW_DESIGNS.iter().filter_map(|design| design_info(design.name))
-}
-
-static ROWS: OnceLock<Vec<DesignInfo>> = OnceLock::new();
-
-fn rows() -> &'static [DesignInfo] {
-    ROWS.get_or_init(|| {
-        SHADOW_DESIGNS
-            .iter()
-            .map(|d| DesignInfo {
-                name: d.name,
-                mainline: d.mainline,
-                summary: d.summary,
-                passes: None,
-                ownership: Ownership::Vcpu,
-                other_ownership: OtherOwnership::Refused("a shadow page belongs to the cache"),
-                needs_stale_root_check: false,
-                queue: None,
-                obligations: Obligations { keeps_roots: !d.zaps_all, ..Obligations::STRICT },
-                flawed: false,
-            })
-            .collect()
-    })
-}
-
-/// The design of that name, of either MMU.
-pub(crate) fn design_info(name: &str) -> Option<&'static DesignInfo> {
-    tdpmmu_mmu::design::info(name).or_else(|| rows().iter().find(|row| row.name == name))
-}
-
-/// The names of all designs, of both MMUs.
-pub(crate) fn all_design_names() -> Vec<&'static str> {
-    tdpmmu_mmu::design::names().into_iter().chain(rows().iter().map(|row| row.name)).collect()
 }

@@ -199,9 +199,10 @@ pub fn to_run(plan: &Plan, case: &Case, rep: u32, outcome: &Outcome, cpus: usize
             Updates { count: updates.count(), update_ns: H::from(updates) }
         }),
         // The zap in place keeps its roots valid: what is mapped at its return may be new. Where vCPUs toggle, an invalid root may be younger than the
-        // zap, and whoever lost it is at it: there the oracle follows each root.
+        // zap, and whoever lost it is at it: there the oracle follows each root. One design keeps obsolete pages on purpose.
         sptes_mapped_at_return: (outcome.update.is_some()
             && !case.info.obligations.keeps_roots
+            && !shadow::keeps_obsolete(case)
             && toggled(outcome).is_none())
         .then_some(outcome.mapped_at_return),
         waiting: mark(Mark::Waiting).map(|wait_ns| Waiting {

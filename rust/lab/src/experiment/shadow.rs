@@ -1,5 +1,7 @@
 //! What only designs of the shadow MMU have, and the one figure that was published about them.
 
+use tdpmmu_shadow::ShadowDesign;
+
 use crate::config::Case;
 use crate::outcome::Outcome;
 use crate::result::{Published, Run, ShadowResult};
@@ -14,8 +16,8 @@ pub(super) fn result(case: &Case, outcome: &Outcome) -> Option<ShadowResult> {
     let peak = books.retained.iter().map(|point| point.1).chain([books.retained_at_return]).max();
     let since_t0 = |at: u64| (outcome.to_ns)(at.saturating_sub(outcome.t0));
     Some(ShadowResult {
-        paging: case.paging.into(),
-        reclaim: case.reclaim.into(),
+        paging: case.paging.name().into(),
+        reclaim: case.reclaim.name().into(),
         quota: case.quota,
         guest_table_pages: books.guest_table_pages,
         pages_at_t0: books.pages_at_t0,
@@ -30,8 +32,16 @@ pub(super) fn result(case: &Case, outcome: &Outcome) -> Option<ShadowResult> {
         retained_at_end: books.retained_at_end,
         retained_series: thinned(&books.retained).map(|(at, pages)| (since_t0(at), pages)).collect(),
         waiting_peak: books.waiting_peak,
-        book_bytes: books.book_bytes,
+        page_bytes: books.page_bytes,
+        gfn_bytes: books.gfn_bytes,
+        list_bytes: books.list_bytes,
+        slot_bytes: books.slot_bytes,
     })
+}
+
+/// Obsolete pages stay, with what they map, until somebody wants their memory.
+pub(super) fn keeps_obsolete(case: &Case) -> bool {
+    case.shadow.is_some_and(|shadow| shadow.design == ShadowDesign::GenKept)
 }
 
 /// As many points as a series has, first and last among them.

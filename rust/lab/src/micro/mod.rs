@@ -6,6 +6,7 @@ mod dirty;
 mod fault;
 mod populate;
 mod rcu;
+mod reclaim;
 mod walk;
 
 use std::borrow::Cow;
@@ -18,11 +19,13 @@ use tdpmmu_spte::geometry::page_bytes;
 use tdpmmu_vm::{FaultOutcome, GuestAccess, Vcpu, Vm, VmConfig, VmError};
 
 use self::dirty::DirtyRow;
+use self::reclaim::ReclaimRow;
 use crate::bench::measure_limits;
-use crate::config::Plan;
+use crate::config::{Plan, ShadowCase};
 use crate::host::HostInfo;
 use crate::limits::Limits;
 use crate::memory::Estimate;
+use crate::run::build_guest;
 use crate::{Control, LabError};
 
 type P = Real;
@@ -45,6 +48,9 @@ pub struct Row {
     /// What only `bench dirty` has.
     #[serde(flatten)]
     pub dirty: Option<DirtyRow>,
+    /// What only `bench walk --reclaim` has.
+    #[serde(flatten)]
+    pub reclaim: Option<ReclaimRow>,
 }
 
 const ROUNDS: usize = 5;
@@ -67,14 +73,22 @@ fn fail(what: &str) -> impl Fn(VmError) -> LabError + '_ {
 pub(crate) fn run(kind: &str, plan: &Plan, build: &Value, control: &Control) -> Result<String, LabError> {
     // Logging dirty pages makes small pages of large ones.
     let level = if kind == "dirty" { LEVEL_4K } else { plan.level };
-    let estimate = Estimate::new(plan.config.memory_bytes, level, plan.config.levels);
+    let bare = Estimate::new(plan.config.memory_bytes, level, plan.config.levels);
+    let gfns = plan.config.memory_bytes / page_bytes(1);
+    let estimate = plan.shadow.first().map_or(bare, |case| bare.shadowed(gfns, level, case.shadows_guest()));
     estimate.check(plan.config.memory_bytes, &plan.config.page, plan.config.max_memory_bytes)?;
+    if matches!(kind, "dirty" | "rcu") && !plan.shadow.is_empty() {
+        return Err(LabError::Usage(format!(
+            "bench {kind} is about the TDP MMU: name none of the shadow MMU's designs"
+        )));
+    }
     let before = measure_limits(control)?;
     let mut bench = Bench { plan, limits: &before, control, rows: Vec::new() };
     match kind {
         "populate" => bench.populate(&estimate)?,
         "fault" => bench.fault()?,
-        "walk" => bench.walk(&estimate)?,
+        "walk" if plan.shadow.is_empty() => bench.walk(&estimate)?,
+        "walk" => bench.reclaim()?,
         "dirty" => bench.dirty()?,
         _ => bench.rcu()?,
     }
@@ -94,8 +108,35 @@ pub(crate) fn run(kind: &str, plan: &Plan, build: &Value, control: &Control) -> 
 }
 
 impl Bench<'_> {
+    /// Under the shadow MMU, if that was asked for.
     fn vm(&self, memory_bytes: u64, level: u8) -> Result<Vm<P>, LabError> {
-        self.vm_with(memory_bytes, level, level, |_| {})
+        match self.plan.shadow.first() {
+            None => self.vm_with(memory_bytes, level, level, |_| {}),
+            Some(case) => self.shadow_vm(case, memory_bytes, level, |_| {}),
+        }
+    }
+
+    /// A VM on the shadow MMU; a guest whose tables are shadowed has mapped all of its memory by pages of `level`.
+    fn shadow_vm(
+        &self,
+        case: &ShadowCase,
+        memory_bytes: u64,
+        level: u8,
+        change: impl FnOnce(&mut VmConfig),
+    ) -> Result<Vm<P>, LabError> {
+        let vm = self.vm_with(memory_bytes, level, level, |config| {
+            config.design = Some(case.design.info().name.into());
+            config.shadow.paging = case.paging;
+            config.shadow.reclaim = case.reclaim;
+            config.shadow.quota = case.quota;
+            // The guest's own tables.
+            config.host_pages += 4 << 18;
+            change(config);
+        })?;
+        if case.shadows_guest() {
+            build_guest(&vm, memory_bytes / page_bytes(1), level, self.plan.config.levels)?;
+        }
+        Ok(vm)
     }
 
     /// A VM whose host maps pages of `level`, with tables for leaves of `smallest`.
@@ -141,7 +182,16 @@ impl Bench<'_> {
             ns = ns.min(took as f64 / operations.max(1) as f64);
         }
         let ratio = of.map(|(_, limit)| ns / limit);
-        self.rows.push(Row { name, ns, ratio, of: of.map(|o| o.0.into()), count, goal, dirty: None });
+        self.rows.push(Row {
+            name,
+            ns,
+            ratio,
+            of: of.map(|o| o.0.into()),
+            count,
+            goal,
+            dirty: None,
+            reclaim: None,
+        });
         Ok(())
     }
 }

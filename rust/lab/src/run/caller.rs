@@ -135,7 +135,7 @@ impl<P: Platform> Shared<'_, P> {
     /// Waits until so many leaves are mapped, a second at most.
     fn until_mapped(&self, leaves: u64) {
         let until = P::ticks() + P::ns_to_ticks(FULL_NS);
-        while self.mapped_leaves() < leaves && P::ticks() < until && !self.stopped() {
+        while !self.is_mapped(leaves) && P::ticks() < until && !self.stopped() {
             sleep::<P>(Duration::from_millis(1));
         }
     }
@@ -154,6 +154,7 @@ impl<P: Platform> Shared<'_, P> {
         }
         let times = self.update(task, update)?;
         self.window.updates.fetch_add(1, Ordering::Relaxed);
+        self.returned(times.t0 + P::ns_to_ticks(times.total_ns));
         paid.cpu_ns += P::thread_cpu_ns() - cpu;
         paid.switched_out += P::switches().involuntary - switches.involuntary;
         paid.delayed::<P>(delayed);
@@ -168,7 +169,7 @@ impl<P: Platform> Shared<'_, P> {
             self.window.t0.store(times.t0, Ordering::Release);
         }
         // What is still mapped under a root that this zap has invalidated: P-FZ says nothing.
-        let left = P::quiet(|| self.vm.sptes_under_obsolete_roots(task));
+        let left = P::quiet(|| self.stale_leaves(task));
         let mut all = lock(&self.collected);
         all.mapped_at_return = all.mapped_at_return.max(left);
         all.marks.entry(Mark::Update).or_default().record(times.total_ns);

@@ -11,6 +11,8 @@
 //! | `setup.rs` | the VM, its memory, its population |
 //! | `vcpu.rs` | what a vCPU's thread does |
 //! | `caller.rs` | what a thread of the VMM does |
+//! | `guest_os.rs` | a guest's own page tables |
+//! | `retained.rs` | what obsolete shadow pages keep from others |
 //! | `tree.rs` | what is mapped, in whichever MMU |
 //! | `window.rs` | t0, the end of the teardown, the counters in between |
 //! | `meanwhile.rs` | what a thread does and loses in the window of somebody else's request |
@@ -18,7 +20,9 @@
 //! | `watch.rs` | progress, told from beside |
 
 mod caller;
+mod guest_os;
 mod meanwhile;
+mod retained;
 mod scoped;
 mod setup;
 mod tree;
@@ -44,6 +48,7 @@ use crate::outcome::{Outcome, ThreadReport};
 use crate::scenario::{FLAGS, Flag, Op, Scenario, Who};
 use crate::{Control, LabError};
 
+pub(crate) use self::guest_os::build as build_guest;
 pub(crate) use self::setup::MOST_COLLAPSED;
 pub use self::setup::vm_config;
 
@@ -159,7 +164,7 @@ pub fn run_on<P: Platform>(
         base_role: OnceLock::new(),
         collected: std::sync::Mutex::default(),
     };
-    let result = P::quiet(|| shared.prepare()).and_then(|()| shared.all_threads());
+    let result = P::quiet(|| shared.prepare()).and_then(|()| shared.sampled(|| shared.all_threads()));
     let queue = vm.mmu().design().queue_ns();
     if let Some(judge) = &judge {
         // A worker may still be at the roots that were lost last: their pages go to RCU after the barrier that the judge waits for.
@@ -172,6 +177,7 @@ pub fn run_on<P: Platform>(
     let recorded = || vm.mmu().rcu().timeline().map(|timeline| timeline.take());
     let timeline = scenario.pays.and_then(|_| recorded());
     let end = shared.close(result.is_ok())?;
+    let books = shared.shadow_books();
     result?;
     if let Some(judge) = &judge {
         judge.finish(vm.mmu(), &vm.task("judge", TaskRole::Observer));
@@ -222,7 +228,7 @@ pub fn run_on<P: Platform>(
         mapped_at_return: collected.mapped_at_return,
         stale_tables: collected.stale_tables,
         last: end.last,
-        shadow: None,
+        shadow: books,
     })
 }
 

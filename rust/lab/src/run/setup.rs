@@ -6,12 +6,13 @@ use std::sync::atomic::Ordering;
 
 use tdpmmu_mmu::QueueKind;
 use tdpmmu_platform::{Observer, Platform, Preempt, RcuConfig, Role as TaskRole, TaskConfig};
+use tdpmmu_shadow::ReclaimKind;
 use tdpmmu_spte::geometry::{max_gfn, page_bytes, span};
 use tdpmmu_spte::{KernelProfile, Ownership, Passes};
 use tdpmmu_vm::slots::Region;
-use tdpmmu_vm::{AdMix, BulkOptions, MAX_HOST_PAGES, Progress, SlotFlags, VmConfig};
+use tdpmmu_vm::{AdMix, BulkOptions, MAX_HOST_PAGES, Paging, Progress, SlotFlags, VmConfig};
 
-use super::{Shared, internal, lock};
+use super::{Shared, guest_os, internal, lock};
 use crate::LabError;
 use crate::scenario::{Ad, By, Populate, VmSpec};
 
@@ -61,6 +62,12 @@ pub fn vm_config(spec: &VmSpec, observer: Option<Arc<dyn Observer>>) -> Result<V
             other => return Err(bad(format!("ownership={other:?}: expected vcpu or mmu"))),
         });
     }
+    if let Some(shadow) = &spec.shadow {
+        config.shadow.paging = Paging::parse(&shadow.paging)
+            .ok_or_else(|| bad(format!("paging={:?}: expected direct or guest", shadow.paging)))?;
+        config.shadow.reclaim = ReclaimKind::parse(&shadow.reclaim).map_err(|e| bad(e.to_string()))?;
+        config.shadow.quota = shadow.quota;
+    }
     config.workers = spec.workers;
     config.worker_cpus.clone_from(&spec.worker_cpus);
     let queue = spec.worker_queue.as_deref().map(QueueKind::parse).transpose();
@@ -71,7 +78,10 @@ pub fn vm_config(spec: &VmSpec, observer: Option<Arc<dyn Observer>>) -> Result<V
     // Room to collapse into: the host copies to a run of frames that is free and aligned.
     let collapsed = if spec.max_level > spec.level { MOST_COLLAPSED * span(spec.max_level) } else { 0 };
     // Each small region begins a GiB of its own.
-    let pages = spec.memory_bytes / page_bytes(1) + collapsed + 2 * span(3);
+    let memory = spec.memory_bytes / page_bytes(1);
+    // A guest's own tables; a region begins a GiB of its own.
+    let tables = guest_os::table_pages(memory, spec.level, spec.levels) + span(3);
+    let pages = memory + collapsed + tables + 2 * span(3);
     config.host_pages = pages.clamp(1 << 20, MAX_HOST_PAGES);
     config.write_back = spec.write_back;
     config.task = task_config(spec);
@@ -118,6 +128,10 @@ impl<P: Platform> Shared<'_, P> {
         // A move keeps the host address.
         let moved = Region { base: self.place(1), ..extra };
         let _ = self.regions.set(Regions { extra, moved, other });
+        if spec.shadow.as_ref().is_some_and(|shadow| shadow.paging == "guest") {
+            let tables = guest_os::build(self.vm, self.pages(), spec.level, spec.levels)?;
+            lock(&self.collected).guest_tables = tables;
+        }
         let _ = self.base_role.set(self.vm.vcpu(0).map_err(internal("a vCPU"))?.role());
         if spec.smm {
             self.vm.share_memory_with_smm(&task).map_err(internal("memslots of SMM"))?;

@@ -7,11 +7,10 @@ use tdpmmu_mmu::design::ZapQueue;
 use tdpmmu_platform::{Histogram, Phase, Platform, Site, Task};
 use tdpmmu_spte::geometry::span;
 use tdpmmu_spte::{Ownership, Role};
-use tdpmmu_vm::{AccessOutcome, GuestAccess, Vcpu};
+use tdpmmu_vm::{AccessOutcome, GuestAccess, Vcpu, design_info};
 
 use super::{Account, NAP_NS, Paid, Shared, internal, lock, setup::task_config, sleep};
 use crate::LabError;
-use crate::config::design_info;
 use crate::guest::{self, Felt, GuestPlan, WorkingSet};
 use crate::scenario::{Drop, Flag, Mark, Op, Sharing, Who};
 

@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 
 use tdpmmu_mmu::Counts;
 use tdpmmu_platform::{Histogram, MeterSnapshot, Phase, Platform, RcuDomain, Role as TaskRole, Task};
+use tdpmmu_shadow::{ShadowCounts, ShadowMmu};
 use tdpmmu_vm::{CloseReport, FastZapTimes};
 
 use super::{Shared, internal, lock};
@@ -39,6 +40,13 @@ pub(super) struct Collected {
     pub(super) written_back: u64,
     pub(super) mapped_at_return: u64,
     pub(super) stale_tables: u64,
+    pub(super) guest_tables: u64,
+    pub(super) shadow_at_t0: ShadowCounts,
+    pub(super) shadow_at_end: Option<ShadowCounts>,
+    /// What obsolete pages retain: (ticks, pages).
+    pub(super) obsolete: Vec<(u64, u64)>,
+    /// ... when the last fast zap returned.
+    pub(super) returned: Option<(u64, u64)>,
 }
 
 /// Counters at t0.
@@ -64,6 +72,7 @@ impl<P: Platform> Shared<'_, P> {
         drop(mmu.rcu().timeline().map(|timeline| timeline.take()));
         let rcu = mmu.rcu().stats();
         let mut all = lock(&self.collected);
+        all.shadow_at_t0 = self.shadow().map(ShadowMmu::counts).unwrap_or_default();
         all.at_t0 = counts;
         all.dropped = root;
         all.tables_at_t0 = counts.all_tables();
@@ -87,6 +96,9 @@ impl<P: Platform> Shared<'_, P> {
         {
             let _waiting = task.phase(Phase::GracePeriod);
             mmu.rcu().barrier();
+            if let Some(shadow) = self.shadow() {
+                shadow.reclamation().drain(task);
+            }
         }
         self.window.end.store(P::ticks(), Ordering::Release);
         self.seal_rcu();
@@ -122,7 +134,13 @@ impl<P: Platform> Shared<'_, P> {
         let t0 = self.window.t0.load(Ordering::Acquire);
         let mut all = lock(&self.collected);
         let freed = mmu.pool().stats().frees - all.base.frees;
-        let zap_end = mmu.last_zap_end();
+        // The shadow MMU zaps inside of the call, or at the end of the VM.
+        let zap_end = match (self.shadow(), all.returned) {
+            (None, _) => mmu.last_zap_end(),
+            (Some(_), Some((at, _))) => at,
+            (Some(_), None) => 0,
+        };
+        all.shadow_at_end = self.shadow().map(ShadowMmu::counts);
         all.last_zap_end_ns = (zap_end >= t0).then(|| P::ticks_to_ns(zap_end - t0));
         all.last_free_ns = (freed > 0).then(|| P::ticks_to_ns(mmu.last_table_free().saturating_sub(t0)));
         all.freed = freed;
@@ -149,6 +167,10 @@ impl<P: Platform> Shared<'_, P> {
         if measured {
             self.window.t0.store(report.begin, Ordering::Release);
             self.window.end.store(P::ticks(), Ordering::Release);
+            if self.shadow().is_some() {
+                let zapped = report.begin + P::ns_to_ticks(report.zap_all_ns);
+                lock(&self.collected).returned = Some((zapped, 0));
+            }
             self.seal_rcu();
             self.seal();
         }

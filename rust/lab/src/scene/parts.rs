@@ -52,8 +52,8 @@ pub(super) fn vm_spec(ask: &Ask<'_>, tables: u64, vcpus: u32) -> VmSpec {
         passes: case.passes_name(),
         ownership: case.ownership_name(),
         shadow: case.shadow.map(|shadow| ShadowSpec {
-            paging: shadow.paging.into(),
-            reclaim: shadow.reclaim.into(),
+            paging: shadow.paging.name().into(),
+            reclaim: shadow.reclaim.name().into(),
             quota: shadow.quota,
         }),
         vcpus: vcpus as usize,
@@ -79,6 +79,9 @@ pub(super) fn vm_spec(ask: &Ask<'_>, tables: u64, vcpus: u32) -> VmSpec {
 
 /// The usual scenario: a populated guest, and the threads.
 pub(super) fn scenario(ask: &Ask<'_>, vcpus: u32, pays: Option<Who>, threads: Vec<Thread>) -> Scenario {
+    // Under a smaller quota the begin of the memory is unmapped again before its end is mapped.
+    let fits =
+        ask.case.shadow.and_then(|s| s.quota).is_none_or(|quota| u64::from(quota) >= ask.estimate.tables);
     Scenario {
         name: ask.case.scene.name.into(),
         vm: vm_spec(ask, ask.estimate.tables, vcpus),
@@ -87,7 +90,7 @@ pub(super) fn scenario(ask: &Ask<'_>, vcpus: u32, pays: Option<Who>, threads: Ve
         seed: ask.plan.config.seed,
         pays,
         estimate: ask.estimate,
-        sptes: Some(ask.estimate.sptes),
+        sptes: fits.then_some(ask.estimate.sptes),
     }
 }
 

@@ -216,6 +216,7 @@ impl Bench<'_> {
                 fast_faults: lap.outcomes.map(|o| o.fast),
                 slow_faults: lap.outcomes.map(|o| o.slow),
             }),
+            reclaim: None,
         }
     }
 }
