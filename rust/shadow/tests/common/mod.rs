@@ -1,6 +1,8 @@
 //! A shadow MMU without vCPUs: its host answers from maps, and notes what it was asked.
 #![allow(dead_code)]
 
+pub mod audit;
+
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
