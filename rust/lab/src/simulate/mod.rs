@@ -45,6 +45,9 @@ const FEW_VCPUS: u64 = 8;
 const WORKING_SETS: u64 = 2 << 30;
 const WORKING_SET: u64 = 64 << 20;
 
+/// What the modelled host keeps for itself.
+const HOST_SPARE: u64 = 4 << 30;
+
 /// Guests that every calibrated result is held against.
 const ERROR_SIZES: [u64; 3] = [1 << 30, 4 << 30, 16 << 30];
 
@@ -152,6 +155,15 @@ impl SimulateConfig {
         }
         if self.error_reps == 0 || self.error_reps > 100 {
             return usage(format!("error_reps={}: expected 1 to 100", self.error_reps));
+        }
+        let most = (tdpmmu_vm::MAX_HOST_PAGES << 12) - HOST_SPARE;
+        for &bytes in std::iter::once(&self.memory_bytes).chain(self.error_sizes.iter().flatten()) {
+            if bytes > most {
+                return usage(format!(
+                    "memory={bytes} bytes: the modelled host backs at most {}",
+                    crate::units::bytes(most)
+                ));
+            }
         }
         for (name, &ns) in &self.costs {
             let mut known = Costs::default();
