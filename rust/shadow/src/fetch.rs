@@ -156,6 +156,10 @@ impl<P: Platform> ShadowMmu<P> {
         can_unsync: bool,
         prefetch: bool,
     ) -> bool {
+        if self.tallies.indirect.get() == 0 {
+            // Direct paging: nothing is shadowed, and the chain would be of direct pages.
+            return false;
+        }
         let stays = |page: u32| {
             self.role(page).level() > LEVEL_4K || !self.pages.is_unsync(page) && (!can_unsync || prefetch)
         };

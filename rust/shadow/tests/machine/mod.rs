@@ -146,13 +146,17 @@ impl Machine {
     }
 
     pub fn with(profile: &str, levels: u8) -> Self {
+        Self::reclaiming(profile, levels, ReclaimKind::Ipi)
+    }
+
+    pub fn reclaiming(profile: &str, levels: u8, reclaim: ReclaimKind) -> Self {
         let profile = KernelProfile::named(profile).expect("a known profile");
         let pool = TablePool::new(PoolConfig { max_tables: 4096, hugepages: false, quarantine: true });
         let pool = Arc::new(pool.expect("a small pool"));
-        let reclaim: Arc<dyn Reclaim> = pool.clone();
-        let rcu = <Real as Platform>::Rcu::try_new(reclaim, RcuConfig::default()).expect("a thread");
+        let back: Arc<dyn Reclaim> = pool.clone();
+        let rcu = <Real as Platform>::Rcu::try_new(back, RcuConfig::default()).expect("a thread");
         let host = Host::new();
-        let config = shadow_config(profile, ReclaimKind::Ipi);
+        let config = shadow_config(profile, reclaim);
         let mmu = ShadowMmu::new(config, pool.clone(), rcu.clone(), host.clone()).expect("small books");
         let task = Task::new(&rcu, "vcpu", TaskRole::Vcpu, TaskConfig::default());
         Self {
