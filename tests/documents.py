@@ -271,7 +271,11 @@ def both_mmus(designs: tuple[str, ...] = ("shadow-walk", "shadow-gen", "shadow-g
 def versus(sizes: tuple[int, ...] = (4, 16, 64), vcpus: tuple[int, ...] = (1, 2), reps: int = 3) -> Raw:
     """A result of `versus`: what grows with the guest, and what does not. Sizes in GiB."""
     rows = []
-    each = {"tdp": (350, 40_000, 4.2e6), "shadow-direct": (420, 60_000, 8.1e6), "shadow-guest": (640, 80_000, 9e6)}
+    each = {
+        "tdp": (350, 40_000, 4.2e6),
+        "shadow-direct": (420, 60_000, 8.1e6),
+        "shadow-guest": (640, 80_000, 9e6),
+    }
     for rep in range(reps):
         for size in sizes:
             for cpus in vcpus:
@@ -286,6 +290,7 @@ def versus(sizes: tuple[int, ...] = (4, 16, 64), vcpus: tuple[int, ...] = (1, 2)
                             "page": "4K",
                             "vcpus": cpus,
                             "rep": rep,
+                            "overcommit": cpus > 1,
                             "sptes": size << 18,
                             "tables_bytes": tables,
                             "metadata_bytes": tables // 64,
@@ -295,6 +300,7 @@ def versus(sizes: tuple[int, ...] = (4, 16, 64), vcpus: tuple[int, ...] = (1, 2)
                             "zap_visible_ns": int(visible * cpus * wobble),
                             "zap_hold_ns": int(9_000 * wobble),
                             "zap_longest_hold_ns": int((9_000 if mmu == "tdp" else 25_000) * wobble),
+                            "zap_call_ns": int(per_gib * size * wobble * 0.9),
                             "zap_total_ns": int(per_gib * size * wobble),
                             "zap_cpu_ns": int(per_gib * size * wobble * 1.1),
                             "refault_ns": int(2e6 * wobble),
@@ -309,6 +315,43 @@ def versus(sizes: tuple[int, ...] = (4, 16, 64), vcpus: tuple[int, ...] = (1, 2)
         "limits": {"swap_ns": 5.8, "stable": True},
         "rows": rows,
     }
+
+
+def reclaim(kinds: tuple[str, ...] = ("counter", "ipi", "rcu")) -> Raw:
+    """A result of `bench walk --reclaim`: rows as the native side writes them, kind after kind."""
+    walk = {"counter": 61.0, "ipi": 18.5, "rcu": 12.0}
+    rows: list[Raw] = []
+    for kind in kinds:
+        deferred = kind in ("rcu", "counter")
+
+        def row(what: str, ns: float | None, kind: str = kind, **more: Any) -> None:
+            base = {"readers": 1, "scaling": None, "p99": None, "max": None, "pages": None, "stall_ms": None}
+            rows.append(
+                {
+                    "name": f"{what}, {kind}",
+                    "ns": ns,
+                    "ratio": None,
+                    "of": None,
+                    "count": 100,
+                    "goal": None,
+                    "reclaim": kind,
+                    "what": what,
+                    **base,
+                    **more,
+                }
+            )
+
+        row("walk", walk[kind], scaling=1.0, ratio=walk[kind] / walk["ipi"], of="ipi")
+        spread = 2.6 if kind == "counter" else 1.02
+        row(
+            "walk", walk[kind] * spread, readers=2, scaling=spread, ratio=walk[kind] * spread / 18.9, of="ipi"
+        )
+        row("free", 22_000.0 if deferred else 6_100.0, p99=41_000, max=90_000)
+        row("waiting", None, pages=420 if deferred else 0)
+        row("stalled-free", 20_100_000.0, stall_ms=20)
+        row("stalled-call", 9_000.0 if deferred else 20_000_000.0, stall_ms=20)
+        row("stalled-waiting", None, pages=34_000 if deferred else 0, stall_ms=20)
+    return {"schema": "tdpmmu.micro/1", "seed": 7, "limits": {"write_ns": 0.88}, "rows": rows}
 
 
 def replay(mismatches: int = 0) -> Raw:

@@ -36,7 +36,16 @@ def without_nothing(value: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "raw", [documents.scenes(reps=2), documents.scaling(), documents.bench("drop"), documents.micro()]
+    "raw",
+    [
+        documents.scenes(reps=2),
+        documents.scaling(),
+        documents.bench("drop"),
+        documents.micro(),
+        documents.both_mmus(),
+        documents.versus(),
+        documents.reclaim(),
+    ],
 )
 def test_a_result_comes_back_from_parquet_as_it_was(tmp_path: Path, raw: dict[str, Any]) -> None:
     result = load(raw)

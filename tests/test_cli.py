@@ -29,7 +29,16 @@ def test_version_and_help_are_data_and_succeed(cli: Cli) -> None:
     ran = cli("--version")
     assert (ran.code, ran.err) == (0, "")
     assert tdpmmu.__version__ in ran.out
-    for command in ([], ["bench"], ["bench", "zap"], ["bench", "rcu"], ["replay"], ["info"], ["plot"]):
+    for command in (
+        [],
+        ["bench"],
+        ["bench", "zap"],
+        ["bench", "rcu"],
+        ["replay"],
+        ["info"],
+        ["plot"],
+        ["versus"],
+    ):
         ran = cli(*command, "--help")
         assert (ran.code, ran.err) == (0, ""), command
         assert "Usage:" in ran.out
@@ -52,6 +61,9 @@ def test_version_and_help_are_data_and_succeed(cli: Cli) -> None:
         (["bench", "drop", "--reps", "0"], "reps=0"),
         (["bench", "drop", "--design", "inlin"], "did you mean 'inline'"),
         (["bench", "drop", "--design", "inline,snyc"], "did you mean 'sync'"),
+        (["bench", "zap", "--design", "sync", "--paging", "guest"], "of the shadow MMU only"),
+        (["bench", "zap", "--design", "shadow-gen", "--quota", "1"], "quota=1"),
+        (["bench", "walk", "--reclaim", "rcuu"], "did you mean 'rcu'"),
         (["bench", "drop", "--passes", "root,4K"], "passes"),
         (["bench", "drop", "--passes", "4K,2M"], "root"),
         (["bench", "drop", "--ownership", "me"], "known: vcpu, mmu"),

@@ -35,6 +35,7 @@ RAWS = {
     "scaling": documents.scaling,
     "attribution": lambda: documents.scenes(ALL, reps=2),
     "backlog": lambda: documents.scenes(ALL),
+    "retained": lambda: documents.both_mmus(("shadow-walk", "shadow-gen", "shadow-gen-kept")),
 }
 
 
@@ -78,6 +79,14 @@ def test_what_was_not_run_says_so() -> None:
     assert "extrapolated, not run" in said
 
 
+def test_what_stays_and_what_goes_is_told_apart() -> None:
+    said = words(plot.draw(load(documents.both_mmus()), kind="retained")).replace("\n", " ")
+    assert "MiB stay under" in said
+    assert "2.0 MiB) at most, 2.0 MiB stay" in said
+    assert "gone after 8.00 ms" in said
+    assert "sync" not in said, "it keeps no obsolete pages"
+
+
 def test_scenes_get_a_panel_each() -> None:
     raw = documents.scenes()
     raw["runs"] += [documents.scene_run("sync", 0, scene="halted-vcpu")]
@@ -117,6 +126,7 @@ def test_a_chosen_field_and_design_are_drawn() -> None:
         (documents.bench(), {"kind": "scaling"}, "zap-64t"),
         (documents.bench(), {"kind": "attribution"}, "who paid"),
         (documents.bench(), {"kind": "backlog"}, "backlog"),
+        (documents.scenes(), {"kind": "retained"}, "--design shadow-gen"),
         (documents.bench(), {"kind": "percentiles"}, "no run has curves"),
         (documents.bench(), {"field": "access_ns"}, "only percentiles"),
         (documents.scenes(), {"kind": "percentiles", "field": "nothing"}, "known: access_ns"),

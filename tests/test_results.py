@@ -26,6 +26,9 @@ def load(raw: dict[str, Any]) -> Any:
         (documents.bench("drop"), tdpmmu.BenchResult),
         (documents.bench("zap"), tdpmmu.BenchResult),
         (documents.micro(), tdpmmu.MicroResult),
+        (documents.both_mmus(), tdpmmu.BenchResult),
+        (documents.versus(), tdpmmu.Versus),
+        (documents.reclaim(), tdpmmu.MicroResult),
         (documents.replay(), tdpmmu.Replay),
     ],
 )
@@ -55,6 +58,8 @@ def test_what_is_no_result_is_refused(text: str | bytes) -> None:
         ({"attribution": {"thread": "x"}}, "attribution is .*, expected a list"),
         ({"teardown": {"cpu_ns": 5}}, "teardown.cpu_ns is 5, expected an object"),
         ({"scene": 5}, "scene is 5, expected text"),
+        ({"shadow": {"retained_series": [[0, "x"]]}}, r"shadow.retained_series\[0\]\[1\] is 'x'"),
+        ({"shadow": {"zapped": "all"}}, "shadow.zapped is 'all', expected a number"),
     ],
 )
 def test_a_field_of_a_wrong_type_is_refused_by_its_path(change: dict[str, Any], message: str) -> None:

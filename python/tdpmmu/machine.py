@@ -164,7 +164,7 @@ class VMStats:
         pages_2m: leaf SPTEs of 2 MiB.
         pages_1g: leaf SPTEs of 1 GiB.
         table_pages: page-table pages in use, those that wait for a grace period included.
-        roots: roots on the list, invalid ones included.
+        roots: roots on the list, invalid ones included; of the shadow MMU those that vCPUs hold.
         pf_taken: guest faults that were handled.
         pf_fixed: faults that made the access possible, fast ones included.
         pf_fast: faults settled without mmu_lock.
@@ -174,6 +174,8 @@ class VMStats:
         nx_lpage_splits: tables that stand where the NX mitigation forbids a huge leaf.
         remote_tlb_flush: remote flushes that kicked a vCPU.
         remote_tlb_flush_requests: remote flushes.
+        shadow: counts of the shadow MMU by name, in pages unless it says otherwise: `pages`, `obsolete`,
+            `waiting`, `zapped`, ...; None in a VM without one.
         raw: everything the native side reported, by name.
     """
 
@@ -191,6 +193,7 @@ class VMStats:
     nx_lpage_splits: int
     remote_tlb_flush: int
     remote_tlb_flush_requests: int
+    shadow: Mapping[str, Any] | None
     raw: Mapping[str, Any] = field(repr=False)
 
     @classmethod

@@ -36,6 +36,7 @@ MEASURES = (
     "zap_visible_ns",
     "zap_hold_ns",
     "zap_longest_hold_ns",
+    "zap_call_ns",
     "zap_total_ns",
     "zap_cpu_ns",
     "refault_ns",
@@ -54,13 +55,15 @@ class VersusRow:
         metadata_bytes: what it keeps beside each table page.
         rmap_bytes: reverse maps, parent lists and lpage_info; the TDP MMU has none of its own.
         guest_table_bytes: the guest's own page tables, where the MMU shadows them.
-        fault_ns: one page fault of a vCPU, from the exit to the entry.
-        zap_visible_ns: from the zap's begin until the last vCPU has a new root and its first page again.
+        fault_ns: a guest access that faults, all vCPUs at once on memory of their own: the mean.
+        zap_visible_ns: from the zap's begin until the last vCPU has mapped a page under a new root.
         zap_hold_ns: the first exclusive hold of mmu_lock.
         zap_longest_hold_ns: the longest one.
+        zap_call_ns: the call that zaps, entry to return.
         zap_total_ns: until the last table is free.
         zap_cpu_ns: CPU time of all who took part.
-        refault_ns: until the working sets are mapped again.
+        refault_ns: from the zap's begin until the working sets are mapped again.
+        overcommit: there were more threads than CPUs: times contain the host's scheduling.
         raw: the whole JSON object.
     """
 
@@ -70,6 +73,7 @@ class VersusRow:
     page: str
     vcpus: int
     rep: int
+    overcommit: bool
     sptes: int | None
     tables_bytes: int | None
     metadata_bytes: int | None
@@ -79,6 +83,7 @@ class VersusRow:
     zap_visible_ns: int | None
     zap_hold_ns: int | None
     zap_longest_hold_ns: int | None
+    zap_call_ns: int | None
     zap_total_ns: int | None
     zap_cpu_ns: int | None
     refault_ns: int | None
@@ -94,6 +99,7 @@ class VersusRow:
             page=str(raw.get("page", "?")),
             vcpus=int(raw.get("vcpus") or 0),
             rep=int(raw.get("rep") or 0),
+            overcommit=bool(raw.get("overcommit")),
             **{name: raw.get(name) for name in MEASURES},
             raw=raw,
         )

@@ -85,11 +85,12 @@ _VERSUS: Shape = {
     **dict.fromkeys(("memory_bytes", "vcpus", "rep"), NUMBER),
     **dict.fromkeys(("sptes", "tables_bytes", "metadata_bytes", "rmap_bytes", "guest_table_bytes"), NUMBER),
     **dict.fromkeys(("fault_ns", "zap_visible_ns", "zap_hold_ns", "zap_longest_hold_ns"), NUMBER),
-    **dict.fromkeys(("zap_total_ns", "zap_cpu_ns", "refault_ns"), NUMBER),
+    **dict.fromkeys(("zap_call_ns", "zap_total_ns", "zap_cpu_ns", "refault_ns"), NUMBER),
 }
 _OPERATION: Shape = {
     **dict.fromkeys(("ns", "ratio", "goal", "count", "density", "total_ns"), NUMBER),
-    **dict.fromkeys(("name", "phase", "page", "protocol"), TEXT),
+    **dict.fromkeys(("readers", "scaling", "p99", "max", "pages", "stall_ms"), NUMBER),
+    **dict.fromkeys(("name", "phase", "page", "protocol", "reclaim", "what"), TEXT),
 }
 _ABOUT: Shape = {"host": {}, "build": {}, "config": {}, "limits": {}}
 _ENTRIES: Shape = {"cause": TEXT, **dict.fromkeys(("zaps", "entries", "tables", "leafs"), NUMBER)}
