@@ -250,7 +250,12 @@ def shadow_block(pages: int, zap_ns: int, *, kept: bool = False, reclaim: str = 
         "batches": 0 if kept else pages // 10,
         "longest_batch": 0 if kept else 13,
         "restarts": 0,
-        "obsolete_peak": pages,
+        "reclaimed": 0,
+        "guest_table_pages": 0,
+        "retained_peak": pages,
+        "retained_at_return": pages if kept else 0,
+        "retained_at_end": pages if kept else 0,
+        "waiting_peak": 0,
         "retained_series": series,
     }
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tdpmmu.shadow import COUNTS
+
 __all__ = ["check"]
 
 Shape = Any  # a kind by name, or an object of shapes, or a list with the shape of its items
@@ -71,10 +73,11 @@ _RUN: Shape = {
         "at": [{"memory_bytes": NUMBER, "sptes": NUMBER, "ns": NUMBER, "ci95": [NUMBER]}],
     },
     "process_exit": {"*": NUMBERS},
+    "cycle_ns": NUMBERS,
+    "published": {"*": EITHER},
     "shadow": {
         **dict.fromkeys(("paging", "reclaim"), TEXT),
-        **dict.fromkeys(("pages_at_t0", "zapped", "batches", "longest_batch", "restarts"), NUMBER),
-        "obsolete_peak": NUMBER,
+        **dict.fromkeys(COUNTS, NUMBER),
         "retained_series": [[NUMBER]],
     },
     "curves": {"*": [[NUMBER]]},

@@ -155,7 +155,8 @@ _ZAP = [
 # The shadow MMU zaps in holds of its own, and what it takes out of use stays in memory for a while.
 _SHADOW = [
     Column("first excl.\nhold", lambda r: _get(r.update_ns, "exclusive_hold"), format_ns),
-    Column("obsolete\npages", lambda r: r.shadow and r.shadow.obsolete_peak, _count),
+    Column("pages kept\nat most", lambda r: r.shadow and r.shadow.retained_peak, _count),
+    Column("kept at\nthe end", lambda r: (r.shadow and r.shadow.retained_at_end) or None, _count, 3),
     Column("longest\nbatch", lambda r: r.shadow and r.shadow.longest_batch, _count, 6),
     Column("batches", lambda r: r.shadow and r.shadow.batches, _count, _WIDE),
     Column("restarts", lambda r: (r.shadow and r.shadow.restarts) or None, _count, _WIDE),
@@ -177,6 +178,7 @@ _SPECIAL = [
     Column("VM closed\nin", _raw("close_ns", "total"), format_ns),
     Column("of it,\nzap_all", _raw("close_ns", "zap_all"), format_ns),
     Column("migra-\ntions", _raw("migrations"), _count),
+    Column("slot gone\nand back", _raw("cycle_ns", "p50"), format_ns),
 ]
 _EXIT = [
     Column("tables\npending", _raw("process_exit", "sys_exit", "tables_pending"), _count),
@@ -293,6 +295,24 @@ def _part(runs: list[BenchRun], drop: bool, named: bool, wide: bool) -> str:
         f"{title}\n\n"
         + render(list(table), rows)
         + (f"\n0 in every row: {', '.join(clean)}\n" if clean else "")
+        + _published(first)
+    )
+
+
+def _published(run: BenchRun) -> str:
+    """Return what somebody else measured, and what this result has to say to it."""
+    told = run.raw.get("published")
+    if not told:
+        return ""
+
+    def said(before: str, after: str, ratio: str) -> str:
+        if told.get(before) is None or told.get(after) is None:
+            return "not both measured"
+        return f"{told[before]:.3g} ms -> {told[after]:.3g} ms, {told[ratio]:.3f} of it"
+
+    return (
+        f"\nPublished: {told.get('source')}: {told.get('what')}: {said('before_ms', 'after_ms', 'ratio')}.\n"
+        f"Here: shadow-walk -> shadow-gen: {said('our_before_ms', 'our_after_ms', 'our_ratio')}.\n"
     )
 
 
