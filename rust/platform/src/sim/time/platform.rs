@@ -205,7 +205,12 @@ impl Platform for Timed {
         charge_ns(costs().syscall);
         let word = std::ptr::from_ref(cell).addr();
         let mut woken = 0;
-        while woken < count && world.inner().futexes.contains_key(&word) {
+        // Those who sleep now: who is woken, looks and sleeps again meanwhile is not waited for.
+        let sleepers = world.inner().futexes.get(&word).map_or(0, VecDeque::len);
+        for _ in 0..sleepers {
+            if woken == count {
+                break;
+            }
             charge_ns(costs().wake);
             let inner = world.inner();
             let Some(task) = inner.futexes.get_mut(&word).and_then(VecDeque::pop_front) else { break };

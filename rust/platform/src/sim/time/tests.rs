@@ -176,6 +176,28 @@ fn who_waits_for_ever_is_named() {
 }
 
 #[test]
+fn waking_all_ends_though_the_woken_sleep_again_at_once() {
+    let (wakes, _) = run(&machine(2), || {
+        let (bell, stop) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicU32::new(0)));
+        let (theirs, over) = (bell.clone(), stop.clone());
+        let sleeper = go(move || {
+            while over.load(Ordering::SeqCst) == 0 {
+                Timed::futex_wait(&theirs, 0, None);
+            }
+        });
+        Timed::idle_until(Timed::ns_to_ticks(1_000_000), Site::Users);
+        let woken = Timed::futex_wake(&bell, u32::MAX);
+        stop.store(1, Ordering::SeqCst);
+        bell.store(1, Ordering::SeqCst);
+        Timed::futex_wake(&bell, u32::MAX);
+        sleeper.join().expect("no panic");
+        woken
+    })
+    .expect("an end");
+    assert_eq!(wakes, 1);
+}
+
+#[test]
 fn waiting_costs_a_cpu_only_while_spinning() {
     let ((), ran) = run(&machine(1), || {
         let flag = Arc::new(AtomicU32::new(0));
