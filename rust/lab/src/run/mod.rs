@@ -171,7 +171,11 @@ pub fn run_on<P: Platform>(
         if let Some(queue) = vm.mmu().design().queue() {
             queue.flush();
         }
-        judge.check_quiet(vm.mmu(), &vm.task("judge", TaskRole::Observer));
+        let task = vm.task("judge", TaskRole::Observer);
+        match shared.shadow() {
+            None => judge.check_quiet(vm.mmu(), &task),
+            Some(_) => judge.check_vm(&vm, &task),
+        }
     }
     // The end of the VM is on the timeline only where it is what is measured.
     let recorded = || vm.mmu().rcu().timeline().map(|timeline| timeline.take());

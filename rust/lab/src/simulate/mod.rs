@@ -202,7 +202,12 @@ impl SimulateConfig {
             check: false,
             ..BenchConfig::default()
         };
-        config.plan(Some(Kind::Zap))
+        let plan = config.plan(Some(Kind::Zap))?;
+        if let Some(case) = plan.cases.iter().find(|case| case.shadow.is_some()) {
+            let why = "virtual time holds the tables of the TDP MMU by count; the shadow MMU is measured (bench zap)";
+            return Err(LabError::Usage(format!("design {}: {why}", case.info.name)));
+        }
+        Ok(plan)
     }
 
     /// The same request for its first design, passes and preemption only.
