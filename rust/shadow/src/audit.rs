@@ -39,7 +39,7 @@ pub struct PageInfo {
 }
 
 impl<P: Platform> ShadowMmu<P> {
-    /// Every page that is in the hash or on the active list, ascending by table: in use, obsolete, held as a zapped root, or waiting for its commit.
+    /// Every page that is in the hash or on the active list, ascending by table: in use, obsolete, or held as a zapped root.
     pub fn pages(&self, _lock: &Guard<'_, P, Exclusive>) -> Vec<PageInfo> {
         let mut hashed: Vec<u32> = self.hashed_pages().collect();
         hashed.sort_unstable();

@@ -1,7 +1,7 @@
 //! Shadow pages by gfn and role.
 //!
-//! **Guarantee.** [`ShadowMmu::find_page`] finds the one page of this generation that has this role and shadows this gfn, if there is one. A page is hashed from its making until it is handed to reclamation: one that was zapped is still there, and is
-//! passed over, as an obsolete one is.
+//! **Guarantee.** [`ShadowMmu::find_page`] finds the one page of this generation that has this role and shadows this gfn, if there is one. A page is hashed from its making until it is prepared for its end; a zapped root that vCPUs hold is hashed until its last put, and passed over, as
+//! an obsolete page is.
 //!
 //! **Mechanism.** 4096 buckets by gfn alone, as in KVM, so that all pages of one gfn are in one chain whatever their roles: write tracking asks for these. Chains are linked both ways through the pages' books.
 

@@ -1,6 +1,6 @@
 //! The end of a shadow page, in two steps: prepare and commit.
 //!
-//! **Guarantee.** A prepared page has no present entry, no entry names it, its memslot does not count it any more, nobody finds it by gfn, it is on no list that a walk would find it by, and role.invalid is set: nothing is ever made below it or from it again. A committed page is used by no hardware walker (one flush for all) and goes to reclamation, which
+//! **Guarantee.** A prepared page has no present entry, no entry names it, its memslot does not count it any more, nobody finds it by gfn, it is not on the active list, and role.invalid is set: nothing is ever made below it or from it again. A committed page is used by no hardware walker (one flush for all) and goes to reclamation, which
 //! keeps it until lockless walkers have left. A page that vCPUs hold as a root is prepared like any other and freed by its last put; those vCPUs are asked to reload, after role.invalid is set, as who looks before would find the root good.
 //!
 //! **Mechanism.** [`ShadowMmu::prepare_zap`] chains zapped pages in a [`DeadPages`], which must be committed, or kept for a later commit where a walk gives the lock up. How many pages went is reported always, whether the list of pages became unstable by it only when others than this one went (bug-history 35). A zapped root never returns to the list
@@ -122,6 +122,8 @@ impl<P: Platform> ShadowMmu<P> {
             t.pages.sub(1);
             t.indirect.sub(u64::from(!direct));
             t.zapped.add(1);
+            // Here rather than with the freeing, as KVM has it: invalid pages are passed over either way, and the hold of the commit stays short.
+            self.hash_del(page);
             dead.push(&self.pool, page);
             // The page counts whether or not others went with it (bug-history 35).
             if zapped.unstable || !P::bug(Bug::B35) {
@@ -220,7 +222,6 @@ impl<P: Platform> ShadowMmu<P> {
         }
         let task = guard.task();
         let _freeing = task.phase(Phase::Free);
-        dead.chain.pages(&self.pool).for_each(|page| self.hash_del(page));
         self.reclaim.free(task, std::mem::take(&mut dead.chain), || self.flush(task));
         self.note_waiting();
     }
