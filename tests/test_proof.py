@@ -16,6 +16,9 @@ from tdpmmu import errors, found, found_table
 #: The flawed pair of the mails: which design, and in which protocol it falls.
 FLAWED = [("system-workqueue", "root-lifecycle"), ("no-second-phase", "fault-zap")]
 REQUIRED = {1, 3, 4, 5, 7, 9, 10, 11, 13, 14, 15, 17, 19, 20, 21, 22, 23, 27, 28, 29, 31}
+#: Those of the shadow MMU, and the walk without either of its barriers.
+REQUIRED_OF_SHADOW = {"25", "33", "35", "36", "37", "44b", "44c"}
+SHADOW = [p.name for p in tdpmmu.protocols() if p.name.startswith("shadow-")]
 QUICK = {"schedules": 60, "seed": 1}
 
 
@@ -69,6 +72,19 @@ def test_a_sound_design_has_no_violation_in_a_short_search(name: str) -> None:
     assert result.bound["text"]
 
 
+@pytest.mark.parametrize("name", SHADOW)
+def test_shadow_pages_hold_in_a_short_search(name: str) -> None:
+    result = tdpmmu.explore(name, design="shadow-gen", **QUICK)
+    assert result.ok, found_table.render_exploration(result)
+    assert result.schedules == QUICK["schedules"]
+    assert any("shadow" in site.lower() for site in result.sites_forced)
+
+
+def test_an_l2_beside_a_tdp_mmu_is_nothing_for_a_shadow_design() -> None:
+    with pytest.raises(tdpmmu.InvalidArgument, match="shadow-gen"):
+        tdpmmu.explore("nested-quota", design="shadow-gen", **QUICK)
+
+
 def test_results_survive_a_round_trip(underflow: tdpmmu.Exploration) -> None:
     again = tdpmmu.load(underflow.to_json())
     assert again == underflow
@@ -81,6 +97,7 @@ def test_the_museum_has_what_history_asks_for() -> None:
     numbers = {n for n in map(number, known) if n is not None}
     assert numbers >= REQUIRED
     assert len(numbers) >= 30
+    assert {bug.id for bug in known} >= REQUIRED_OF_SHADOW
     for bug in known:
         assert bug.title, bug.id
         assert bug.cause, bug.id
@@ -88,7 +105,7 @@ def test_the_museum_has_what_history_asks_for() -> None:
     assert len({bug.id for bug in known}) == len(known)
 
 
-@pytest.mark.parametrize("bug", ["1", "21"])
+@pytest.mark.parametrize("bug", ["1", "21", "35"])
 def test_a_demonstration_catches_the_bug_and_nothing_without_it(bug: str) -> None:
     result = tdpmmu.demo(bug, seeds=1)
     (shown,) = result.bugs

@@ -225,6 +225,12 @@ def test_bad_arguments_have_their_exit_code(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_program_in_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    exec(compile(code, str(PAGE), "exec"), {})
+    assert int(capsys.readouterr().out.split()[1]) > 0
+
+
 def test_the_page_has_a_place_for_each_block_and_says_every_field() -> None:
     page = PAGE.read_text()
     for name in ("versus", "zap", "churn", "reclaim"):
