@@ -19,7 +19,7 @@
 use std::ops::Range;
 use std::sync::atomic::AtomicU64;
 
-use tdpmmu_platform::{Bug, Exclusive, Guard, Mode, Platform, Shared, Site};
+use tdpmmu_platform::{Bug, Exclusive, Guard, Mode, Platform, Site};
 
 /// mmu_invalidate_seq, mmu_invalidate_in_progress and the range, for one address space numbering of gfns.
 #[derive(Debug, Default)]
@@ -70,9 +70,9 @@ impl Invalidation {
     }
 
     /// [`Invalidation::must_retry`] for a whole range of gfns.
-    pub fn must_retry_range<P: Platform>(
+    pub fn must_retry_range<P: Platform, M: Mode>(
         &self,
-        _lock: &Guard<'_, P, Shared>,
+        _lock: &Guard<'_, P, M>,
         gfns: &Range<u64>,
         seq: u64,
     ) -> bool {

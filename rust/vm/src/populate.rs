@@ -79,7 +79,7 @@ struct Hand<P: Platform> {
 
 impl<P: Platform> Vm<P> {
     /// A leaf of `level` with frame 0 as bulk population writes it.
-    fn template(&self, level: u8, writable: bool, ad: AdMix) -> Spte {
+    pub(crate) fn template(&self, level: u8, writable: bool, ad: AdMix) -> Spte {
         let format = self.mmu().format();
         let made = format.make_leaf(&MakeLeaf {
             pfn: 0,
