@@ -1,6 +1,7 @@
 //! Each kind of reclamation on the real platform, with threads: nothing is recycled under a walker, and what that costs whom.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Barrier};
 
 use tdpmmu_platform::{Platform, RcuConfig, RcuDomain, Real, Reclaim, Role, Site, Task, TaskConfig};
@@ -144,26 +145,29 @@ fn no_walk_reads_a_recycled_page_while_others_free_in_every_kind() {
     }
 }
 
-/// A reader stands inside while a page is freed `frees` times; `body` looks on, before the reader leaves.
+/// A reader stands inside while `body` frees, and leaves after that.
 fn with_a_reader_inside(kind: ReclaimKind, body: impl FnOnce(&World, &Task<Real>)) -> World {
     let world = World::new(kind, 1);
-    let (inside, leave) = (Barrier::new(2), Barrier::new(2));
+    let (inside, entered) = channel();
+    // Closed when the body is done, or fails.
+    let (leave, left) = channel::<()>();
     std::thread::scope(|s| {
-        s.spawn(|| {
+        let (world, leave) = (&world, leave);
+        s.spawn(move || {
             let task = world.task("reader");
             let walker = world.walker(0);
             let section = walker.begin(&task);
             let page = Real::load(&world.link, Site::ShadowWalk) as u32;
-            inside.wait();
-            leave.wait();
+            inside.send(()).expect("somebody waits for it");
+            let _ = left.recv();
             let first = Real::load(&world.pool.entries(page)[0], Site::ShadowWalk);
             assert_eq!(first, u64::from(page), "{kind}: the page was recycled under the reader");
             drop(section);
         });
-        inside.wait();
+        entered.recv().expect("the reader is inside");
         let task = world.task("freer");
-        body(&world, &task);
-        leave.wait();
+        body(world, &task);
+        drop(leave);
     });
     world
 }

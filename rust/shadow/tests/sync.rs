@@ -122,6 +122,28 @@ fn a_page_is_compared_when_another_tree_links_it_and_an_upper_table_has_no_unsyn
 }
 
 #[test]
+fn a_tree_that_links_an_unsync_page_anew_sees_what_the_guest_has_written_at_once() {
+    // The other process shares the table of this level: the unsync page itself, or one above it.
+    for shared in [1, 2] {
+        let (mut m, cr3, root) = running(2);
+        let (table, at) = m.entry_of(cr3, 0x1000, 1);
+        m.store(root, cr3, table, at, GuestPte::leaf(0x500, 1, Access::ALL).0);
+        assert!(m.shadows_of(table)[0].unsync);
+        let other = m.process();
+        m.map_raw(other, 0x1000, 0, 1, Access::ALL);
+        let (upper, slot) = m.entry_of(other, 0x1000, shared + 1);
+        let (there, _) = m.entry_of(cr3, 0x1000, shared);
+        m.host.poke(upper, slot, GuestPte::table(there).0);
+        let second = m.load(other);
+        // A fault on the neighbour links the page. Of page 0x1000 this tree had no translation: there was nothing to flush.
+        m.read(second, other, 0x1001).expect("mapped");
+        let found = m.translate(second, 0x1000, false, false);
+        assert!(found.is_none() || found == Some(0x500 + PFN), "level {shared}: {found:x?}");
+        m.finish(&[root, second]);
+    }
+}
+
+#[test]
 fn many_unsync_pages_are_synced_in_batches_with_a_flush_each() {
     let mut m = Machine::new();
     let cr3 = m.process();
