@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering::Relaxed};
 
-use tdpmmu_platform::{Event, Platform, Task};
+use tdpmmu_platform::{Platform, Task};
 
 use crate::{ShadowMmu, page};
 
@@ -189,7 +189,6 @@ impl<P: Platform> ShadowMmu<P> {
     /// The end of the VM, after [`ShadowMmu::zap_all`] and the last put of a root: waits until every page is free and says what was left behind. Under no lock, in no section.
     pub fn uninit(&self, task: &Task<P>) -> ShadowLeftovers {
         self.reclaim.drain(task);
-        self.tell(task, || Event::VmGone);
         let t = &self.tallies;
         ShadowLeftovers {
             listed: self.listed(),
