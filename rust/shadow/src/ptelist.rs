@@ -295,7 +295,9 @@ mod tests {
                 if pop {
                     let popped = lists.pop(&heads[list]);
                     prop_assert_eq!(popped.is_some(), !sets[list].is_empty());
-                    popped.map(|popped| assert!(sets[list].remove(&popped)));
+                    if let Some(popped) = popped {
+                        prop_assert!(sets[list].remove(&popped));
+                    }
                 } else if add {
                     if sets[list].insert(place) {
                         prop_assert_eq!(lists.add(&heads[list], place), sets[list].len() as u64);
