@@ -203,7 +203,7 @@ impl Guest {
             // A leaf anywhere, at a table too.
             () if level == 1 || leaf && level == 2 => {
                 let to = [5, 600, TABLES + 6, TABLES, GOES.start + 2, GOES.start + 700, 1024][what % 7];
-                GuestPte::leaf(to, level, Access { write: what % 3 != 0, ..Access::ALL }).0
+                GuestPte::leaf(to, level, Access { write: !what.is_multiple_of(3), ..Access::ALL }).0
             }
             () => GuestPte::table(below[what % below.len()]).0,
         };
