@@ -49,11 +49,26 @@ impl<P: Platform> ShadowMmu<P> {
         min_level: u8,
     ) -> bool {
         let elsewhere = self.host.write_protect_gfn(lock, as_id, gfn, min_level);
-        elsewhere
-            | self.change_leaves(lock, books, as_id, gfn..gfn + 1, min_level, |format, spte| {
-                let gone = format.write | format.mmu_writable;
-                (spte.raw() & gone != 0).then(|| format.without_mmu_write(spte))
-            })
+        elsewhere | self.protect_gfn_here(lock, books, as_id, gfn, min_level)
+    }
+
+    /// The half of [`ShadowMmu::write_protect_gfn`] that is about this MMU, for who asks both.
+    pub fn protect_gfn(&self, lock: &Guard<'_, P, Exclusive>, as_id: u8, gfn: u64, min_level: u8) -> bool {
+        self.protect_gfn_here(lock, &self.books(), as_id, gfn, min_level)
+    }
+
+    fn protect_gfn_here(
+        &self,
+        lock: &Guard<'_, P, Exclusive>,
+        books: &BookSet,
+        as_id: u8,
+        gfn: u64,
+        min_level: u8,
+    ) -> bool {
+        self.change_leaves(lock, books, as_id, gfn..gfn + 1, min_level, |format, spte| {
+            let gone = format.write | format.mmu_writable;
+            (spte.raw() & gone != 0).then(|| format.without_mmu_write(spte))
+        })
     }
 
     /// Takes the accessed mark from every leaf of `gfns`; true if one had it. No flush is owed.

@@ -89,8 +89,7 @@ impl<P: Platform> Vm<P> {
         as_id: u8,
         gfn: u64,
     ) -> bool {
-        let shadowed =
-            self.shadow().is_some_and(|shadow| shadow.write_protect(guard, as_id, gfn..gfn + 1, LEVEL_4K));
+        let shadowed = self.shadow().is_some_and(|shadow| shadow.protect_gfn(guard, as_id, gfn, LEVEL_4K));
         self.mmu().write_protect_gfn(guard, as_id, gfn, LEVEL_4K) | shadowed
     }
 
