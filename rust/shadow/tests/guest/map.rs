@@ -1,10 +1,8 @@
 //! What a fault of the shadow MMU maps: under direct roots, and along the guest's own tables.
 
-mod machine;
-
 use std::sync::atomic::Ordering;
 
-use machine::{Done, Machine, PAGES, PFN, TABLES, WINDOW};
+use crate::machine::{Done, Host, Machine, PAGES, PFN, TABLES, WINDOW};
 use tdpmmu_shadow::{GuestFault, GuestPte, ShadowFault, ShadowOutcome};
 use tdpmmu_spte::Access;
 
@@ -182,7 +180,7 @@ fn an_entry_that_changes_between_the_walk_and_the_page_is_not_mapped() {
         m.map_raw(cr3, 0x1234, 0x77, 1, Access::ALL);
         let root = m.load(cr3);
         let (table, at) = m.entry_of(cr3, 0x1234, 1);
-        let change = move |host: &machine::Host| host.poke(table, at, GuestPte::leaf(0x78, 1, Access::ALL).0);
+        let change = move |host: &Host| host.poke(table, at, GuestPte::leaf(0x78, 1, Access::ALL).0);
         *m.host.before_read.lock().expect("no panic") = Some((4 + nth, Box::new(change)));
         assert_eq!(m.fault(root, cr3, 0x1234, false, false), Ok(ShadowOutcome::Retry), "read {nth}");
         assert_eq!(m.translate(root, 0x1234, false, false), None);

@@ -1,10 +1,8 @@
 //! Walks and fast faults without mmu_lock, on a tree that others change.
 
-mod machine;
-
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use machine::{Host, Machine, PFN};
+use crate::machine::{Host, Machine, PFN};
 use tdpmmu_platform::{Platform, Real, Role, Site, Task, TaskConfig};
 use tdpmmu_shadow::{FastOutcome, ModeWord, ReclaimKind, ShadowFault, ShadowOutcome};
 use tdpmmu_spte::{Access, Spte};

@@ -1,8 +1,6 @@
 //! Writes to shadowed tables that were emulated: seen at once, and too many of them end the shadow.
 
-mod machine;
-
-use machine::{Done, Machine, PFN, TABLES, WINDOW};
+use crate::machine::{Done, Machine, PFN, TABLES, WINDOW};
 use tdpmmu_shadow::GuestPte;
 use tdpmmu_spte::Access;
 

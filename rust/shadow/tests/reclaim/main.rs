@@ -1,5 +1,7 @@
 //! Each kind of reclamation on the real platform, with threads: nothing is recycled under a walker, and what that costs whom.
 
+mod schedules;
+
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Barrier};

@@ -1,8 +1,6 @@
 //! Unsync pages: what the guest may do unseen, and when it is seen.
 
-mod machine;
-
-use machine::{Done, Machine, PFN, TABLES, WINDOW};
+use crate::machine::{Done, Machine, PFN, TABLES, WINDOW};
 use proptest::prelude::*;
 use tdpmmu_platform::Real;
 use tdpmmu_shadow::{GuestPte, walk_guest};
