@@ -1,11 +1,9 @@
 //! Whatever is done, in whatever order: reverse maps, parents, marks, lists, lpage_info and counts say what the tables say.
 
-mod common;
-
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, LazyLock};
 
-use common::{Setup, World, audit::audit, books};
+use crate::common::{Setup, World, audit::audit, books};
 use proptest::prelude::*;
 use tdpmmu_platform::{Real, Task, TaskConfig};
 use tdpmmu_shadow::{

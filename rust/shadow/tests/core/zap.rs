@@ -1,12 +1,10 @@
 //! Zaps of everything: what ends them, what they leave, and when they give the lock up.
 
-mod common;
-
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use common::{Host, Setup, World, books};
+use crate::common::{Host, Setup, World, books};
 use tdpmmu_platform::{Event, Observer, Preempt, TaskConfig};
 use tdpmmu_shadow::{SHADOW_DESIGNS, ShadowDesign};
 

@@ -1,8 +1,6 @@
 //! Pages of a nested guest's tables under TDP: they go with their last parent, whoever holds them.
 
-mod common;
-
-use common::{Host, Setup, World, audit::audit, books};
+use crate::common::{Host, Setup, World, audit::audit, books};
 use tdpmmu_platform::{Real, Task};
 use tdpmmu_shadow::{GuestPte, ShadowDesign, ShadowFault, ShadowFrame, ShadowOutcome, walk_guest};
 use tdpmmu_spte::Access;

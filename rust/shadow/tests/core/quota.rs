@@ -1,11 +1,9 @@
 //! The page quota: what goes first, what is passed over, and when there is nothing to be had.
 
-mod common;
-
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
-use common::{Setup, World, audit::audit, books};
+use crate::common::{Setup, World, audit::audit, books};
 use tdpmmu_platform::TaskConfig;
 use tdpmmu_shadow::ShadowDesign;
 use tdpmmu_table::PoolError;

@@ -1,11 +1,9 @@
 //! What is done by reverse maps: unmapping, write protection, dirty clearing, aging; slots that go.
 
-mod common;
-
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use common::{Host, Setup, World, audit::audit, books};
+use crate::common::{Host, Setup, World, audit::audit, books};
 use tdpmmu_platform::{Event, Observer, TaskConfig};
 use tdpmmu_shadow::{ShadowDesign, SlotPages};
 use tdpmmu_spte::Spte;
