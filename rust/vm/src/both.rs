@@ -25,11 +25,13 @@ impl<P: Platform> Vm<P> {
         may_block: bool,
         mut debt: FlushDebt,
     ) -> FlushDebt {
-        if let Some(shadow) = self.shadow()
-            && shadow.unmap(guard, as_id, gfns.clone(), may_block)
-        {
-            // Paid by the TDP half at its first break of the hold, or by the caller at the end.
-            debt.owe(gfns.clone());
+        if let Some(shadow) = self.shadow() {
+            // What an earlier range owes is flushed before the lock is given up here, too.
+            guard.set_debt(debt.is_owed());
+            if shadow.unmap(guard, as_id, gfns.clone(), may_block) {
+                // Paid by the TDP half at its first break of the hold, or by the caller at the end.
+                debt.owe(gfns.clone());
+            }
         }
         self.mmu().unmap_owing(guard, as_id, gfns, may_block, debt)
     }
