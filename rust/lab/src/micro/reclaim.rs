@@ -35,10 +35,14 @@ const WALKS: u64 = 1 << 18;
 const GFNS: u64 = 8 * 512;
 /// Leaf tables of a tree that is freed.
 const TREE: u64 = 16;
-/// Trees freed one by one.
+/// Trees freed one by one, and as fast as they come.
 const FREES: u64 = 1_000;
-/// Trees freed as fast as they come.
 const BURST: u64 = 2_000;
+/// Of each no more than fit into so long, but a few: where a freer waits for readers that have no CPU, many take for ever.
+const LONG_NS: u64 = 2_000_000_000;
+const FEW: u64 = 20;
+/// Who waits for pages to be free helps after so long.
+const PATIENCE_NS: u64 = 2_000_000;
 /// A reader loses its CPU for so long, so often.
 const STALL: Duration = Duration::from_millis(20);
 const STALLS: u32 = 5;
@@ -105,10 +109,35 @@ impl<'v> Freer<'v> {
         Ok((begin, end))
     }
 
+    /// An epoch library collects when somebody pins: readers do, and who has waited for long enough.
     fn until_free(&self) {
-        while self.waiting() != 0 {
+        let until = P::ticks() + P::ns_to_ticks(PATIENCE_NS);
+        while self.waiting() != 0 && P::ticks() < until {
             P::yield_cpu(Site::ShadowFree);
         }
+        if self.waiting() != 0 {
+            self.shadow.reclamation().drain(&self.task);
+        }
+    }
+}
+
+/// So many, or as many as there is time for.
+struct Budget {
+    done: u64,
+    most: u64,
+    until: u64,
+}
+
+impl Budget {
+    fn new(most: u64) -> Self {
+        Self { done: 0, most, until: P::ticks() + P::ns_to_ticks(LONG_NS) }
+    }
+
+    /// One more, if there may be.
+    fn more(&mut self) -> bool {
+        let may = self.done < self.most && (self.done < FEW || P::ticks() < self.until);
+        self.done += u64::from(may);
+        may
     }
 }
 
@@ -271,9 +300,10 @@ impl Bench<'_> {
         let mut freer = Freer::new(vm)?;
         freer.tree()?;
         freer.until_free();
-        let (latency, peak) = beside(vm, readers, || {
+        let (latency, peak, burst) = beside(vm, readers, || {
             let mut latency = Histogram::new();
-            for _ in 0..FREES {
+            let mut budget = Budget::new(FREES);
+            while budget.more() {
                 self.control.check()?;
                 let (begin, end) = freer.tree()?;
                 freer.until_free();
@@ -281,19 +311,19 @@ impl Bench<'_> {
                 let last = vm.mmu().last_table_free().max(begin);
                 latency.record(P::ticks_to_ns(last.max(end.min(last)) - begin));
             }
-            let mut peak = 0;
-            for _ in 0..BURST {
+            let (mut peak, mut burst) = (0, Budget::new(BURST));
+            while burst.more() {
                 self.control.check()?;
                 freer.tree()?;
                 peak = peak.max(freer.waiting());
             }
             freer.until_free();
-            Ok((latency, peak))
+            Ok((latency, peak, burst.done))
         })?;
         let of = latency.summary();
         let more = ReclaimRow { p99: of.p99, max: of.max, ..none(readers) };
         self.push(case, "free", of.p50.map(|ns| ns as f64), of.count, more);
-        self.push(case, "waiting", None, BURST, ReclaimRow { pages: Some(peak), ..none(readers) });
+        self.push(case, "waiting", None, burst, ReclaimRow { pages: Some(peak), ..none(readers) });
         Ok(())
     }
 
