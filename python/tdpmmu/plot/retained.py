@@ -43,7 +43,9 @@ def draw(figure: Figure, chosen: Selection) -> None:
         pages = [0, *(count for _, count in run.shadow.retained)]
         peak = max(pages)
         label = f"{name}: {format_count(peak)} pages ({format_size(peak * 4096)}) at most"
-        if pages[-1]:
+        if not peak:
+            label = f"{name}: none"
+        elif pages[-1]:
             kept[name] = pages[-1]
             label += f", {format_size(pages[-1] * 4096)} stay"
         else:
@@ -65,7 +67,7 @@ def draw(figure: Figure, chosen: Selection) -> None:
     right.set_ylabel("MiB")
     right.spines["right"].set_visible(False)
     style.bare(axes)
-    worst = max(lines, key=lambda name: _peak(lines[name]))
+    worst = max(lines, key=lambda name: (_peak(lines[name]), name not in kept))
     finding = f"{format_size(_peak(lines[worst]) * 4096)} of obsolete tables at most, under {worst}"
     if kept:
         most = max(kept, key=lambda name: kept[name])
