@@ -23,8 +23,11 @@ enum Op {
     Load(usize),
     Swap(usize, u64),
     Fence,
+    /// The two sides of the asymmetric barrier.
+    Light,
+    Heavy,
 }
-use Op::{Fence, Load, Store, Swap};
+use Op::{Fence, Heavy, Light, Load, Store, Swap};
 
 /// Every outcome of `tasks`; `finals` appends what the words hold in the end.
 fn outcomes(memory: Memory, tasks: &[&'static [Op]], finals: bool) -> BTreeSet<Vec<u64>> {
@@ -52,6 +55,8 @@ fn outcomes(memory: Memory, tasks: &[&'static [Op]], finals: bool) -> BTreeSet<V
                                 loads.lock().unwrap().push(value);
                             }
                             Fence => Sim::fence(Site::VcpuMode),
+                            Light => Sim::light_fence(Site::VcpuMode),
+                            Heavy => Sim::heavy_fence(Site::VcpuMode),
                         }
                     }
                 }) as Body
@@ -93,6 +98,14 @@ fn store_buffering_is_seen_under_tso_only_and_not_through_fences() {
     // One side alone is not enough.
     let half: [&[Op]; 2] = [&[Store(0, 1), Fence, Load(1)], &[Store(1, 1), Load(0)]];
     assert!(outcomes(Memory::Tso, &half, false).contains(&vec![0, 0]));
+}
+
+#[test]
+fn a_light_fence_orders_against_a_heavy_one_and_not_against_its_like() {
+    let asymmetric: [&[Op]; 2] = [&[Store(0, 1), Light, Load(1)], &[Store(1, 1), Heavy, Load(0)]];
+    assert_eq!(outcomes(Memory::Tso, &asymmetric, false), set(&[&[0, 1], &[1, 0], &[1, 1]]));
+    let light: [&[Op]; 2] = [&[Store(0, 1), Light, Load(1)], &[Store(1, 1), Light, Load(0)]];
+    assert!(outcomes(Memory::Tso, &light, false).contains(&vec![0, 0]));
 }
 
 #[test]

@@ -18,7 +18,7 @@ struct Word(AtomicU64);
 impl ModeWord for Word {
     fn begin_reading<P: Platform>(&self) {
         let word = P::load(&self.0, Site::VcpuMode);
-        P::store(&self.0, word + 2 | 1, Site::VcpuMode);
+        P::store(&self.0, (word + 2) | 1, Site::VcpuMode);
     }
     fn end_reading<P: Platform>(&self) {
         let word = P::load(&self.0, Site::VcpuMode);

@@ -14,7 +14,7 @@ struct Word(AtomicU64);
 impl ModeWord for Word {
     fn begin_reading<P: Platform>(&self) {
         let word = P::load(&self.0, Site::ReadingMode);
-        P::store(&self.0, word + 2 | 1, Site::ReadingMode);
+        P::store(&self.0, (word + 2) | 1, Site::ReadingMode);
     }
     fn end_reading<P: Platform>(&self) {
         let word = P::load(&self.0, Site::ReadingMode);
