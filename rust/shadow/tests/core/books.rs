@@ -158,6 +158,7 @@ impl Guest {
         if self.roots[which].is_none() {
             let (gfn, role) = match which {
                 2 => (0, self.world.role(true)),
+                n if self.world.mmu.config().tdp_enabled => (TABLES + n as u64, self.world.nested_role(4)),
                 n => (TABLES + n as u64, self.world.role(false)),
             };
             self.roots[which] = self.world.mmu.load_root(&mut guard, &mut self.cache, 0, gfn, role).ok();
@@ -322,9 +323,11 @@ proptest! {
         design in 0..SHADOW_DESIGNS.len(),
         quota in prop_oneof![Just(u32::MAX), 14u32..40],
         yields in prop_oneof![Just(None), Just(Some(1u32)), Just(Some(3))],
+        // The guest's tables are a nested guest's, and its pages go with their last parent.
+        tdp_enabled in any::<bool>(),
         ops in ops(),
     ) {
-        let setup = Setup { design: SHADOW_DESIGNS[design].design, quota, batch: 2, ..Setup::default() };
+        let setup = Setup { design: SHADOW_DESIGNS[design].design, quota, tdp_enabled, batch: 2, ..Setup::default() };
         let mut guest = Guest::new(setup, yields);
         for op in &ops {
             guest.step(op);
