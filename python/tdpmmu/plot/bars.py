@@ -149,7 +149,10 @@ def _panel(axes: Axes, lines: dict[str, list[BenchRun]], chosen: list[Measure], 
             note = f"     nothing is torn down: {format_count(round(kept))} table pages stay"
             place = (axes.get_xlim()[0], row + (len(chosen) - 1) / 2 * height)
             axes.annotate(note, place, va="center", fontsize=8.5, color="#444444")
-    axes.set_yticks(range(len(lines)), [f"{name}\n{runs[0].passes}" for name, runs in lines.items()])
+    # The shadow MMU has no passes to name.
+    passes = [runs[0].passes for runs in lines.values()]
+    names = [name if of == "-" else f"{name}\n{of}" for name, of in zip(lines, passes, strict=True)]
+    axes.set_yticks(range(len(lines)), names)
     axes.invert_yaxis()
     style.ns_axis(axes.xaxis)
     style.bare(axes, "x")

@@ -6,7 +6,7 @@ short.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tdpmmu.plot import style
 from tdpmmu.plot.backlog import mib, pages_of
@@ -35,6 +35,7 @@ def draw(figure: Figure, chosen: Selection) -> None:
     axes = figure.add_subplot()
     gone: dict[str, int] = {}
     kept: dict[str, int] = {}
+    drawn: list[tuple[list[int], list[int], str, dict[str, Any]]] = []
     for name, run in lines.items():
         assert run.shadow is not None
         look = style.design_style(name, 0)
@@ -54,10 +55,15 @@ def draw(figure: Figure, chosen: Selection) -> None:
                 t for t, n in zip(times, pages, strict=True) if t >= times[_last(pages)] and not n
             )
             label += f", gone after {format_ns(gone[name])}"
-        axes.step(times, pages, where="post", label=label, **look)
         at = pages.index(peak)
-        axes.plot([times[at]], [peak], marker=marker, color=look["color"], markersize=6)
-    axes.set_xlim(left=0)
+        drawn.append((times, pages, label, look))
+        if peak:
+            axes.plot([times[at]], [peak], marker=marker, color=look["color"], markersize=6)
+    # What comes after the last page has gone is of no interest; what stays does so to the edge.
+    edge = 1.4 * max(gone.values()) if gone else max(times[-1] for times, _, _, _ in drawn)
+    for times, pages, label, look in drawn:
+        axes.step([*times, max(times[-1], edge)], [*pages, pages[-1]], where="post", label=label, **look)
+    axes.set_xlim(0, edge or 1)
     axes.set_ylim(0, max(_peak(run) for run in lines.values()) * 1.08 or 1)
     style.ns_axis(axes.xaxis)
     axes.set_xlabel("time since the request began", loc="left")
