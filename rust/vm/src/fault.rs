@@ -418,7 +418,14 @@ impl<P: Platform> Vm<P> {
         {
             shadow.make_pages_available(&mut guard);
         }
-        let (frame, goal) = if rules.nested { self.nested_limits(&guard, fault) } else { (frame, goal) };
+        let (frame, goal) = if rules.nested {
+            match self.nested_limits(&guard, fault) {
+                Some(limits) => limits,
+                None => return counts.settled(FaultOutcome::Emulate, prefetch),
+            }
+        } else {
+            (frame, goal)
+        };
         let fault = MapFault {
             gfn: access.gfn,
             as_id,

@@ -302,9 +302,14 @@ impl<P: Platform> Vm<P> {
         VmError::Quota { quota: self.quota.unwrap_or(u32::MAX) }
     }
 
-    /// A TDP fault in a VM that has shadow pages, too: the frame and level that it may map while mmu_lock is held. A gfn that holds a table of the guest's is not written behind the shadow MMU's back.
+    /// A TDP fault in a VM that has shadow pages, too: the frame and level that it may map while mmu_lock is held. A gfn that holds a table of the guest's is not written behind the shadow MMU's back:
+    /// `None` for a write, which is emulated (`page_fault_handle_page_track`).
     #[cold]
-    pub(crate) fn nested_limits<M: Mode>(&self, guard: &Guard<'_, P, M>, fault: &Resolved) -> (Frame, u8) {
+    pub(crate) fn nested_limits<M: Mode>(
+        &self,
+        guard: &Guard<'_, P, M>,
+        fault: &Resolved,
+    ) -> Option<(Frame, u8)> {
         let (gfn, as_id) = (fault.access.gfn, fault.as_id);
         match (self.shadow(), fault.frame) {
             (Some(shadow), Frame::Page { pfn, writable }) => {
@@ -315,10 +320,11 @@ impl<P: Platform> Vm<P> {
                         goal -= 1;
                     }
                 }
-                let writable = writable && !shadow.is_shadowed(guard, as_id, gfn);
-                (Frame::Page { pfn, writable }, goal)
+                let shadowed = shadow.is_shadowed(guard, as_id, gfn);
+                let writable = writable && !shadowed;
+                (!shadowed || !fault.access.write).then_some((Frame::Page { pfn, writable }, goal))
             }
-            _ => (fault.frame, fault.goal),
+            _ => Some((fault.frame, fault.goal)),
         }
     }
 }
