@@ -7,8 +7,8 @@ use serde_json::Value;
 use tdpmmu_lab::Control;
 use tdpmmu_lab::explain::explain;
 use tdpmmu_lab::explore::{
-    Found, Mix, Models, Search, Seed, command, flawed_designs, natural_profile, protocol, protocols, search,
-    sound_designs,
+    Found, Mix, Models, Protocol, Search, Seed, command, flawed_designs, is_shadow, natural_profile,
+    protocol, protocols, search, sound_designs,
 };
 use tdpmmu_lab::program::{Act, Program, ProgramError, ThreadSpec, Who, run_real};
 use tdpmmu_oracle::Judge;
@@ -23,7 +23,18 @@ fn program(name: &str, design: &str) -> Program {
     protocol(name).expect("a protocol").program(design, natural_profile(design)).expect("fits")
 }
 
-/// One search of each protocol under each sound design, for all tests that look at them.
+/// Which protocol is searched under which design: those of the TDP MMU under all of its own, and under one of the shadow MMU; those of the shadow MMU under all of its own, and under two whose L2s run on shadow pages.
+fn met(protocol: &Protocol, design: &str) -> bool {
+    let about_shadow = protocol.name.starts_with("shadow-") || protocol.name.starts_with("nested-");
+    match (about_shadow, is_shadow(design)) {
+        (true, true) => protocol.fits(design),
+        (true, false) => matches!(design, "sync" | "async-worker"),
+        (false, true) => design == "shadow-gen",
+        (false, false) => true,
+    }
+}
+
+/// One search of each protocol under each sound design that it is searched under, for all tests that look at them.
 fn survey() -> &'static [(String, Found)] {
     static SURVEY: OnceLock<Vec<(String, Found)>> = OnceLock::new();
     SURVEY.get_or_init(|| {
@@ -31,7 +42,7 @@ fn survey() -> &'static [(String, Found)] {
         let how = Search { schedules, seed: 5, minimise: 500, ..Search::default() };
         let mut all = Vec::new();
         for design in sound_designs() {
-            for protocol in protocols() {
+            for protocol in protocols().iter().filter(|protocol| met(protocol, design)) {
                 let program = program(protocol.name, design);
                 let found = search(&program, None, &how, &silent()).expect("searched");
                 all.push((format!("{} under {design}", protocol.name), found));
@@ -118,7 +129,8 @@ fn a_fast_zap_that_waits_for_nobody_leaves_what_it_met() {
 #[test]
 fn each_flawed_design_is_known_and_no_sound_one_is_called_so() {
     assert_eq!(flawed_designs(), ["system-workqueue", "no-second-phase"]);
-    assert_eq!(sound_designs().len(), 8);
+    assert_eq!(sound_designs().len(), 8 + 5);
+    assert_eq!(sound_designs().into_iter().filter(|design| is_shadow(design)).count(), 5);
 }
 
 #[test]
@@ -178,7 +190,7 @@ fn each_act_is_done_by_some_protocol() {
     assert!(known.len() > 40 && known.contains("fast-zap"), "{told}");
     let mut done = BTreeSet::new();
     for design in sound_designs().into_iter().chain(["sync"]) {
-        for protocol in protocols() {
+        for protocol in protocols().iter().filter(|protocol| protocol.fits(design)) {
             for act in program(protocol.name, design).acts() {
                 let name = serde_json::to_value(act).expect("JSON")["act"].as_str().map(str::to_owned);
                 done.insert(name.expect("a name"));
@@ -191,9 +203,14 @@ fn each_act_is_done_by_some_protocol() {
 
 #[test]
 fn protocols_run_on_real_threads_too() {
-    for (name, design) in
-        [("root-lifecycle", "sync"), ("fault-zap", "async-worker"), ("teardown-worker", "inline")]
-    {
+    for (name, design) in [
+        ("root-lifecycle", "sync"),
+        ("fault-zap", "async-worker"),
+        ("teardown-worker", "inline"),
+        ("shadow-quota", "shadow-gen"),
+        ("shadow-unsync", "shadow-walk-break"),
+        ("nested-quota", "sync"),
+    ] {
         let program = program(name, design);
         let judge = Judge::new(program.rules().expect("rules"));
         let ended = run_real(&program, Some(judge.clone())).expect("ran");
@@ -210,6 +227,15 @@ fn protocols_run_on_real_threads_too() {
 }
 
 #[test]
+fn a_protocol_about_an_l2_is_none_of_a_shadow_design() {
+    let shown = protocol("nested-quota").expect("a protocol").program("shadow-gen", "6.12");
+    assert!(shown.expect_err("refused").to_string().contains("nested-quota is about an L2"));
+    for protocol in protocols() {
+        assert_eq!(protocol.fits("shadow-gen"), protocol.name != "nested-quota");
+    }
+}
+
+#[test]
 fn a_program_that_makes_no_sense_is_refused_with_thread_act_and_rule() {
     let with =
         |threads: Vec<ThreadSpec>| Program::new("p", threads).check().map_err(|error| error.to_string());
@@ -222,6 +248,9 @@ fn a_program_that_makes_no_sense_is_refused_with_thread_act_and_rule() {
     assert!(told(vcpu(vec![Act::Unmap { hva_page: 0, pages: 0, may_block: true }])).contains("not empty"));
     assert!(told(vcpu(vec![Act::EnterSmm])).contains("machine.smm"));
     assert!(told(vcpu(vec![Act::CollectRings])).contains("machine.ring"));
+    assert!(told(vcpu(vec![Act::SetCr3 { process: 0 }])).contains("machine.paging"));
+    assert!(told(vcpu(vec![Act::EnterL2 { process: 0 }])).contains("machine.nested"));
+    assert!(told(vcpu(vec![Act::GuestUnmap { process: 2, gva: 0 }])).contains("machine.processes"));
     assert!(told(vec![ThreadSpec::vcpu(7, [])]).contains("the VM has 2 vCPUs"));
     assert!(
         told(vec![ThreadSpec::vcpu(0, []), ThreadSpec { name: "b".into(), ..ThreadSpec::vcpu(0, []) }])

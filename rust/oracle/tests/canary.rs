@@ -518,7 +518,12 @@ fn every_canary_sings_and_every_rule_has_one() {
 }
 
 fn canaries() -> impl Iterator<Item = &'static Canary> {
-    FED.iter().chain(DAMAGED).chain(FLAWED).chain(told::TOLD).chain(told::shadow::TOLD)
+    FED.iter()
+        .chain(DAMAGED)
+        .chain(FLAWED)
+        .chain(told::TOLD)
+        .chain(told::shadow::TOLD)
+        .chain(told::audit::TOLD)
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! Canaries of the books that look at who did what, and when: histories fed by hand, each event with its task, in true order.
 
+pub mod audit;
 pub mod shadow;
 
 use std::collections::BTreeSet;
