@@ -40,9 +40,9 @@ impl<P: Platform> ShadowMmu<P> {
     /// Second step, in the same hold at first: it may be given up. `dying`: the memslot that goes, if one does.
     pub fn fast_zap_rest(&self, guard: &mut Guard<'_, P, Exclusive>, dying: Option<&Arc<SlotBooks>>) {
         match (self.design(), dying) {
-            (ShadowDesign::Walk, _) => self.zap_pages(guard, Breaks::Never),
-            // No memslot goes: everything does.
-            (ShadowDesign::WalkBreak, _) | (ShadowDesign::Slot, None) => self.zap_pages(guard, Breaks::Alive),
+            // No memslot goes: everything does, in one hold, as a walk that broke off might never end beside running vCPUs.
+            (ShadowDesign::Walk, _) | (ShadowDesign::Slot, None) => self.zap_pages(guard, Breaks::Never),
+            (ShadowDesign::WalkBreak, _) => self.zap_pages(guard, Breaks::Alive),
             (ShadowDesign::Gen, _) => self.zap_obsolete(guard),
             (ShadowDesign::GenKept, Some(slot)) => self.unmap_obsolete(guard, slot),
             (ShadowDesign::GenKept, None) => {}

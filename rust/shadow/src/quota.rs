@@ -1,6 +1,6 @@
 //! The page quota: room for a fault is made before it begins, by zapping the oldest pages.
 //!
-//! **Guarantee.** After [`ShadowMmu::make_pages_available`] says true a fault may make all pages of a path without exceeding the quota. It zaps pages, so the lock is held exclusively (bug-history 25), and whatever the caller knew of its root before is void: the root itself may be gone, by way of a page that it hung below. Whoever asks whether its root is stale asks *after* this
+//! **Guarantee.** After [`ShadowMmu::make_pages_available`] says true there is room: for the five pages of a path, or, where everything else is held, for one at least (a fault may then exceed the quota by four, as in KVM). It zaps pages, so the lock is held exclusively (bug-history 25), and whatever the caller knew of its root before is void: the root itself may be gone, by way of a page that it hung below. Whoever asks whether its root is stale asks *after* this
 //! (bug-history 33).
 //!
 //! **Mechanism.** Zapped pages that wait for their commit go first: they are free for the flush. Then the oldest pages that no vCPU holds as a root; roots are passed over, as zapping one makes every holder load it anew and frees nothing until then. Obsolete pages are the oldest, so what `shadow-gen-kept` keeps goes first.
