@@ -227,7 +227,7 @@ impl<P: Platform> ShadowMmu<P> {
                     let gfn = round_down(fault.gfn, level);
                     let child =
                         self.get_page(guard, cache, owed, fault.as_id, gfn, role).ok_or(Stuck::NoTable)?;
-                    if fault.huge_page_disallowed && fault.goal_level >= level {
+                    if fault.huge_page_disallowed {
                         self.pool().meta(child).set(TableFlag::NxDisallowed);
                     }
                     self.link_child(guard, page, slot, child);

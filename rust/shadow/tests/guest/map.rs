@@ -52,6 +52,38 @@ fn a_huge_leaf_gives_way_to_small_ones_and_comes_back_over_their_table() {
 }
 
 #[test]
+fn what_was_fetched_small_under_the_nx_mitigation_is_not_made_huge_by_the_next_read() {
+    let mut m = Machine::new();
+    let root = m.load_direct();
+    let fetch = ShadowFault {
+        write: false,
+        exec: true,
+        huge_page_disallowed: true,
+        nx_huge_pages: true,
+        ..ShadowFault::page(0x403, 0x403 + PFN, 1)
+    };
+    m.locked(|mmu, guard, cache| mmu.map(guard, cache, root, &fetch));
+    assert_eq!(m.translate(root, 0x403, false, true), Some(0x403 + PFN));
+    let read = |page, mitigated| ShadowFault {
+        write: false,
+        nx_huge_pages: mitigated,
+        ..ShadowFault::page(page, page + PFN, 2)
+    };
+    m.locked(|mmu, guard, cache| mmu.map(guard, cache, root, &read(0x404, true)));
+    assert_eq!(m.hardware(root, 0x404).1, 1, "the table is kept");
+    assert!(m.translate(root, 0x403, false, true).is_some());
+    m.locked(|mmu, guard, cache| mmu.map(guard, cache, root, &read(0x600, true)));
+    assert_eq!(
+        (m.hardware(root, 0x600).1, m.translate(root, 0x600, false, true)),
+        (2, None),
+        "huge, and not executable"
+    );
+    m.locked(|mmu, guard, cache| mmu.map(guard, cache, root, &read(0x405, false)));
+    assert_eq!(m.hardware(root, 0x405).1, 2, "without the mitigation nothing keeps it");
+    m.finish(&[root]);
+}
+
+#[test]
 fn beyond_the_slot_an_access_is_emulated_and_the_entry_remembers() {
     let mut m = Machine::new();
     let root = m.load_direct();
