@@ -216,7 +216,8 @@ impl<P: Platform> ShadowMmu<P> {
                 // A huge leaf here would be split again by the next fetch.
                 goal -= 1;
             }
-            page = match self.child_granting(entry, level, access) {
+            let gfn = round_down(fault.gfn, level);
+            page = match self.child_granting(entry, level, gfn, access) {
                 Some(child) => child,
                 None => {
                     if !self.format().is_empty(entry) {
@@ -224,7 +225,6 @@ impl<P: Platform> ShadowMmu<P> {
                         owed.flush |= entry.is_present();
                     }
                     let role = self.child_role(page, true, access);
-                    let gfn = round_down(fault.gfn, level);
                     let child =
                         self.get_page(guard, cache, owed, fault.as_id, gfn, role).ok_or(Stuck::NoTable)?;
                     if fault.huge_page_disallowed {
@@ -238,11 +238,12 @@ impl<P: Platform> ShadowMmu<P> {
         }
     }
 
-    /// The direct page that `entry` names, if it grants just what is wanted of it.
-    fn child_granting(&self, entry: Spte, level: u8, access: u8) -> Option<u32> {
+    /// The direct page that `entry` names, if it is for `gfn` and grants just what is wanted of it. It may be for another where the guest has written its entry and we have not heard of it yet.
+    fn child_granting(&self, entry: Spte, level: u8, gfn: u64, access: u8) -> Option<u32> {
         let child = entry.is_table(level).then(|| entry.pfn() as u32)?;
         let role = self.role(child);
-        (role.direct() && role.access(self.profile().role_layout) == access).then_some(child)
+        let fits = role.direct() && role.access(self.profile().role_layout) == access;
+        (fits && self.pool().meta(child).gfn() == gfn).then_some(child)
     }
 
     /// Links `child` at an entry that is empty.
@@ -282,8 +283,9 @@ impl<P: Platform> ShadowMmu<P> {
                 return ShadowOutcome::Emulate;
             }
         };
-        if old.is_present() && (old.is_table(level) || old.pfn() != pfn) {
-            // A table under what is a huge leaf now, or another page.
+        let moved = || old.pfn() != pfn || self.gfn_of(page, index) != gfn;
+        if old.is_present() && (old.is_table(level) || moved()) {
+            // A table under what is a huge leaf now, or another page: of the host, or of the guest, which may have two for one frame.
             self.drop_spte(guard, &owed.books, &mut owed.dead, page, index);
             owed.flush = true;
             old = self.format().empty();

@@ -3,7 +3,8 @@
 use std::sync::atomic::Ordering;
 
 use crate::machine::{Done, Host, Machine, PAGES, PFN, TABLES, WINDOW};
-use tdpmmu_shadow::{GuestFault, GuestPte, ShadowFault, ShadowOutcome};
+use tdpmmu_platform::Real;
+use tdpmmu_shadow::{GuestFault, GuestPte, ShadowFault, ShadowFrame, ShadowOutcome, walk_guest};
 use tdpmmu_spte::Access;
 
 const READ_ONLY: Access = Access { write: false, exec: true, user: true };
@@ -222,6 +223,49 @@ fn an_entry_that_changes_between_the_walk_and_the_page_is_not_mapped() {
 }
 
 #[test]
+fn what_the_guest_has_written_and_we_have_not_heard_of_yet_is_not_mixed_with_what_was_there() {
+    // Of each level: the entry names another page from here on; the write is emulated, memory first, and another vCPU faults before we are told.
+    for level in [1, 2, 3] {
+        let mut m = Machine::new();
+        m.host_level = 1;
+        let cr3 = m.process();
+        let leaf = level.min(2);
+        m.map_raw(cr3, 0x1200, 0x400, leaf, Access::ALL);
+        m.map_raw(cr3, 0x20_1200, 0x600, leaf, Access::ALL);
+        let root = m.load(cr3);
+        m.read(root, cr3, 0x1201).ok();
+        m.read(root, cr3, 0x1200).expect("mapped");
+        let (table, at) = m.entry_of(cr3, 0x1200, level);
+        let (other, there) = m.entry_of(cr3, 0x20_1200, level);
+        m.host.poke(table, at, m.host.peek(other, there));
+        m.fault(root, cr3, 0x1202, false, false).ok();
+        m.locked(|mmu, guard, _| mmu.page_track_write(guard, 0, table, at * 8, 8));
+        assert_eq!(m.read(root, cr3, 0x1200), Ok(through(0x600)), "level {level}");
+        assert_eq!(m.mmu.violations(), Vec::<String>::new());
+        m.finish(&[root]);
+    }
+}
+
+#[test]
+fn two_gfns_of_one_frame_are_told_apart_where_a_leaf_is_made_again() {
+    let mut m = Machine::new();
+    let cr3 = m.process();
+    m.map_raw(cr3, 0x1234, 0x77, 1, Access::ALL);
+    let root = m.load(cr3);
+    m.read(root, cr3, 0x1234).expect("mapped");
+    let (table, at) = m.entry_of(cr3, 0x1234, 1);
+    // The guest points the page to gfn 0x78, which the same frame backs, and flushes nothing yet.
+    m.store(root, cr3, table, at, GuestPte::leaf(0x78, 1, Access::ALL).0);
+    let walk = walk_guest::<Real>(&*m.host, 0, cr3, 4, 0x1234, false, false).expect("present");
+    let frame = ShadowFrame::Page { pfn: 0x77 + PFN, writable: true };
+    let fault = ShadowFault { gva: 0x1234, frame, guest: Some(walk), ..ShadowFault::page(0x78, 0, 1) };
+    m.locked(|mmu, guard, cache| mmu.map(guard, cache, root, &fault));
+    let of = |m: &mut Machine, gfn| m.locked(|mmu, guard, _| mmu.rmap_of(guard, 0, gfn, 1).len());
+    assert_eq!((of(&mut m, 0x77), of(&mut m, 0x78)), (0, 1));
+    m.finish(&[root]);
+}
+
+#[test]
 fn two_processes_that_share_a_table_share_its_page() {
     let mut m = Machine::new();
     let (one, two) = (m.process(), m.process());
@@ -269,7 +313,7 @@ fn a_page_of_the_host_that_is_read_only_is_never_writable_and_another_frame_repl
     let root = m.load_direct();
     m.host.writable.store(false, Ordering::Relaxed);
     let fault = ShadowFault {
-        frame: tdpmmu_shadow::ShadowFrame::Page { pfn: 0x5_0000, writable: false },
+        frame: ShadowFrame::Page { pfn: 0x5_0000, writable: false },
         write: false,
         ..ShadowFault::page(0x77, 0, 1)
     };
