@@ -203,3 +203,88 @@ fn a_zap_ends_while_vcpus_keep_making_pages() {
         }
     }
 }
+
+/// A guest process: maps, uses, moves, unmaps and flushes its own pages, and switches between two address spaces.
+fn process(vm: &Vm<Real>, os: &GuestOs<Real>, id: usize, stop: &AtomicBool) -> [u64; 2] {
+    let mut random = Random(0xabcd + id as u64);
+    let spaces = [(); 2].map(|()| os.new_process(vm).expect("tables"));
+    let mut vcpu = vm.vcpu(id).expect("free");
+    let mut turns = 0;
+    while !stop.load(Relaxed) || turns < 500 {
+        turns += 1;
+        let cr3 = spaces[random.below(2) as usize];
+        vcpu.set_cr3(cr3).expect("shadowed");
+        for _ in 0..8 {
+            let gva = random.below(64) << random.below(3);
+            match random.below(4) {
+                0 => {
+                    os.unmap(&mut vcpu, cr3, gva).expect("the guest unmaps");
+                    vcpu.invlpg(gva);
+                    let gone = vcpu.access(GuestAccess::read(gva));
+                    assert!(
+                        matches!(gone, Err(VmError::GuestFault { .. })),
+                        "{gva:#x} is unmapped: {gone:?}"
+                    );
+                }
+                1 => {
+                    let writable = random.below(2) == 0;
+                    os.map(&mut vcpu, cr3, gva, random.below(PAGES), 1, writable).expect("the guest maps");
+                    vcpu.invlpg(gva);
+                    let wrote = vcpu.access(GuestAccess::write(gva));
+                    assert_eq!(wrote.is_ok(), writable, "{gva:#x}: {wrote:?}");
+                }
+                _ => match vcpu.access(GuestAccess { gfn: gva, write: random.below(2) == 0, exec: false }) {
+                    Ok(_) | Err(VmError::GuestFault { .. }) => {}
+                    Err(error) => panic!("vCPU {id}, page {gva:#x}: {error}"),
+                },
+            }
+        }
+    }
+    spaces
+}
+
+#[test]
+fn guests_that_change_their_tables_reach_what_these_say_beside_zaps_churns_and_host_unmaps() {
+    for (design, quota) in [("shadow-gen", None), ("shadow-gen", Some(48)), ("shadow-slot", None)] {
+        let mut config = config(design, Paging::Guest);
+        config.shadow.quota = quota;
+        let (vm, os, churned) = machine(config);
+        let stop = AtomicBool::new(false);
+        let spaces: Vec<[u64; 2]> = thread::scope(|scope| {
+            let (vm, os, stop) = (&vm, &os, &stop);
+            let guests: Vec<_> =
+                (0..VCPUS).map(|id| scope.spawn(move || process(vm, os, id, stop))).collect();
+            scope.spawn(move || unmap(vm, stop));
+            let task = vm.task("churner", Role::Caller);
+            for _ in 0..rounds(40) {
+                vm.delete_memslot(&task, 0, 2).expect("there");
+                assert_eq!(vm.set_memslot(&task, &churned), Ok(SlotUpdate::Created));
+                thread::yield_now();
+            }
+            stop.store(true, Relaxed);
+            guests.into_iter().map(|guest| guest.join().expect("no panic")).collect()
+        });
+        // Nobody else runs now: each space is what its tables say.
+        let mut mapped = 0;
+        for (id, space) in spaces.iter().enumerate() {
+            let mut vcpu = vm.vcpu(id).expect("free");
+            for &cr3 in space {
+                vcpu.set_cr3(cr3).expect("shadowed");
+                for gva in 0..256 {
+                    let walk = os.translate(&vm, cr3, gva);
+                    let found = vcpu.access(GuestAccess::read(gva));
+                    assert_eq!(found.is_ok(), walk.is_some(), "{gva:#x}: {found:?}");
+                    let Some(walk) = walk else { continue };
+                    let host = vm.slots().find(0, walk.gfn).map(|slot| slot.hva_of(walk.gfn));
+                    let frame = host.and_then(|hva| vm.side().primary.lookup(hva)).map(|page| page.pfn);
+                    assert_eq!(vcpu.lookup(gva).map(|(spte, _)| spte.pfn()), frame, "{gva:#x}");
+                    mapped += 1;
+                }
+            }
+        }
+        assert!(mapped > 50, "{mapped} pages were mapped at the end");
+        assert_eq!(vm.shadow().expect("a shadow design").violations(), Vec::<String>::new());
+        let report = vm.close().expect("no handle is left");
+        assert!(report.is_clean(), "{report:?}");
+    }
+}
