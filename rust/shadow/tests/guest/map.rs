@@ -231,16 +231,24 @@ fn what_the_guest_has_written_and_we_have_not_heard_of_yet_is_not_mixed_with_wha
         let cr3 = m.process();
         let leaf = level.min(2);
         m.map_raw(cr3, 0x1200, 0x400, leaf, Access::ALL);
+        m.map_raw(cr3, 0x1400, 0x800, leaf, Access::ALL);
         m.map_raw(cr3, 0x20_1200, 0x600, leaf, Access::ALL);
         let root = m.load(cr3);
         m.read(root, cr3, 0x1201).ok();
         m.read(root, cr3, 0x1200).expect("mapped");
         let (table, at) = m.entry_of(cr3, 0x1200, level);
         let (other, there) = m.entry_of(cr3, 0x20_1200, level);
+        let was = m.host.peek(table, at);
         m.host.poke(table, at, m.host.peek(other, there));
         m.fault(root, cr3, 0x1202, false, false).ok();
         m.locked(|mmu, guard, _| mmu.page_track_write(guard, 0, table, at * 8, 8));
         assert_eq!(m.read(root, cr3, 0x1200), Ok(through(0x600)), "level {level}");
+        // The guest takes it back. A neighbour's fault links the page of the table that was there: nothing of the other is in it.
+        m.host.poke(table, at, was);
+        m.locked(|mmu, guard, _| mmu.page_track_write(guard, 0, table, at * 8, 8));
+        m.read(root, cr3, 0x1400).expect("mapped");
+        let found = m.translate(root, 0x1202, false, false);
+        assert!(found.is_none() || found == Some(0x402 + PFN), "level {level}: {found:x?}");
         assert_eq!(m.mmu.violations(), Vec::<String>::new());
         m.finish(&[root]);
     }
