@@ -15,6 +15,11 @@ use tdpmmu_spte::{LEVEL_1G, LEVEL_2M, LEVEL_4K};
 use crate::Vm;
 use crate::slot::MemSlot;
 
+/// The gfns of every leaf, of whatever size, that may map some of `gfns`: what is owed for those that were removed. (The TDP MMU tells them one by one.)
+pub(crate) fn around(gfns: &Range<u64>) -> Range<u64> {
+    round_down(gfns.start, LEVEL_1G)..gfns.end.checked_next_multiple_of(span(LEVEL_1G)).unwrap_or(u64::MAX)
+}
+
 impl<P: Platform> Vm<P> {
     /// kvm_unmap_gfn_range: the reverse maps first, then the TDP MMU, whose debt carries that of both.
     pub(crate) fn unmap_both(
@@ -30,7 +35,7 @@ impl<P: Platform> Vm<P> {
             guard.set_debt(debt.is_owed());
             if shadow.unmap(guard, as_id, gfns.clone(), may_block) {
                 // Paid by the TDP half at its first break of the hold, or by the caller at the end.
-                debt.owe(gfns.clone());
+                debt.owe(around(&gfns));
             }
         }
         self.mmu().unmap_owing(guard, as_id, gfns, may_block, debt)

@@ -14,6 +14,7 @@ use tdpmmu_platform::{Bug, Event, Platform, Task};
 use tdpmmu_spte::LEVEL_4K;
 use tdpmmu_spte::geometry::{round_down, span};
 
+use crate::both::around;
 use crate::walker::GuestAccess;
 use crate::{FaultOutcome, Vcpu, Vm, VmError};
 
@@ -38,7 +39,7 @@ impl<P: Platform> Vm<P> {
         let mut debt = FlushDebt::none();
         for as_id in 0..2 {
             if self.shadow().is_some_and(|shadow| shadow.unmap(&mut guard, as_id, gfns.clone(), true)) {
-                debt.owe(gfns.clone());
+                debt.owe(around(&gfns));
             }
         }
         // The TDP half may break the hold: what the other owes is not carried across.
