@@ -14,6 +14,7 @@ import documents
 import tdpmmu
 from conftest import ROOT, Cli
 from tdpmmu import mmus, mmus_table, plot, table
+from tdpmmu.cli.output import encode
 
 MMUS = ("tdp", "shadow-direct", "shadow-guest")
 PAGE = ROOT / "docs" / "tdp-against-shadow.md"
@@ -25,7 +26,7 @@ def load(raw: dict[str, Any]) -> Any:
 
 @pytest.fixture(scope="module")
 def measured() -> tdpmmu.Versus:
-    return tdpmmu.versus(memory=["16M", "64M"], vcpus=[1, 2], reps=1, seed=1)
+    return tdpmmu.versus(memory=["16M", "32M"], vcpus=2, reps=1, seed=1)
 
 
 def test_a_result_comes_back_typed_and_goes_out_unchanged() -> None:
@@ -63,7 +64,7 @@ def test_what_was_not_measured_is_none_and_a_dash() -> None:
     assert result.cell("tdp", "4G", 1).median("refault_ns") is None
     text = mmus_table.render_versus(result)
     assert "CPU" not in text.replace("vCPU", ""), "no row has it"
-    assert next(line for line in text.splitlines() if " tdp " in line).endswith(" -")
+    assert next(line for line in text.splitlines() if line.startswith("4 GiB")).endswith(" -")
     assert "grows by" not in text, "one size does not grow"
 
 
@@ -97,8 +98,6 @@ def test_the_picture_has_a_panel_a_measure(sizes: tuple[int, ...], vcpus: tuple[
     for text in ("visible to the last vCPU", "in total", "memory:", "one page fault", *MMUS):
         assert text in said
     assert ("guest memory" if len(sizes) > 1 or len(vcpus) == 1 else "vCPUs") in said
-    assert picture == plot.draw(result)
-    assert plot.draw(result, "png").startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
@@ -148,7 +147,7 @@ def test_values_that_come_twice_are_run_once() -> None:
 def test_a_run_measures_every_guest_under_every_mmu(measured: tdpmmu.Versus) -> None:
     assert measured.schema == "tdpmmu.versus/1"
     assert {(c.mmu, c.memory_bytes, c.vcpus) for c in measured.cells()} == {
-        (mmu, size << 20, vcpus) for mmu in MMUS for size in (16, 64) for vcpus in (1, 2)
+        (mmu, size << 20, 2) for mmu in MMUS for size in (16, 32)
     }
     for row in measured.rows:
         assert row.sptes is not None
@@ -179,29 +178,21 @@ def test_only_the_shadow_mmu_keeps_reverse_maps_and_only_a_shadowed_guest_tables
 def test_the_command_prints_a_table_and_draws(cli: Cli, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     files = ("-o", tmp_path / "v.json", "--plot", tmp_path / "v.png")
-    ran = cli(
-        "versus", "--memory", "16M,32M", "--vcpus", "1", "--reps", "1", "--seed", "1", *files, timeout=110
-    )
+    ran = cli("versus", "--memory", "16M", "--vcpus", "1", "--reps", "1", "--seed", "1", *files, timeout=110)
     assert ran.code == 0, ran.err
     assert ran.out.startswith("The same guest under two MMUs: 4K pages, kernel 6.12")
     assert max(map(len, ran.out.splitlines())) <= table.WIDTH
-    assert "From 16 MiB to 32 MiB" in ran.out
     assert (tmp_path / "v.png").read_bytes().startswith(b"\x89PNG")
     saved = tdpmmu.load_file(tmp_path / "v.json")
     assert isinstance(saved, tdpmmu.Versus)
     assert saved.seed == 1
-    assert cli("plot", tmp_path / "v.json", "-o", tmp_path / "w.svg").code == 0
     assert cli("plot", tmp_path / "v.json", "-o", tmp_path / "x.svg", "--kind", "bars").code == 2
 
 
-def test_its_rows_are_a_sheet_and_its_json_an_object(cli: Cli, tmp_path: Path) -> None:
-    ran = cli(
-        "versus", "--memory", "16M", "--vcpus", "1", "--reps", "1", "--json", "-q", "-o", tmp_path / "v.csv"
-    )
-    assert ran.code == 0, ran.err
-    assert [row["mmu"] for row in json.loads(ran.out)["rows"]] == list(MMUS)
-    with (tmp_path / "v.csv").open() as file:
-        assert [row["mmu"] for row in csv.DictReader(file)] == list(MMUS)
+def test_its_rows_are_a_sheet_and_its_table_says_what_grows(measured: tdpmmu.Versus) -> None:
+    sheet = encode(measured, ".csv", mmus_table.render_versus).decode()
+    assert [row["mmu"] for row in csv.DictReader(sheet.splitlines())] == [row.mmu for row in measured.rows]
+    assert "From 16 MiB to 32 MiB, 2 times the guest" in mmus_table.render_versus(measured)
 
 
 @pytest.mark.parametrize(

@@ -168,11 +168,14 @@ class VM(SlotOperations, UpkeepOperations):
     ) -> FaultResult:
         """Let a vCPU access one page, as the guest would: TLB, hardware walk, then the fault path.
 
+        With `paging="guest"` the page is a virtual one of the process that the vCPU runs; what its own tables
+        do not allow is the outcome GUEST_FAULT.
+
         Raises:
             InvalidArgument: a gfn beyond the limit, or no such vCPU.
             Busy: another thread uses the vCPU.
             DirtyRingFull: the vCPU's dirty ring is full.
-            OutOfTableMemory: no page-table page is left.
+            OutOfTableMemory: no page-table page is left; or the quota of shadow pages is used up by roots.
             Closed, ForkedError: see `close`.
         """
         number = self._gfn(gfn)
@@ -205,8 +208,12 @@ class VM(SlotOperations, UpkeepOperations):
     def lookup(self, gfn: SupportsIndex, *, as_id: int = 0) -> LeafMapping | None:
         """Return the leaf that maps a gfn, by a lockless walk, or None. Units: 4 KiB pages.
 
+        On shadow pages it is a vCPU that walks, under the root and process that it has: one that nobody uses,
+        and that is in use meanwhile.
+
         Raises:
             InvalidArgument: a gfn beyond the limit.
+            Busy: on shadow pages, while every vCPU is in use.
             Closed, ForkedError: see `close`.
         """
         row = self.lookup_batch(np.array([self._gfn(gfn)], dtype=np.uint64), as_id=as_id)[0]
@@ -219,6 +226,7 @@ class VM(SlotOperations, UpkeepOperations):
 
         Raises:
             InvalidArgument: not a one-dimensional array of gfns below the limit.
+            Busy: see `lookup`.
             Closed, ForkedError: see `close`.
         """
         found = self._native.lookup_batch(self._gfns(gfns), self._space(as_id))
@@ -229,6 +237,7 @@ class VM(SlotOperations, UpkeepOperations):
 
         Raises:
             InvalidArgument: a range with a step or beyond the last gfn.
+            Busy: see `lookup`.
             Closed, ForkedError: see `close`.
         """
         whole = range(self._config.max_gfn) if gfns is None else self._range(gfns)
