@@ -64,27 +64,8 @@ fn cases(kind: Kind, plan: &Plan, build: &Value, control: &Control) -> Result<St
     }
     let before = measure_limits(control)?;
     let host = HostInfo::collect();
-    let mut export = Export::open(&plan.config)?;
-    let mut runs: Vec<Run> = Vec::new();
-    for case in &plan.cases {
-        let first = runs.len();
-        let whole = case.scene.settled(plan);
-        for mut size in sizes(&whole, case) {
-            // Of a slope, one size is checked.
-            size.config.check &= size.config.memory_bytes == whole.config.memory_bytes;
-            for rep in 0..plan.config.reps {
-                control.check()?;
-                control.report(&title(kind, &size, case, rep), 0.0);
-                runs.push(one(&size, case, rep, host.cpus, control, &mut export)?);
-            }
-        }
-        if case.scene.scales() {
-            scale(&mut runs[first..], plan);
-        }
-    }
-    experiment::publish(&mut runs);
+    let runs = rows(kind, plan, host.cpus, control)?;
     let after = measure_limits(control)?;
-    export.finish(&format!("tdpmmu bench {}, seed {}: times in ns", kind.name(), plan.config.seed))?;
     let result = BenchResult {
         schema: "tdpmmu.bench.zap/1",
         experiment: kind.name(),
@@ -108,6 +89,34 @@ fn cases(kind: Kind, plan: &Plan, build: &Value, control: &Control) -> Result<St
         return Err(LabError::Check { message, partial: text });
     }
     Ok(text)
+}
+
+/// The runs alone, without the host's limits around them, whatever they violate; `cpus` of this host.
+///
+/// # Errors
+/// As [`run`].
+pub fn rows(kind: Kind, plan: &Plan, cpus: usize, control: &Control) -> Result<Vec<Run>, LabError> {
+    let mut export = Export::open(&plan.config)?;
+    let mut runs: Vec<Run> = Vec::new();
+    for case in &plan.cases {
+        let first = runs.len();
+        let whole = case.scene.settled(plan);
+        for mut size in sizes(&whole, case) {
+            // Of a slope, one size is checked.
+            size.config.check &= size.config.memory_bytes == whole.config.memory_bytes;
+            for rep in 0..plan.config.reps {
+                control.check()?;
+                control.report(&title(kind, &size, case, rep), 0.0);
+                runs.push(one(&size, case, rep, cpus, control, &mut export)?);
+            }
+        }
+        if case.scene.scales() {
+            scale(&mut runs[first..], plan);
+        }
+    }
+    experiment::publish(&mut runs);
+    export.finish(&format!("tdpmmu bench {}, seed {}: times in ns", kind.name(), plan.config.seed))?;
+    Ok(runs)
 }
 
 /// What progress is shown under.

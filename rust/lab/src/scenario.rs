@@ -315,7 +315,7 @@ pub enum Op {
         cycles: u64,
         /// Between two cycles.
         pause_us: u64,
-        /// Each begins when so many leaves are mapped, or after a second.
+        /// Each begins when so many leaves are mapped, or after five seconds.
         full: u64,
     },
     /// Waits for t0, then intrudes on the zap until its teardown is over, each call timed.

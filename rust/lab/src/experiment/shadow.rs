@@ -91,4 +91,33 @@ mod tests {
         assert_eq!(thinned(&long[..5]).count(), 5);
         assert_eq!(thinned(&[]).count(), 0);
     }
+
+    #[test]
+    fn the_published_figure_stands_beside_the_medians_of_its_own_scene_only() {
+        let run = |scene: &str, design: &str, ms: u64| {
+            let mut histogram = tdpmmu_platform::Histogram::new();
+            (0..20).for_each(|_| histogram.record(ms * 1_000_000));
+            Run {
+                scene: scene.into(),
+                design: design.into(),
+                cycle_ns: Some((&histogram).into()),
+                ..Run::default()
+            }
+        };
+        let mut runs = vec![
+            run(SLOT_CHURN_2013, "shadow-walk", 40),
+            run(SLOT_CHURN_2013, "shadow-gen", 10),
+            run("slot-churn", "shadow-gen", 1),
+        ];
+        publish(&mut runs);
+        assert!(runs[2].published.is_none());
+        for run in &runs[..2] {
+            let p = run.published.as_ref().expect("the scene's own");
+            assert_eq!((p.before_ms, p.after_ms), (46.1, 21.6));
+            assert!((0.24..0.26).contains(&p.our_ratio.expect("both ran")), "{p:?}");
+        }
+        publish(&mut runs[1..2]);
+        let alone = runs[1].published.as_ref().expect("the scene's own");
+        assert_eq!((alone.our_before_ms, alone.our_ratio), (None, None));
+    }
 }

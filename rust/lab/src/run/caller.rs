@@ -17,7 +17,7 @@ use crate::scenario::{Flag, Intruder, Mark, Op, Update, Who};
 /// Notifier calls come so often.
 const NOTIFIER_PAUSE: Duration = Duration::from_millis(1);
 /// Who churns waits so long for the guest to touch its memory again.
-const FULL_NS: u64 = 1_000_000_000;
+const FULL_NS: u64 = 5_000_000_000;
 /// At most so many pages are unmapped.
 const NOTIFIER_PAGES: u64 = 256;
 
@@ -132,7 +132,7 @@ impl<P: Platform> Shared<'_, P> {
         Ok(())
     }
 
-    /// Waits until so many leaves are mapped, a second at most.
+    /// Waits until so many leaves are mapped, five seconds at most.
     fn until_mapped(&self, leaves: u64) {
         let until = P::ticks() + P::ns_to_ticks(FULL_NS);
         while !self.is_mapped(leaves) && P::ticks() < until && !self.stopped() {

@@ -15,6 +15,11 @@ impl<P: Platform> Shared<'_, P> {
         self.scenario.vm.shadow.as_ref().and_then(|_| self.vm.shadow())
     }
 
+    /// Remote flushes so far: of one MMU, or of both.
+    pub(super) fn flushes(&self) -> u64 {
+        if self.shadow().is_some() { self.vm.side().flushes() } else { self.vm.mmu().flushes() }
+    }
+
     /// Is so much mapped again by now? By the counts that the MMU keeps, which may be a little behind; the shadow MMU counts obsolete leaves too, so there the tables decide.
     pub(super) fn is_mapped(&self, leaves: u64) -> bool {
         match self.shadow() {

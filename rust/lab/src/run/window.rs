@@ -79,7 +79,7 @@ impl<P: Platform> Shared<'_, P> {
         all.base = Base {
             rcu_cpu_ns: rcu.thread_cpu_ns,
             rcu_thread_ns: (rcu.waiting_ns, rcu.freeing_ns),
-            flushes: mmu.flushes(),
+            flushes: self.flushes(),
             kicks: self.vm.side().kicks(),
             frees: mmu.pool().stats().frees,
             dirtied: self.vm.side().primary.frames().stats().dirtied,
@@ -145,7 +145,7 @@ impl<P: Platform> Shared<'_, P> {
         all.last_free_ns = (freed > 0).then(|| P::ticks_to_ns(mmu.last_table_free().saturating_sub(t0)));
         all.freed = freed;
         all.written_back = self.vm.side().primary.frames().stats().dirtied - all.base.dirtied;
-        all.flushes = mmu.flushes() - all.base.flushes;
+        all.flushes = self.flushes() - all.base.flushes;
         all.kicks = self.vm.side().kicks() - all.base.kicks;
     }
 
