@@ -419,7 +419,8 @@ impl<P: Platform> Vm<P> {
             shadow.make_pages_available(&mut guard);
         }
         let (frame, goal) = if rules.nested {
-            match self.nested_limits(&guard, fault) {
+            // By value: what has an address is kept in memory on the way of those that are not nested, too.
+            match self.nested_limits(&guard, as_id, access.gfn, access.write, frame, goal) {
                 Some(limits) => limits,
                 None => return counts.settled(FaultOutcome::Emulate, prefetch),
             }

@@ -107,7 +107,7 @@ impl PrimaryMmu {
     }
 
     /// The host's mapping of `hva`, if it has one. Lockless.
-    #[inline]
+    #[inline(always)]
     pub fn lookup(&self, hva: u64) -> Option<HostPage> {
         let chunk = self.chunks.get((hva / RUN) as usize)?.load(Acquire);
         if chunk & (PRESENT | MIXED) == PRESENT {
@@ -138,7 +138,7 @@ impl PrimaryMmu {
     ///
     /// # Errors
     /// [`VmError::BadHva`] outside every region, or for a write to a region that cannot be written; [`VmError::HostFull`].
-    #[inline]
+    #[inline(always)]
     pub fn fault_in(&self, hva: u64, write: bool) -> Result<HostPage, VmError> {
         match self.lookup(hva) {
             Some(page) if page.writable || !write => Ok(page),

@@ -305,26 +305,26 @@ impl<P: Platform> Vm<P> {
     /// A TDP fault in a VM that has shadow pages, too: the frame and level that it may map while mmu_lock is held. A gfn that holds a table of the guest's is not written behind the shadow MMU's back:
     /// `None` for a write, which is emulated (`page_fault_handle_page_track`).
     #[cold]
+    #[inline(never)]
     pub(crate) fn nested_limits<M: Mode>(
         &self,
         guard: &Guard<'_, P, M>,
-        fault: &Resolved,
+        as_id: u8,
+        gfn: u64,
+        write: bool,
+        frame: Frame,
+        mut goal: u8,
     ) -> Option<(Frame, u8)> {
-        let (gfn, as_id) = (fault.access.gfn, fault.as_id);
-        match (self.shadow(), fault.frame) {
-            (Some(shadow), Frame::Page { pfn, writable }) => {
-                let books = self.side().slots.books();
-                let mut goal = fault.goal;
-                if let Some(slot) = books.find(as_id, gfn) {
-                    while goal > LEVEL_4K && slot.lpage.disallowed(slot.base, gfn, goal) {
-                        goal -= 1;
-                    }
-                }
-                let shadowed = shadow.is_shadowed(guard, as_id, gfn);
-                let writable = writable && !shadowed;
-                (!shadowed || !fault.access.write).then_some((Frame::Page { pfn, writable }, goal))
+        let (Some(shadow), Frame::Page { pfn, writable }) = (self.shadow(), frame) else {
+            return Some((frame, goal));
+        };
+        if let Some(slot) = self.side().slots.books().find(as_id, gfn) {
+            while goal > LEVEL_4K && slot.lpage.disallowed(slot.base, gfn, goal) {
+                goal -= 1;
             }
-            _ => Some((fault.frame, fault.goal)),
         }
+        let shadowed = shadow.is_shadowed(guard, as_id, gfn);
+        let frame = Frame::Page { pfn, writable: writable && !shadowed };
+        (!shadowed || !write).then_some((frame, goal))
     }
 }
