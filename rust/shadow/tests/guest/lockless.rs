@@ -124,7 +124,7 @@ fn walkers_never_meet_a_recycled_page_while_everything_is_zapped_and_made_again_
                     })
                 })
                 .collect();
-            for round in 0..12u64 {
+            for round in 0..6u64 {
                 for n in 0..32 {
                     let page = (n * 0x201 + round * 7) % 0x4000;
                     let fault = ShadowFault::page(page, page + PFN, 1);

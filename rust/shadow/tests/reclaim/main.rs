@@ -135,7 +135,7 @@ fn no_walk_reads_a_recycled_page_while_others_free_in_every_kind() {
                 })
                 .collect();
             let task = world.task("freer");
-            for _ in 0..1_500 {
+            for _ in 0..500 {
                 world.replace(&task);
             }
             stop.store(true, Ordering::Relaxed);

@@ -89,7 +89,7 @@ fn litmus(kind: ReclaimKind) {
 }
 
 /// Schedules tried at most: the first are those of few preemptions.
-const RUNS: u32 = 3000;
+const RUNS: u32 = 2000;
 
 /// Tries the schedules of at most `preemptions`; returns how many there were, and the first that failed.
 fn search(kind: ReclaimKind, bug: Option<Bug>, preemptions: u32) -> (u32, Option<String>) {
