@@ -68,10 +68,8 @@ fn no_schedule_breaks_a_sound_design_in_its_kernel() {
 }
 
 /// Sites that no protocol can force on the simulated platform, and why.
-const NEVER_FORCED: &[(Site, &str)] = &[
-    (Site::Spin, "who spins, or gives the CPU away, is not preempted there"),
-    (Site::AllocBulk, "bulk population prepares measurements; no act of a program does it"),
-];
+const NEVER_FORCED: &[(Site, &str)] =
+    &[(Site::AllocBulk, "bulk population prepares measurements; no act of a program does it")];
 
 #[test]
 fn each_site_is_forced_by_some_protocol() {

@@ -185,6 +185,31 @@ pub(super) fn event(books: &Books, format: &Format, event: &Event) -> (Weight, S
         Event::GuestAccess { gfn, pfn, write, .. } => {
             (Step, format!("guest {} gfn {gfn:#x}: pfn {pfn:#x}", if write { "WRITES" } else { "reads" }))
         }
+        Event::ShadowAlloc { table, gfn, level, .. } => {
+            (Step, format!("shadow page {table} made: L{level} gfn {gfn:#x}"))
+        }
+        Event::ShadowLink { parent, index, child } => {
+            (Step, format!("shadow page {child} linked at {parent}[{index}]"))
+        }
+        Event::ShadowUnlink { parent, index, child } => {
+            (Step, format!("shadow page {child} unlinked from {parent}[{index}]"))
+        }
+        Event::ShadowLeaf { table, index, gfn, level, old, new, .. } => {
+            let (old, new) = (spte(format, old, level), spte(format, new, level));
+            (Step, format!("{table}[{index}] L{level} gfn {gfn:#x}: {old} -> {new}"))
+        }
+        Event::ShadowZap { table } => (Step, format!("shadow page {table} zapped: INVALID")),
+        Event::ShadowFree { table } => (Step, format!("shadow page {table} to be freed")),
+        Event::ShadowToggle { generation } => {
+            (Step, format!("generation {generation}: all shadow pages OBSOLETE"))
+        }
+        Event::ShadowRoot { root, count } => (Step, format!("shadow root {root}: {count} vCPUs")),
+        Event::ShadowUnsync { table, on } => {
+            (Step, format!("shadow page {table} {}", if on { "UNSYNC" } else { "in step again" }))
+        }
+        Event::ReadingBegin { vcpu } => (Step, format!("vCPU {vcpu} reads shadow pages")),
+        Event::ReadingEnd { vcpu } => (Step, format!("vCPU {vcpu} reads no more")),
+        Event::ShadowWalked { table } => (Detail, format!("stands on shadow page {table}")),
         // RCU sections, checks, other locks: what they say is in what they protect.
         ref other => (Noise, format!("{other:?}")),
     }
@@ -235,6 +260,23 @@ pub(super) fn obligation(rule: &str) -> &'static str {
         "zap-unreferenced" => {
             "while a zap may give mmu_lock up its root is held, so that a notifier reaches its entries too (P-RCH)"
         }
+        "shadow-life" => {
+            "a shadow page is made, zapped, handed to reclamation after a flush, and freed, each once (O-LIST)"
+        }
+        "freed-unflushed" => "between the zap of a shadow page and its reclamation lies a flush (O-TLB)",
+        "freed-under-reader" => "a page is freed when every walk that may stand on it has ended (O-RCU)",
+        "walked-freed" => "no walk comes to a page that was freed (O-TLB)",
+        "zap-progress" => "a zap of everything comes ten pages further between two yields (O-PROG)",
+        "wrong-lock-mode" => "an entry changes in the mode of mmu_lock that its change needs (O-LOCK)",
+        "rmap-differs" | "parents-differ" | "pages-differ" | "unsync-differs" => {
+            "reverse maps, parents, lists and unsync marks say what the tables hold (O-LIST)"
+        }
+        "tracked-writable" => {
+            "a guest's table that is shadowed is not written unseen, unless its page is unsync (O-INV)"
+        }
+        "lpage-differs" => "lpage_info counts the shadowed tables of its slot (O-STAT)",
+        "slot-books-gone" => "a memslot's books outlive every shadow page that refers to them (O-RCU)",
+        "obsolete-reachable" => "no way leads from a valid root to an obsolete or invalid page (O-INV)",
         "list-differs" => "the root list holds the roots that are counted (O-LIST)",
         "stats-differ" => "the statistics are what a recount gives (O-STAT)",
         "deadlock" => "whoever waits is woken in the end",

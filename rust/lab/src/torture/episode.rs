@@ -587,7 +587,7 @@ impl<P: Platform> Shared<P> {
                 }
             }
             // Where the plan takes pages away or keeps them from coming back; and where the host's scheduler lets the RCU thread starve for so long that all wait for it. They come back: `recover` looks.
-            Err(VmError::Pool(_)) => count.starved += 1,
+            Err(VmError::Pool(_) | VmError::Quota { .. }) => count.starved += 1,
             Err(VmError::Host { .. }) if self.armed.plan().starves() => count.starved += 1,
             Err(
                 VmError::BadSlot { .. }
@@ -601,6 +601,7 @@ impl<P: Platform> Shared<P> {
                 | VmError::Unsupported { .. }
                 | VmError::HostFull { .. }
                 | VmError::RingFull { .. }
+                | VmError::NeedsTdp { .. }
                 | VmError::Closed,
             ) => count.refused += 1,
             Err(error) => {

@@ -26,15 +26,17 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use tdpmmu_mmu::DESIGNS;
 use tdpmmu_platform::{Bug, Real};
+use tdpmmu_shadow::ReclaimKind;
 use tdpmmu_spte::{KernelProfile, closest};
+use tdpmmu_vm::{all_design_names, design_info};
 
 pub use command::command;
 pub use dice::Dice;
 pub use report::{Proof, TortureReport};
 pub use rough::Rough;
 
+use crate::explore::{is_shadow, sound_designs};
 use crate::faults::{FaultCount, FaultPlan, Injection};
 use crate::program::MachineSpec;
 use crate::{Control, LabError};
@@ -136,9 +138,9 @@ impl TortureConfig {
             KernelProfile::named(name).map_err(|error| LabError::Usage(error.to_string()))?;
         }
         if let Some(name) = &self.design
-            && tdpmmu_mmu::design::info(name).is_none()
+            && design_info(name).is_none()
         {
-            let known: Vec<_> = DESIGNS.iter().map(|design| design.name).collect();
+            let known = all_design_names();
             let near =
                 closest(name, &known).map_or(String::new(), |near| format!("; did you mean {near:?}?"));
             return usage(format!(
@@ -165,8 +167,8 @@ impl TortureConfig {
     fn draw(&self, seed: u64, number: u64) -> Draw {
         let seed = Dice::seed_of(seed, number);
         let mut dice = Dice::new(seed);
-        let sound: Vec<&str> =
-            DESIGNS.iter().filter(|design| !design.flawed).map(|design| design.name).collect();
+        // Those of the shadow MMU are tortured when asked for by name.
+        let sound: Vec<&str> = sound_designs().into_iter().filter(|design| !is_shadow(design)).collect();
         // Every design has its turn before one has its second; what belongs to it is drawn until it can be.
         for _ in 0..1000 {
             let design =
@@ -215,7 +217,10 @@ impl TortureConfig {
         let yields = self.faults.faults().iter().any(
             |fault| matches!(fault, Injection::Yield(rate) if rate.site.is_none() && rate.percent == 100),
         );
+        let shadow = is_shadow(design);
         MachineSpec {
+            reclaim: if shadow { (*dice.pick(&ReclaimKind::ALL)).name().into() } else { String::new() },
+            quota: if shadow && dice.one_in(2) { Some(64) } else { None },
             workers: 1 + dice.below(2) as usize,
             vcpus: self.threads,
             levels: 4 + u8::from(dice.one_in(4)),
@@ -248,7 +253,7 @@ impl TortureConfig {
 
 /// Kernels of 5.13 to 5.17 let the host take pages away that an invalid root still maps (bug 13 of the museum): what torture finds there is that kernel's own. It is tortured when it is asked for by name.
 fn keeps_its_word(draw: &Draw) -> bool {
-    let keeps_roots = tdpmmu_mmu::design::info(&draw.design).is_some_and(|info| info.obligations.keeps_roots);
+    let keeps_roots = design_info(&draw.design).is_some_and(|info| info.obligations.keeps_roots);
     keeps_roots || draw.machine.kernel().is_ok_and(|kernel| kernel.unmap_invalid_roots)
 }
 
