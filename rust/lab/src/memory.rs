@@ -107,7 +107,7 @@ mod tests {
     fn the_shadow_mmu_needs_more_and_says_how_much() {
         let gib = 1u64 << 30;
         let bare = Estimate::new(64 * gib, 1, 4);
-        let gfns = 64 * gib >> 12;
+        let gfns = (64 * gib) >> 12;
         let direct = bare.shadowed(gfns, 1, false);
         assert_eq!((direct.sptes, direct.tables), (bare.sptes, bare.tables));
         // A word a gfn.
