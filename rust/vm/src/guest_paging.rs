@@ -206,10 +206,11 @@ impl<P: Platform> Vcpu<'_, P> {
             return Err(VmError::NeedsShadow { what: "an L2", rule });
         }
         self.leave();
+        let smm = self.in_smm();
         if !self.core.in_l2 {
             self.swap_contexts();
         }
-        let role = self.vm.shadow_role(levels, false, true, false);
+        let role = self.vm.shadow_role(levels, false, true, smm);
         let context = &mut self.core.mmu;
         (context.role, context.levels, context.frame, context.has_frame) = (role, levels, ncr3, true);
         // VMRUN with a flush of the ASID: what L1 has changed in its tables since counts now.

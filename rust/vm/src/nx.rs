@@ -27,7 +27,7 @@ impl<P: Platform> Vm<P> {
     }
 
     /// One period of the recovery thread: of the tables that stand where a huge page could, the oldest are zapped, one in `ratio`, rounded up; 0 is none
-    /// (nx_huge_pages_recovery_ratio). Returns how many were zapped.
+    /// (nx_huge_pages_recovery_ratio). Returns how many were zapped. Tables of the TDP MMU alone: the shadow MMU keeps no list of candidates, and its small leaves stay until they are zapped for another reason.
     ///
     /// # Errors
     /// [`VmError::Closed`].

@@ -10,6 +10,9 @@
 //! CREATE and FLAGS cost one step, DELETE and MOVE two; bit 63 is set while a publication is under way, and no MMIO entry made then is ever current. Who
 //! publishes learns the next generation before it counts ([`Swapped`]): when its low 19 bits, which MMIO entries keep, have wrapped, all of them must go first.
 //!
+//! What the shadow MMU keeps with a slot (reverse maps, lpage_info) is published with the set and found through it alone: a slot that is out of the set has no books, so whoever still refers to them is found out. An INVALID slot
+//! has its books; they go with the second publication, when nothing refers to them any more.
+//!
 //! A notifier translates its host range by one set and must end by the same one, so the swap itself waits until no invalidation is
 //! running (`mn_active_invalidate_count`), under the small lock that also counts them.
 //!

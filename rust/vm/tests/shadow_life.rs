@@ -164,3 +164,38 @@ fn a_guest_without_a_table_is_told_and_a_hole_in_its_tables_is_its_own_fault() {
     drop(vcpu);
     assert_clean(&vm);
 }
+
+#[test]
+fn every_kernels_rules_hold_in_both_address_spaces() {
+    for profile in KernelProfile::ALL {
+        for paging in [Paging::Direct, Paging::Guest] {
+            let mut config = config("shadow-gen", paging);
+            config.profile = *profile;
+            config.format = profile.format(tdpmmu_spte::FormatKind::Npt);
+            let (vm, os) = machine(config, 1);
+            boot(&vm, &os, 1);
+            let task = vm.task("owner", Role::Caller);
+            vm.share_memory_with_smm(&task).expect("the same memory");
+            let mut vcpu = vm.vcpu(0).expect("free");
+            for round in 0..2 {
+                for smm in [false, true] {
+                    if smm {
+                        vcpu.enter_smm();
+                    } else {
+                        vcpu.exit_smm();
+                    }
+                    for gfn in (0..2048).step_by(97) {
+                        vcpu.access(GuestAccess::write(gfn)).expect("memory");
+                    }
+                    vcpu.leave();
+                    vm.unmap_gfns(&task, 97..98, true).expect("there");
+                    assert_eq!(vcpu.lookup(97), None, "{} {paging:?} round {round}", profile.name);
+                    assert!(vm.age_gfns(&task, 194..195).expect("there"), "it was accessed");
+                }
+                vm.fast_zap(&task).expect("open");
+            }
+            drop(vcpu);
+            assert_clean(&vm);
+        }
+    }
+}
