@@ -29,7 +29,7 @@ tdpmmu bugs demo --all --json    every exhibit, five seeds, and the same budget 
 
 An exhibit has a small program: the threads that have to meet, and no more. Which oracle is to fire is written nowhere; the demonstration reports which did. With the bug off the same search, with the same seeds and as
 many schedules, must find nothing. Five exhibits (24, 30, 34, 40, 42) are about what no general judge can know, a mapping level or the mode of a lock: their programs carry an expectation, which is reported as the rule `expectation`.
-What a cleverer schedule is not needed for shows at once: 19, 20 and 39 break a budget in any schedule, 15 is shown as the kernel showed it, by a warning.
+What a cleverer schedule is not needed for shows at once: 19, 20, 35 and 39 break a budget in any schedule, 33, 36 and 37 need no second thread, 15 is shown as the kernel showed it, by a warning. 44a to 44c need store buffers.
 
 This page is written by `TDPMMU_BLESS=1 cargo test -p tdpmmu-lab --test museum the_page`, and a test compares it.
 
