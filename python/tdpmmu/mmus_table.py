@@ -110,4 +110,4 @@ def _times(small: float | None, large: float | None) -> str:
     if small is None or large is None or small <= 0:
         return "-"
     ratio = large / small
-    return f"{ratio:.2f} x" if ratio < 9.995 else f"{ratio:.1f} x"
+    return f"{ratio:.2g} x" if ratio < 0.095 else f"{ratio:.2f} x" if ratio < 9.995 else f"{ratio:.1f} x"
