@@ -39,7 +39,7 @@ fn number(value: &Value) -> u64 {
 fn clean(kind: Kind, page: &str, memory: u64, scenes: &[&str]) {
     let mut config = json!({"memory_bytes": memory, "page": page, "scenes": scenes, "working_set_bytes": memory / 8,
                         "churns": 5, "drop_loop": 20, "arrival_ns": 10_000});
-    // One scene has a guest of its own, and tests of its own (`shadow_bench.rs`).
+    // One scene has a guest of its own, and tests of its own (`shadow/`).
     let plan = BenchConfig::parse(&config.to_string()).and_then(|c| c.plan(Some(kind))).expect("makes sense");
     let all: Vec<_> = scene::of(kind).filter(|one| (one.fits)(&plan).is_ok()).map(|one| one.name).collect();
     let asked: Vec<_> = if scenes == ["all"] {

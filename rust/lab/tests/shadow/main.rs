@@ -1,5 +1,7 @@
 //! The shadow MMU under the experiments: every scene that makes sense, under every design and both kinds of paging, counted and judged; and what single ones must show. No time is asserted.
 
+mod pairs;
+
 use serde_json::{Value, json};
 use tdpmmu_lab::config::{BenchConfig, ShadowCase};
 use tdpmmu_lab::scene::{self, Kind, SLOT_CHURN_2013};
