@@ -28,8 +28,8 @@ pub struct DirectRun {
 }
 
 impl<P: Platform> ShadowMmu<P> {
-    /// Makes the leaves of `run` under the direct root `root`, and the pages above them from `cache`, which was topped up. Returns (entries of the run that lie in this table, leaves made). Nothing is made while anything
-    /// shadows the guest's tables: which gfns may be writable is then for a fault to say.
+    /// Makes the leaves of `run` under the direct root `root`, and the pages above them from `cache`, which was topped up. Returns (entries of the run that were dealt with, leaves made). Nothing is made while anything
+    /// shadows the guest's tables, nor where a table of smaller pages is in the way: what is to become of these is for a fault to say.
     ///
     /// # Errors
     /// [`PoolError::Exhausted`]: the cache is empty.
@@ -44,19 +44,30 @@ impl<P: Platform> ShadowMmu<P> {
         if self.tallies.indirect.get() != 0 || !self.role(root).direct() {
             return Ok((0, 0));
         }
+        let from = index(run.gfn, run.level);
+        let mut count = run.count.min((ENTRIES - from) as u64);
         let mut page = root;
         for level in (run.level + 1..=self.root_level(root)).rev() {
-            page = self.direct_child(lock, books, cache, page, index(run.gfn, level) as u16)?;
+            let Some(child) = self.direct_child(lock, books, cache, page, index(run.gfn, level) as u16)?
+            else {
+                // A larger leaf maps all of them.
+                return Ok((count, 0));
+            };
+            page = child;
         }
-        let from = index(run.gfn, run.level);
-        let count = run.count.min((ENTRIES - from) as u64);
         let as_id = self.role(root).as_id();
         let heads = books.find(as_id, run.gfn).and_then(|slot| slot.rmap_run(run.gfn, run.level, count));
         let (mut made, mut plain) = (0, 0);
         for n in 0..count {
             let at = (from + n as usize) as u16;
             let cell = &self.pool.entries(page)[usize::from(at)];
-            if !self.format().is_empty(Spte(P::load(cell, Site::SpteRead))) {
+            let old = Spte(P::load(cell, Site::SpteRead));
+            if old.is_table(run.level) {
+                // Some of it is mapped by smaller pages: a fault decides what becomes of these.
+                count = n;
+                break;
+            }
+            if !self.format().is_empty(old) {
                 continue;
             }
             let new = Spte(run.first.raw() + ((n * span(run.level)) << Spte::PFN_SHIFT));
@@ -79,7 +90,7 @@ impl<P: Platform> ShadowMmu<P> {
         Ok((count, made))
     }
 
-    /// The page below entry `index` of a direct page, made if there is none.
+    /// The page below entry `index` of a direct page, made if there is none; `None` where a leaf is.
     fn direct_child(
         &self,
         lock: &Guard<'_, P, Exclusive>,
@@ -87,11 +98,14 @@ impl<P: Platform> ShadowMmu<P> {
         cache: &mut TableCache,
         parent: u32,
         index: u16,
-    ) -> Result<u32, PoolError> {
+    ) -> Result<Option<u32>, PoolError> {
         let role = self.role(parent);
         let entry = Spte(P::load(&self.pool.entries(parent)[usize::from(index)], Site::SpteRead));
         if entry.is_table(role.level()) {
-            return Ok(entry.pfn() as u32);
+            return Ok(Some(entry.pfn() as u32));
+        }
+        if !self.format().is_empty(entry) {
+            return Ok(None);
         }
         let (as_id, gfn) = (role.as_id(), self.gfn_of(parent, index));
         let child = self
@@ -103,6 +117,6 @@ impl<P: Platform> ShadowMmu<P> {
             })?;
         let spte = self.format().table(u64::from(child), role.ad_disabled(self.profile().role_layout));
         self.link(lock, parent, index, child, spte);
-        Ok(child)
+        Ok(Some(child))
     }
 }

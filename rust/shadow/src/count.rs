@@ -54,6 +54,7 @@ impl Counter {
 
     #[inline]
     pub(crate) fn sub(&self, count: u64) {
+        debug_assert!(self.get() >= count, "a count of shadow pages went below zero");
         self.set(self.get().saturating_sub(count));
     }
 

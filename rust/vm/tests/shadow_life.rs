@@ -4,7 +4,8 @@ use tdpmmu_platform::{Real, Role};
 use tdpmmu_shadow::{ReclaimKind, SHADOW_DESIGNS};
 use tdpmmu_spte::KernelProfile;
 use tdpmmu_vm::{
-    AccessOutcome, BulkOptions, GuestAccess, GuestOs, Paging, Progress, ShadowSpec, Vm, VmConfig, VmError,
+    AccessOutcome, BulkOptions, GuestAccess, GuestOs, Paging, Progress, ShadowSpec, Vcpu, Vm, VmConfig,
+    VmError,
 };
 
 /// Where the guest's tables lie, far from its memory.
@@ -105,6 +106,31 @@ fn bulk_population_makes_what_faults_make() {
             assert_clean(&vm);
         }
     }
+}
+
+#[test]
+fn bulk_population_leaves_larger_pages_and_takes_the_place_of_smaller_ones() {
+    let (vm, os) = machine(config("shadow-gen", Paging::Direct), 2);
+    boot(&vm, &os, 2);
+    let mut vcpu = vm.vcpu(0).expect("free");
+    vcpu.access(GuestAccess::write(0)).expect("memory");
+    assert_eq!(vcpu.lookup(0).map(|leaf| leaf.1), Some(2));
+    let bulk = |vcpu: &mut Vcpu<'_, Real>, pages, level| {
+        let options = BulkOptions { level, ..BulkOptions::default() };
+        vm.populate_bulk(vcpu, pages, &options, &Progress::default()).expect("memory")
+    };
+    assert_eq!(bulk(&mut vcpu, 0..1024, 1), 512, "the first 512 are there, by one leaf");
+    assert_eq!(vcpu.lookup(7).map(|leaf| leaf.1), Some(2));
+    assert_eq!(vcpu.lookup(600).map(|leaf| leaf.1), Some(1));
+    assert!(bulk(&mut vcpu, 0..4096, 2) >= 6);
+    for gfn in [0, 600, 2000] {
+        assert_eq!(vcpu.lookup(gfn).map(|leaf| leaf.1), Some(2), "gfn {gfn}");
+        assert!(vcpu.access(GuestAccess::write(gfn)).expect("mapped") <= AccessOutcome::SlowFault);
+    }
+    drop(vcpu);
+    vm.unmap_gfns(&vm.task("host", Role::Caller), 0..4096, true).expect("a slot");
+    assert_eq!(vm.vcpu(0).expect("free").lookup(600), None, "no reverse map was lost");
+    assert_clean(&vm);
 }
 
 #[test]
