@@ -109,7 +109,9 @@ impl<P: Platform> Vm<P> {
         while gfn < gfns.end {
             let next = round_down(gfn, LEVEL_2M) + span(LEVEL_2M);
             if level(gfn) > LEVEL_4K {
-                owed |= shadow.unmap(&mut guard, slot.as_id, gfn..next.min(gfns.end), true);
+                // What an earlier piece owes is flushed before the lock is given up in this one.
+                guard.set_debt(owed);
+                owed = shadow.unmap(&mut guard, slot.as_id, gfn..next.min(gfns.end), true);
             }
             gfn = next;
         }

@@ -17,7 +17,7 @@ use tdpmmu_spte::geometry::{index, span};
 use tdpmmu_spte::{Access, LEVEL_1G, LEVEL_4K};
 
 use crate::config::Paging;
-use crate::{Vcpu, Vm, VmError};
+use crate::{AccessOutcome, Vcpu, Vm, VmError};
 
 /// The guest's page tables and who hands out pages for them. See the module text.
 pub struct GuestOs<P: Platform> {
@@ -66,7 +66,10 @@ impl<P: Platform> By<'_, '_, P> {
             }
             Self::Guest(vcpu) => {
                 let gva = os.table_gva(vcpu.vm(), table);
-                vcpu.write_guest(gva, at, pte).map(drop)
+                match vcpu.write_guest(gva, at, pte)? {
+                    AccessOutcome::Stopped => Err(VmError::Cancelled),
+                    _ => Ok(()),
+                }
             }
         }
     }

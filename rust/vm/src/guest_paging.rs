@@ -99,16 +99,19 @@ impl<P: Platform> Vcpu<'_, P> {
         guess.and_then(has).or_else(|| side.memory.declared().flatten().find_map(has))
     }
 
-    /// The guest stores `value` in word `index` of the page that it calls `gva`: by its CPU, or emulated where the page is write-protected. Contents of pages that nobody declared
+    /// The guest stores `value` in word `index` of the page that it calls `gva`: by its CPU, or emulated where the page is write-protected; nothing is stored if it is asked to stop ([`AccessOutcome::Stopped`]). Contents of pages that nobody declared
     /// ([`crate::guest_memory`]) are lost; the access is made all the same.
     ///
     /// # Errors
     /// As [`Vcpu::access`].
     pub fn write_guest(&mut self, gva: u64, index: u16, value: u64) -> Result<AccessOutcome, VmError> {
-        let outcome = self.access(GuestAccess::write(gva))?;
+        let mut outcome = self.access(GuestAccess::write(gva))?;
+        while outcome == AccessOutcome::Emulate && !self.emulate_write(gva, index, value) {
+            self.before_retry();
+            outcome = self.access(GuestAccess::write(gva))?;
+        }
         match outcome {
-            AccessOutcome::Stopped => {}
-            AccessOutcome::Emulate => self.emulate_write(gva, index, value),
+            AccessOutcome::Stopped | AccessOutcome::Emulate => {}
             _ => {
                 // Still in the guest: who takes the frame away waits until this vCPU has left.
                 let hit = self
@@ -138,22 +141,22 @@ impl<P: Platform> Vcpu<'_, P> {
     }
 
     /// KVM makes the store: the guest's page may be written, and stands for a table. Nothing happens where no memory is, or read-only memory: that is a device's.
-    fn emulate_write(&mut self, page: u64, index: u16, value: u64) {
+    /// False: the guest's tables have changed since the access, which is to be made again.
+    fn emulate_write(&mut self, page: u64, index: u16, value: u64) -> bool {
         self.leave();
         let (vm, context) = (self.vm, &self.core.mmu);
         let side = vm.side();
         let as_id = context.role.as_id();
         let gfn = if context.guest {
             let walk = walk_guest::<P>(side, as_id, context.frame, context.levels, page, true, false);
-            // The tables have changed since the access: it faults when it is made again.
-            let Ok(walk) = walk else { return };
+            let Ok(walk) = walk else { return false };
             walk.gfn
         } else {
             page
         };
         let slots = self.core.slots.enter();
         if slots.find(as_id, gfn).is_none_or(|slot| slot.flags.readonly) {
-            return;
+            return true;
         }
         side.memory.write::<P>(gfn, index, value);
         tdpmmu_mmu::MmuHost::gfn_dirty(side, &self.task, as_id, gfn);
@@ -164,6 +167,7 @@ impl<P: Platform> Vcpu<'_, P> {
         }
         drop(slots);
         self.core.stats.tracked_writes += 1;
+        true
     }
 
     /// The entry that translates `page` below the current root, a shadow page, with its level: a walk without mmu_lock, under the reclamation in use. Leaves the guest; loads no root. `None` without a root of shadow pages, or

@@ -292,6 +292,10 @@ impl<P: Platform> Vm<P> {
         match shadow.top_up(task, cache) {
             Err(PoolError::Exhausted { .. }) if shadow.counts().obsolete != 0 => {
                 shadow.shrink(&mut self.mmu().lock.write(task), BATCH);
+                if !shadow.reclamation().kind().frees_at_once() {
+                    // On their way back, and no use to who needs them now.
+                    shadow.reclamation().drain(task);
+                }
                 Ok(shadow.top_up(task, cache)?)
             }
             other => Ok(other?),

@@ -54,7 +54,7 @@ impl<P: Platform> Vm<P> {
             }
             let root = vcpu.root()?;
             let before = at;
-            let as_id = vcpu.role().as_id();
+            let (as_id, id) = (vcpu.role().as_id(), vcpu.id());
             self.top_up_shadow(&vcpu.task, shadow, &mut vcpu.core.cache)?;
             if !vcpu.core.mmu.guest
                 && let Some(done) = self.populate_run(vcpu, root, at..pages.end, options)?
@@ -74,7 +74,7 @@ impl<P: Platform> Vm<P> {
             next.clear();
             let mut ahead = at;
             while next.len() < STRETCH && ahead < pages.end {
-                let (one, level) = self.next_page(&set, as_id, guest, ahead, options, seq)?;
+                let (one, level) = self.next_page(&set, as_id, guest, ahead, options, seq, id)?;
                 ahead = (round_down(ahead, level) + span(level)).min(pages.end);
                 next.push(one);
             }
@@ -92,7 +92,8 @@ impl<P: Platform> Vm<P> {
                 if shadow.is_obsolete(root) || self.side().invalidation.must_retry(&guard, gfn, seq) {
                     break;
                 }
-                let mut fault = self.shadow_fault_of(&one.resolved, one.page, one.walk);
+                let fault = self.shadow_fault_of(&one.resolved, one.page, one.walk);
+                let small = shadow.counts().leaves[usize::from(LEVEL_4K)];
                 match shadow.map(&mut guard, cache, root, &fault) {
                     ShadowOutcome::Fixed { level, .. } => {
                         made += 1;
@@ -100,15 +101,12 @@ impl<P: Platform> Vm<P> {
                         at = round_down(one.page, level) + span(level);
                     }
                     ShadowOutcome::Spurious => at = one.page + 1,
-                    // A table that is shadowed is mapped read-only, for who only reads it.
-                    ShadowOutcome::WriteProtected if one.resolved.access.write => {
-                        fault.write = false;
-                        if let ShadowOutcome::Fixed { .. } = shadow.map(&mut guard, cache, root, &fault) {
-                            made += 1;
-                        }
+                    // A table that is shadowed: it is mapped read-only, if it was not before.
+                    ShadowOutcome::WriteProtected => {
+                        made += shadow.counts().leaves[usize::from(LEVEL_4K)].saturating_sub(small);
                         at = one.page + 1;
                     }
-                    ShadowOutcome::WriteProtected | ShadowOutcome::Emulate => at = one.page + 1,
+                    ShadowOutcome::Emulate => at = one.page + 1,
                     ShadowOutcome::Retry => break,
                 }
             }
@@ -196,13 +194,14 @@ impl<P: Platform> Vm<P> {
         page: u64,
         options: &BulkOptions,
         seq: u64,
+        vcpu: usize,
     ) -> Result<(Next, u8), VmError> {
         let side = self.side();
         let walk = match guest {
             None => None,
             Some((cr3, levels)) => {
                 let walk = walk_guest::<P>(side, as_id, cr3, levels, page, false, false);
-                Some(walk.map_err(|fault| VmError::GuestFault { vcpu: 0, fault })?)
+                Some(walk.map_err(|fault| VmError::GuestFault { vcpu, fault })?)
             }
         };
         let gfn = walk.as_ref().map_or(page, |walk| walk.gfn);

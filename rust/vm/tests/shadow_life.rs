@@ -134,6 +134,45 @@ fn bulk_population_leaves_larger_pages_and_takes_the_place_of_smaller_ones() {
 }
 
 #[test]
+fn a_guest_that_is_asked_to_stop_is_not_told_that_its_store_was_made() {
+    let (vm, os) = machine(config("shadow-gen", Paging::Guest), 1);
+    let cr3 = os.new_process(&vm).expect("room");
+    os.build_linear(&vm, cr3, 0..64, 0, 1).expect("room");
+    let mut vcpu = vm.vcpu(0).expect("free");
+    vcpu.set_cr3(cr3).expect("paging guest");
+    vm.stop_vcpus(&vm.task("vmm", Role::Caller));
+    let refused = os.map(&mut vcpu, cr3, 0x4_0000, 7, 1, true);
+    assert!(matches!(refused, Err(VmError::Cancelled)), "{refused:?}");
+    vm.resume();
+    os.map(&mut vcpu, cr3, 0x4_0000, 7, 1, true).expect("nothing is in the way");
+    assert_eq!(os.translate(&vm, cr3, 0x4_0000).map(|walk| walk.gfn), Some(7));
+    drop(vcpu);
+    assert_clean(&vm);
+}
+
+#[test]
+fn what_the_shrinker_gives_back_is_there_for_who_needed_it_under_every_reclamation() {
+    for reclaim in ReclaimKind::ALL {
+        let mut config = config("shadow-gen-kept", Paging::Direct);
+        config.shadow.reclaim = reclaim;
+        // Room for one generation of pages, and for what caches of tables hold.
+        config.max_tables = 64;
+        let (vm, _) = machine(config, 1);
+        let task = vm.task("vmm", Role::Caller);
+        let mut vcpu = vm.vcpu(0).expect("free");
+        for _ in 0..20 {
+            for gfn in (0..4096).step_by(512) {
+                vcpu.access(GuestAccess::write(gfn)).expect("obsolete pages make room");
+            }
+            vcpu.leave();
+            vm.fast_zap(&task).expect("open");
+        }
+        drop(vcpu);
+        assert_clean(&vm);
+    }
+}
+
+#[test]
 fn walks_without_the_lock_see_what_faults_have_made_under_every_reclamation() {
     for reclaim in ReclaimKind::ALL {
         let mut config = config("shadow-gen", Paging::Direct);
