@@ -369,8 +369,9 @@ impl ShadowBook {
         let in_fast_zap = self.fast_zap.is_some_and(|(by, _)| by == task);
         let Some(work) = self.tasks.get_mut(&task) else { return };
         work.step += 1;
-        // S0 without lock-break makes no checks, and says so.
-        let checks = design != ShadowDesign::Walk && self.rules.check == Check::Full && !self.ended;
+        // S0 without lock-break makes no checks, and says so: `shadow-walk`, and `shadow-slot` where there is no slot to go by.
+        let unbroken = design == ShadowDesign::Walk || design == ShadowDesign::Slot && in_fast_zap;
+        let checks = !unbroken && self.rules.check == Check::Full && !self.ended;
         if checks && work.step > STEP && !std::mem::replace(&mut work.step_told, true) {
             let what = format!("more than {STEP} shadow pages zapped since the last reschedule check");
             let owed = format!("a reschedule check after each batch of {BATCH} pages");
@@ -432,7 +433,8 @@ impl ShadowBook {
 
     fn fast_zap_end(&mut self, verdict: &mut Verdict) {
         let Some((_, begun)) = self.fast_zap.take() else { return };
-        let all = self.rules.shadow.info().zaps_all && self.rules.shadow != ShadowDesign::GenKept;
+        // A deletion under `shadow-slot` is no fast zap; what is, has no slot to go by and zaps everything.
+        let all = self.rules.shadow != ShadowDesign::GenKept;
         let mut left = self.pages.iter().filter(|(_, page)| page.state == State::Live && page.birth < begun);
         if let Some((&table, page)) = left.next().filter(|_| all) {
             let what = format!(

@@ -287,8 +287,8 @@ impl<P: Platform> Vm<P> {
         shadow: &ShadowMmu<P>,
         cache: &mut TableCache,
     ) -> Result<(), VmError> {
-        // As many as one call of the shrinker scans (SHRINK_BATCH).
-        const BATCH: u64 = 128;
+        // In one hold, without a check: half of what one call of the kernel's shrinker scans.
+        const BATCH: u64 = 64;
         match shadow.top_up(task, cache) {
             Err(PoolError::Exhausted { .. }) if shadow.counts().obsolete != 0 => {
                 shadow.shrink(&mut self.mmu().lock.write(task), BATCH);
