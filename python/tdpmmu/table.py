@@ -88,6 +88,10 @@ def _raw(*path: str) -> Cell:
     return lambda run: _get(run.raw, *path)
 
 
+def _plain(column: Column) -> str:
+    return column.heading.replace("-\n", "").replace("\n", " ")
+
+
 def _teardown(*path: str) -> Cell:
     return lambda run: _get(run.teardown, *path)
 
@@ -290,16 +294,16 @@ def _part(runs: list[BenchRun], drop: bool, named: bool, wide: bool) -> str:
         + f" SPTEs, {format_size(max(run.table_bytes for run in runs))} of tables, {first.vcpus} vCPUs"
         + (f"; medians of {reps} repetitions" if reps > 1 else "")
     )
-    clean = [
-        column.heading.replace("-\n", "").replace("\n", " ")
-        for column in _FAULTS
-        if column.heading not in table and any(value is not None for value in faults[column])
-    ]
+    unseen = [column for column in _FAULTS if column.heading not in table]
+    clean = [_plain(c) for c in unseen if all(value is not None for value in faults[c])]
+    # Where a design keeps its roots nobody counts what is still mapped.
+    partly = [_plain(c) for c in unseen if 0 < sum(v is not None for v in faults[c]) < len(faults[c])]
     rows = list(zip(*table.values(), strict=True))
     return (
         f"{title}\n\n"
         + render(list(table), rows)
         + (f"\n0 in every row: {', '.join(clean)}\n" if clean else "")
+        + (f"0 wherever it was counted: {', '.join(partly)}\n" if partly else "")
         + _published(first)
     )
 

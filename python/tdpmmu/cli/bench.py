@@ -332,17 +332,32 @@ def bench_drop(out: Output, **options: Any) -> int:
     return measure("drop", out, options)
 
 
-def _micro(name: str, text: str) -> None:
+def mmu_options(body: Command) -> Command:
+    """Add the options that choose the MMU for a single operation."""
+    design = click.option(
+        "--design",
+        default="all",
+        metavar="NAME",
+        help="A design of the shadow MMU, such as shadow-gen, to measure that one instead of the TDP MMU.",
+    )
+    paging = click.option(
+        "--paging", metavar="HOW", help="Shadow designs: direct, or guest (its own tables) [direct]."
+    )
+    return design(paging(body))
+
+
+def _micro(name: str, text: str, choose: Decorator) -> None:
     @bench.command(name, help=text)
     @machine_options
+    @choose
     @common()
     def command(out: Output, **options: Any) -> int:
         return measure(name, out, options)
 
 
-_micro("populate", "Mapping a guest, in bulk and through faults: ns per SPTE.")
-_micro("fault", "One page fault through the complete path: ns.")
-_micro("rcu", "An RCU read section, grace periods, deferred freeing: ns.")
+_micro("populate", "Mapping a guest, in bulk and through faults: ns per SPTE.", mmu_options)
+_micro("fault", "One page fault through the complete path: ns.", mmu_options)
+_micro("rcu", "An RCU read section, grace periods, deferred freeing: ns.", lambda body: body)
 
 
 @bench.command("walk", epilog=reclaim_help())

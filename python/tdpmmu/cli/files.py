@@ -162,9 +162,8 @@ def wrote(out: Output, path: Path) -> None:
 @click.option(
     "--kind",
     metavar="KIND",
-    help="bars, percentiles, timeline, scaling, attribution or backlog; of a replay recording, pages, "
-    "causes or "
-    "storms [the first].",
+    help="bars, percentiles, timeline, scaling, attribution, backlog or retained; of a replay recording, "
+    "pages, causes or storms [the first].",
 )
 @click.option("--field", metavar="NAME", help="percentiles: which distribution [the experiment's own].")
 @click.option("--scene", metavar="NAME", help="Only the runs of this scene [the first that can be drawn].")
@@ -192,6 +191,7 @@ def plot(
     scaling       zap-64t: the sizes that were built, the line, the extrapolated point
     attribution   where each thread's time went, and who paid
     backlog       table pages that wait for a grace period, over time
+    retained      shadow pages that are obsolete and still in memory, over time
     \b
     recording     a replay: the next three on a page
     pages         what was mapped when, by leaf size, and the memory of the tables

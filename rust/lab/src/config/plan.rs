@@ -307,7 +307,8 @@ impl BenchConfig {
         };
         for name in &self.scenes {
             if name == "all" {
-                scene::of(kind).filter(|s| (s.fits)(plan).is_ok()).for_each(&mut add);
+                let fits = |s: &&Scene| !s.has_its_own_guest() && (s.fits)(plan).is_ok();
+                scene::of(kind).filter(fits).for_each(&mut add);
                 continue;
             }
             let Some(scene) = scene::find(kind, name) else {

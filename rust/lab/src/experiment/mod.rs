@@ -114,7 +114,10 @@ pub fn to_run(plan: &Plan, case: &Case, rep: u32, outcome: &Outcome, cpus: usize
     let return_ns = close_ns.as_ref().map_or(returned, |close| close.total);
     // A subtree that a huge page replaces is no zap of a root: its end is the end of the request.
     let replaced = outcome.marks.get(&Mark::Replace).map(|_| return_ns);
-    let teardown = outcome.last_zap_end_ns.or(replaced).map(|zap_end| {
+    // A design that zaps for the slot alone may find nothing of it: then nothing is torn down, and nothing is to be said of it.
+    let untouched = case.shadow.is_some() && paying.entry_writes == 0 && outcome.freed == 0;
+    let zapped = outcome.last_zap_end_ns.filter(|_| !untouched);
+    let teardown = zapped.or(replaced).map(|zap_end| {
         let free = outcome.last_free_ns.unwrap_or(zap_end);
         Teardown {
             fz_return_ns: return_ns,
@@ -125,7 +128,10 @@ pub fn to_run(plan: &Plan, case: &Case, rep: u32, outcome: &Outcome, cpus: usize
             entry_writes: paying.entry_writes,
             entry_reads: paying.entry_reads,
             ns_per_spte: paying.walk_cpu_ns as f64 / sptes.max(1) as f64,
-            ns_per_entry: paying.walk_cpu_ns as f64 / paying.entry_writes.max(1) as f64,
+            ns_per_entry: match paying.entry_writes {
+                0 => 0.0,
+                writes => paying.walk_cpu_ns as f64 / writes as f64,
+            },
         }
     });
     let felt: Vec<_> = outcome.threads.iter().filter(|t| !t.felt.access.is_empty()).collect();
