@@ -12,7 +12,7 @@ use tdpmmu_spte::geometry::span;
 use tdpmmu_spte::{FormatKind, KernelProfile, Passes, Role as RootRole};
 use tdpmmu_table::TableCache;
 
-use crate::staged::{Staged, stage, unstage};
+use super::staged::{Staged, stage, unstage};
 
 pub type Mmu = TdpMmu<Staged>;
 
