@@ -299,7 +299,16 @@ fn guest<P: Platform>(vm: &Vm<P>, vcpu: &mut Vcpu<'_, P>, act: &Act) -> Result<D
     Ok(match *act {
         Act::Access { gfn, write, exec } => Done::Access(vcpu.access(GuestAccess { gfn, write, exec })?),
         Act::Speculate { gfn } => Done::Was(vcpu.speculate(gfn)),
-        Act::LookUp { gfn } => Done::Found(vcpu.lookup(gfn).map(|(spte, level)| (spte.0, level))),
+        Act::LookUp { gfn } => {
+            let leaf = match vcpu.current_root() {
+                // The walk that KVM makes, entry by entry, and not the short cut of measurements.
+                Some(root) if vm.paging() == Paging::Tdp && !vcpu.in_l2() => {
+                    vm.mmu().walk_lockless(vcpu.task(), root, gfn).leaf()
+                }
+                _ => vcpu.lookup(gfn),
+            };
+            Done::Found(leaf.map(|(spte, level)| (spte.0, level)))
+        }
         Act::Enter => return entered(vcpu.enter()?),
         Act::Poll => return entered(vcpu.poll()?),
         Act::Leave => {
