@@ -174,7 +174,8 @@ fn what_obsolete_pages_retain_is_followed_over_time() {
             Some("shadow-slot") => assert_eq!((kept, number(&s["zapped"])), ([0, 0], 0), "{s}"),
             _ => {
                 assert_eq!(kept, [0, 0], "{design}: {s}");
-                assert!(number(&s["zapped"]) >= pages, "{design}: {s}");
+                // The root goes with its last put, whenever its vCPU comes to it.
+                assert!(number(&s["zapped"]) + 1 >= pages, "{design}: {s}");
             }
         }
     }
