@@ -124,8 +124,11 @@ def test_the_slices_of_a_thread_add_up_to_its_attribution(exported: Exported) ->
             sums = tracks[row["thread"]].sums("phase")
             assert set(sums) <= set(row["ns"])
             for phase, ns in row["ns"].items():
-                # To the rounding of each slice's ends.
-                assert sums.get(phase, 0) == pytest.approx(ns, rel=1e-4, abs=50), (
+                # To the rounding of each slice's ends; RCU's thread stamps its books and its slices apart,
+                # with whatever interrupts it in between.
+                apart = row["thread"] == "tdpmmu-rcu"
+                near = pytest.approx(ns, rel=0.05 if apart else 1e-4, abs=50_000 if apart else 50)
+                assert sums.get(phase, 0) == near, (
                     run.design,
                     row["thread"],
                     phase,
